@@ -1,0 +1,59 @@
+"""Fixtures that tests of every room share; what only one room needs stays beside its tests."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import Holdings
+
+_LEAK_WAIT_SECONDS = 5.0
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """An empty directory for sockets, with a path short enough for them.
+
+    A Unix socket's path has at most 107 bytes, which pytest's tmp_path with a long test name exceeds.
+    """
+    path = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fail the test that keeps a file descriptor, a thread or a /dev/shm entry it did not find.
+
+    Name it first in the test's arguments: what is set up after it is also torn down before it looks.
+    """
+    before = Holdings.take()
+    yield
+    leaked = before.leaks(_LEAK_WAIT_SECONDS)
+    assert not leaked, "not given back: " + ", ".join(leaked)
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    """Why tests marked `gpu` cannot run here, or None where they can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "needs a GPU: torch here is a build without CUDA"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Ask NVML rather than the CUDA runtime, which would be of no use to a child forked later.
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        warnings.simplefilter("ignore")
+        return None if torch.cuda.is_available() else "needs a GPU: none is visible to torch"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none, with the reason."""
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+        pytest.skip(reason)
