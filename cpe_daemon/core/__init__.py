@@ -1,0 +1,1 @@
+"""Pure decisions: no torch, no sockets, no clocks, no threads, no files. Everything here is tested without I/O."""

@@ -1,0 +1,167 @@
+"""The manifest: the immutable list of a version's tensors, and where in whose contribution each one's bytes lie.
+
+Each trainer rank contributes an ordered list of shards. `layout` places them in the rank's extent; `merge` joins the
+ranks' lists into a `Manifest`, and refuses every set that does not cover each tensor exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from cpe_daemon.core.dtypes import itemsize
+from cpe_daemon.core.types import Shard, TensorSpec, VersionId, align
+from cpe_daemon.errors import ManifestError
+
+MAX_DIMS: Final = 64
+MAX_NAME_CHARS: Final = 1024
+MAX_TENSOR_BYTES: Final = 1 << 46
+"""Bounds of one tensor, refused beyond: no model has come near them, and a corrupt shape goes far past."""
+
+DIGEST_BYTES: Final = 16
+"""Size of an xxh3_128 digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each shard of one rank lies in its extent: ``offsets`` in bytes, in the shards' order; ``nbytes`` in all."""
+
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+class Run(NamedTuple):
+    """A contiguous run of a tensor's bytes and where it lies: at ``offset`` in the extent of ``rank``."""
+
+    tensor_offset: int
+    nbytes: int
+    rank: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a manifest with the runs that make it up, in order, and each run's digest."""
+
+    spec: TensorSpec
+    runs: tuple[Run, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A version's tensors, complete and without overlap."""
+
+    version: VersionId
+    tensors: tuple[Tensor, ...]
+    nbytes: int
+
+
+def layout(shards: Iterable[Shard]) -> Layout:
+    """Place shards one after another, each aligned; both ends of a link compute the same.
+
+    Raises:
+        ManifestError: a shard is malformed (see `check_shard`).
+    """
+    offsets: list[int] = []
+    end = 0
+    for shard in shards:
+        check_shard(shard)
+        offsets.append(end)
+        end = align(end + shard.nbytes)
+    return Layout(tuple(offsets), end)
+
+
+def check_shard(shard: Shard) -> None:
+    """Refuse a shard whose name, dtype, shape or box makes no sense.
+
+    Raises:
+        ManifestError: naming the tensor and what is wrong with it.
+    """
+    name = shard.name
+    if not name or len(name) > MAX_NAME_CHARS:
+        raise ManifestError(f"tensor name of {len(name)} characters; 1 to {MAX_NAME_CHARS} are allowed")
+    size = itemsize(shard.dtype)
+    if len(shard.shape) > MAX_DIMS or any(extent < 0 for extent in shard.shape):
+        raise ManifestError(f"tensor {name}: impossible shape {list(shard.shape)}")
+    if math.prod(shard.shape) * size > MAX_TENSOR_BYTES:
+        raise ManifestError(f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes")
+    if shard.start is None and shard.local_shape is None:
+        return
+    start, local = shard.box
+    inside = len(start) == len(local) == len(shard.shape) and all(
+        0 <= first and 0 <= count and first + count <= extent
+        for first, count, extent in zip(start, local, shard.shape, strict=True)
+    )
+    if not inside:
+        raise ManifestError(f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}")
+
+
+def merge(
+    version: VersionId,
+    contributions: Sequence[Sequence[Shard]],
+    digests: Sequence[Sequence[bytes]],
+) -> Manifest:
+    """Join the ranks' shards into one manifest.
+
+    Args:
+        version: whose manifest it is.
+        contributions: by rank, the shards in the rank's own order.
+        digests: by rank, a digest a shard.
+
+    Raises:
+        ManifestError: a tensor is described differently by two ranks, or is not covered exactly once.
+    """
+    specs: dict[str, TensorSpec] = {}
+    pieces: dict[str, list[tuple[Run, bytes]]] = {}
+    for rank, (shards, rank_digests) in enumerate(zip(contributions, digests, strict=True)):
+        offsets = layout(shards).offsets
+        for shard, offset, digest in zip(shards, offsets, rank_digests, strict=True):
+            spec = shard.spec
+            known = specs.setdefault(shard.name, spec)
+            if known != spec:
+                raise ManifestError(f"rank {rank} contributes {spec}, another rank {known}")
+            run = Run(_tensor_offset(shard), shard.nbytes, rank, offset)
+            pieces.setdefault(shard.name, []).append((run, digest))
+    tensors = tuple(_whole(spec, pieces[name]) for name, spec in specs.items())
+    return Manifest(version, tensors, sum(tensor.spec.nbytes for tensor in tensors))
+
+
+def _whole(spec: TensorSpec, pieces: list[tuple[Run, bytes]]) -> Tensor:
+    """Order a tensor's runs, and refuse a gap or an overlap."""
+    pieces.sort(key=lambda piece: (piece[0].tensor_offset, piece[0].nbytes, piece[0].rank))
+    end = 0
+    for position, (run, _) in enumerate(pieces):
+        repeated = position > 0 and spec.nbytes == 0
+        if run.tensor_offset < end or repeated:
+            ranks = sorted({piece[0].rank for piece in pieces})
+            raise ManifestError(f"tensor {spec.name} is contributed more than once (by ranks {ranks})")
+        if run.tensor_offset > end:
+            break
+        end += run.nbytes
+    if end != spec.nbytes:
+        raise ManifestError(f"tensor {spec.name}: no rank contributes bytes {end} onwards of {spec.nbytes}")
+    return Tensor(spec, tuple(run for run, _ in pieces), tuple(digest for _, digest in pieces))
+
+
+def _tensor_offset(shard: Shard) -> int:
+    """Byte offset in the whole tensor at which a shard's one contiguous run begins.
+
+    Raises:
+        ManifestError: the shard's bytes are not contiguous in the whole tensor (it splits an inner dimension).
+    """
+    start, local = shard.box
+    whole_behind = True
+    for dim in reversed(range(len(local))):
+        if not whole_behind and local[dim] != 1:
+            raise ManifestError(
+                f"tensor {shard.name}: part {list(local)} of {list(shard.shape)} splits an inner dimension;"
+                " only contiguous parts (rows of the first dimension) are supported"
+            )
+        whole_behind = whole_behind and local[dim] == shard.shape[dim]
+    flat = 0
+    for first, extent in zip(start, shard.shape, strict=True):
+        flat = flat * extent + first
+    return flat * itemsize(shard.dtype)

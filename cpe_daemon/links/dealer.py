@@ -1,0 +1,117 @@
+"""The client's side of ZeroMQ: a DEALER for one thread of a trainer's or an engine's process.
+
+Other threads wake the owner by `wake`; everything else belongs to the thread that polls.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from types import UnionType
+from typing import Final
+
+import zmq
+
+from cpe_daemon.errors import ConfigError, PeerLostError
+from cpe_daemon.wire.codec import MAX_HEADER_BYTES, Codec, encode
+from cpe_daemon.wire.messages import Message
+
+_QUEUE: Final = 4096
+
+
+class Dealer:
+    """A connection to a daemon's ROUTER; reconnects by itself, under an identity of its own.
+
+    Args:
+        endpoint: ``ipc://PATH`` or ``tcp://HOST:PORT``.
+        accepts: union of the message types that the daemon sends in this conversation.
+
+    Raises:
+        ConfigError: the endpoint is malformed.
+    """
+
+    def __init__(self, endpoint: str, accepts: UnionType) -> None:
+        self.endpoint = endpoint
+        self._codec = Codec(accepts)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, _QUEUE),
+            (zmq.RCVHWM, _QUEUE),
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.RECONNECT_IVL_MAX, 1000),
+            (zmq.MAXMSGSIZE, MAX_HEADER_BYTES),
+            (zmq.IMMEDIATE, 1),  # while nobody is connected a send waits, instead of being queued for later
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.setsockopt(zmq.IDENTITY, b"c" + secrets.token_bytes(16))
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            self._context.term()
+            raise ConfigError(f"cannot use endpoint {endpoint!r}: {error}") from None
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+
+    def send(self, message: Message, *frames: bytes | memoryview, timeout: float = 5.0) -> None:
+        """Send a message and its bulk frames, waiting up to ``timeout`` seconds for a connection and room.
+
+        Raises:
+            PeerLostError: the daemon did not take it in time.
+        """
+        parts: list[bytes | memoryview] = [encode(message), *frames]
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._socket.send_multipart(parts, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise PeerLostError(
+                        f"the daemon at {self.endpoint} took no message for {timeout:g} s; is it running there?"
+                    ) from None
+                self._socket.poll(min(left, 1.0) * 1000, zmq.POLLOUT)
+            else:
+                return
+
+    def receive(self, timeout: float) -> tuple[Message, Sequence[memoryview]] | None:
+        """Return the next message and its frames, or None after ``timeout`` seconds or a `wake`.
+
+        Raises:
+            ProtocolError: the daemon sent something that is no message of this conversation.
+        """
+        if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._poller.poll(max(timeout, 0.0) * 1000)
+            self._clear_wake()
+        try:
+            parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        frames = [memoryview(part.buffer) for part in parts]
+        return self._codec.decode(frames[0]), frames[1:]
+
+    def wake(self) -> None:
+        """Make `receive` return; callable from any thread."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except (BlockingIOError, OSError):
+            return  # woken already, or closed
+
+    def close(self) -> None:
+        """Close at once; what was not delivered is dropped."""
+        self._socket.close()
+        self._context.term()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _clear_wake(self) -> None:
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            return

@@ -1,0 +1,184 @@
+"""File descriptors from the daemon to a process of the same host, over a unix socket.
+
+The daemon offers a descriptor under a random token, good once, which the other side learnt over its ZeroMQ link. The
+connection that fetched it is kept open: it is a *tether*. When the process dies, however it dies, the kernel closes its
+end, and the daemon knows within a moment, without waiting for heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from cpe_daemon.errors import ConfigError, PeerLostError, ProtocolError
+
+log = structlog.get_logger(__name__)
+
+_GREETING: Final = b"cpe-fd1:"
+_TOKEN_BYTES: Final = 32
+_REQUEST_BYTES: Final = len(_GREETING) + _TOKEN_BYTES
+_REPLY: Final = b"\x01"
+_CLAIM_SECONDS: Final = 5.0
+_SOCKET_MODE: Final = 0o660
+_MAX_CLAIMING: Final = 64
+
+
+@dataclass(slots=True)
+class _Offer:
+    fd: int
+    on_gone: Callable[[], None]
+
+
+class HandoffServer:
+    """The daemon's half. Lives on the event loop; every connection is a task of ``tasks``.
+
+    Args:
+        path: of the unix socket; created with mode 0660.
+        tasks: the TaskGroup that owns the connections.
+        on_protocol_error: called for each connection that asks for something it was not offered.
+    """
+
+    def __init__(
+        self, path: Path, tasks: asyncio.TaskGroup, *, on_protocol_error: Callable[[str], None] = lambda name: None
+    ) -> None:
+        self.path = path
+        self._tasks = tasks
+        self._on_protocol_error = on_protocol_error
+        self._offers: dict[bytes, _Offer] = {}
+        self._claiming = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.bind(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(f"cannot listen on {path}: {error}") from None
+        os.chmod(path, _SOCKET_MODE)
+        self._socket.listen(128)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._spawn(self._accept())
+
+    def close(self) -> None:
+        """Stop accepting, cut every tether, and remove the socket's file."""
+        for task in self._running:
+            task.cancel()
+        for offer in self._offers.values():
+            os.close(offer.fd)
+        self._offers.clear()
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+
+    def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
+        """Offer a duplicate of ``fd``, once; ``on_gone`` is called when the process that took it lets go or dies."""
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        self._offers[token] = _Offer(os.dup(fd), on_gone)
+        return token
+
+    def withdraw(self, token: bytes) -> None:
+        """Take an offer back; does nothing if it was taken already."""
+        offer = self._offers.pop(token, None)
+        if offer is not None:
+            os.close(offer.fd)
+
+    def _spawn(self, work: asyncio._CoroutineLike[None]) -> None:
+        task = self._tasks.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._socket)
+            if self._claiming >= _MAX_CLAIMING:
+                connection.close()
+                continue
+            self._claiming += 1
+            self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        offer: _Offer | None = None
+        try:
+            try:
+                async with asyncio.timeout(_CLAIM_SECONDS):
+                    offer = await self._claim(connection)
+            finally:
+                self._claiming -= 1
+            with contextlib.suppress(OSError):
+                while await loop.sock_recv(connection, 64):
+                    continue  # nothing is said on a tether; only its end means something
+        except (ProtocolError, TimeoutError, OSError) as error:
+            self._on_protocol_error("handoff")
+            log.debug("handoff.refused", reason=str(error))
+        finally:
+            connection.close()
+            if offer is not None:
+                offer.on_gone()
+
+    async def _claim(self, connection: socket.socket) -> _Offer:
+        loop = asyncio.get_running_loop()
+        request = b""
+        while len(request) < _REQUEST_BYTES:
+            received = await loop.sock_recv(connection, _REQUEST_BYTES - len(request))
+            if not received:
+                raise ProtocolError("hand-off connection ended before its token")
+            request += received
+            if not request.startswith(_GREETING[: len(request)]):
+                raise ProtocolError("not a hand-off request")
+        offer = self._offers.pop(request[len(_GREETING) :], None)
+        if offer is None:
+            raise ProtocolError("hand-off token unknown or used")
+        try:
+            socket.send_fds(connection, [_REPLY], [offer.fd])
+        finally:
+            os.close(offer.fd)
+        return offer
+
+
+class Tether:
+    """The client's end of a hand-off: keep it open as long as the descriptor's purpose lives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def close(self) -> None:
+        """Let go; the daemon notices."""
+        self._connection.close()
+
+
+def claim(path: str, token: bytes, timeout: float = _CLAIM_SECONDS) -> tuple[int, Tether]:
+    """Fetch the descriptor offered under ``token``. Blocking; for a thread of a trainer or an engine.
+
+    Returns:
+        The descriptor, now the caller's to close, and the tether.
+
+    Raises:
+        PeerLostError: the daemon is not there, does not know the token, or does not answer in ``timeout`` seconds.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(path)
+        connection.sendall(_GREETING + token)
+        reply, fds, _, _ = socket.recv_fds(connection, len(_REPLY), 1)
+        if reply != _REPLY or len(fds) != 1:
+            raise PeerLostError(f"the daemon at {path} did not hand its memory over; was it restarted?")
+    except OSError as error:
+        connection.close()
+        raise PeerLostError(f"cannot fetch memory from the daemon at {path}: {error}") from error
+    except PeerLostError:
+        connection.close()
+        raise
+    os.set_inheritable(fds[0], False)
+    return fds[0], Tether(connection)

@@ -1,0 +1,169 @@
+"""The daemon's side of ZeroMQ: a ROUTER on the event loop that hands decoded messages to handlers.
+
+It refuses whatever is not a message, counts it, and never waits for a peer: a reply that does not fit into the peer's
+queue is dropped, and the caller is told. Handlers are plain functions; what takes time they hand to a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Final
+
+import structlog
+import zmq
+
+from cpe_daemon.errors import ConfigError, CpeError, ProtocolError
+from cpe_daemon.wire.codec import Codec, encode
+from cpe_daemon.wire.messages import ErrorInfo, ErrorReply, Message
+
+log = structlog.get_logger(__name__)
+
+Handler = Callable[[bytes, Any, Sequence[memoryview]], None]
+"""Called as handler(peer, message, bulk frames); raises `CpeError` to refuse, which the peer is told."""
+
+_TURN: Final = 64
+"""Messages taken in one go before other tasks of the loop get their turn."""
+
+_SOCKET_MODE: Final = 0o660
+
+
+class Router:
+    """One ROUTER socket, several endpoints, one conversation.
+
+    Args:
+        name: for logs and metrics.
+        context: the ZeroMQ context; stays the caller's.
+        accepts: union of the message types taken.
+        handlers: by message type; a type without one is refused.
+        max_frame_bytes: larger frames cut the connection before they are held in memory.
+        queue: messages queued a peer and direction.
+        on_protocol_error: called with the router's name for each refused message.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        accepts: UnionType,
+        handlers: Mapping[type[Message], Handler],
+        max_frame_bytes: int,
+        queue: int = 1000,
+        on_protocol_error: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.name = name
+        self._codec = Codec(accepts)
+        self._handlers = handlers
+        self._on_protocol_error = on_protocol_error
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scheduled = False
+        self._paths: list[Path] = []
+        self._socket = context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.ROUTER_HANDOVER, 1),
+            (zmq.LINGER, 0),
+            (zmq.MAXMSGSIZE, max_frame_bytes),
+            (zmq.RCVHWM, queue),
+            (zmq.SNDHWM, queue),
+            (zmq.HEARTBEAT_IVL, 5_000),
+            (zmq.HEARTBEAT_TIMEOUT, 20_000),
+        ):
+            self._socket.setsockopt(option, value)
+
+    @property
+    def unknown_fields(self) -> int:
+        """Fields that peers sent and that this release ignored."""
+        return self._codec.unknown_fields
+
+    def bind(self, endpoint: str) -> str:
+        """Listen on ``endpoint`` and return it as bound (a port of 0 is replaced by the one chosen).
+
+        Raises:
+            ConfigError: the endpoint cannot be bound; names it.
+        """
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen on {endpoint}: {error}") from None
+        if endpoint.startswith("ipc://"):
+            path = Path(endpoint.removeprefix("ipc://"))
+            os.chmod(path, _SOCKET_MODE)
+            self._paths.append(path)
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def start(self) -> None:
+        """Begin to take messages, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._drain()
+
+    def close(self) -> None:
+        """Stop, and remove the socket files."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+            self._loop = None
+        self._socket.close()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def send(self, peer: bytes, message: Message, *frames: bytes | memoryview) -> bool:
+        """Send without waiting; False if the peer is gone or its queue is full."""
+        return self.send_encoded(peer, encode(message), *frames)
+
+    def send_encoded(self, peer: bytes, header: bytes, *frames: bytes | memoryview) -> bool:
+        """`send` for a header that goes to several peers and is encoded once."""
+        if self._socket.closed:
+            return False
+        try:
+            self._socket.send_multipart([peer, header, *frames], flags=zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            return False
+        finally:
+            self._schedule()  # a send may consume the edge that announces waiting messages
+        return True
+
+    def _schedule(self) -> None:
+        if self._loop is not None and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        for _ in range(_TURN):
+            if self._loop is None:
+                return
+            try:
+                parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            peer, *frames = (memoryview(part.buffer) for part in parts)
+            self._take(bytes(peer), frames)
+        self._schedule()
+
+    def _take(self, peer: bytes, frames: Sequence[memoryview]) -> None:
+        """Decode and hand over one message; tell the peer if it is refused."""
+        stream = 0
+        try:
+            if not frames:
+                raise ProtocolError("empty message")
+            message = self._codec.decode(frames[0])
+            stream = getattr(message, "stream", 0)
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise ProtocolError(f"{type(message).__name__} is not accepted here")
+            handler(peer, message, frames[1:])
+        except ProtocolError as error:
+            self._on_protocol_error(self.name)
+            log.debug("message.refused", socket=self.name, reason=error.message)
+            self.refuse(peer, error, stream)
+        except CpeError as error:
+            self.refuse(peer, error, stream)
+
+    def refuse(self, peer: bytes, error: CpeError, stream: int = 0) -> None:
+        """Tell a peer why something of it was refused."""
+        self.send(peer, ErrorReply(ErrorInfo(error.code, error.message), stream))

@@ -1,0 +1,90 @@
+"""Messages to frames and back; whatever is not a message becomes a `ProtocolError`, and nothing else.
+
+A header frame is 4 bytes of magic, the CRC-32 of the body (little endian), and the body in msgpack. The checksum makes
+every flipped or lost byte of a header an error by itself: without it a damaged number inside a well-formed message
+would be believed. Bulk frames carry no checksum: their digests are in the manifest.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Final
+
+import msgspec
+
+from cpe_daemon.errors import ProtocolError
+from cpe_daemon.wire.messages import Message
+
+MAGIC: Final = b"cpe1"
+ENVELOPE_BYTES: Final = 8
+MAX_HEADER_BYTES: Final = 16 << 20
+"""Largest header: the digests of a rank's contribution of a million tensors."""
+
+_COUNTED_BYTES: Final = 4096
+"""Headers up to this size are looked through for fields that we do not know; larger ones are our own bulk lists."""
+
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """Return the header frame of ``message``."""
+    body = _encoder.encode(message)
+    return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+class Codec:
+    """Decodes the header frames of one conversation. Not thread-safe: one a link.
+
+    Args:
+        messages: the union of message types that this side accepts.
+    """
+
+    def __init__(self, messages: UnionType | type[Message]) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+        self.unknown_fields = 0
+        """Fields that peers sent and this release does not know; they were ignored."""
+
+    def decode(self, header: bytes | memoryview) -> Message:
+        """Return the message in a header frame.
+
+        Raises:
+            ProtocolError: it is none of the accepted messages, or is damaged.
+        """
+        body = self._open(memoryview(header))
+        try:
+            message: Message = self._decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
+            raise ProtocolError(f"not a message that is accepted here: {error}") from None
+        if len(body) <= _COUNTED_BYTES:
+            self._count_unknown(body, message)
+        return message
+
+    def _open(self, header: memoryview) -> memoryview:
+        """Check the envelope and return the body."""
+        if len(header) > MAX_HEADER_BYTES:
+            raise ProtocolError(f"header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        if len(header) <= ENVELOPE_BYTES or bytes(header[:4]) != MAGIC:
+            raise ProtocolError(f"not a cpe message ({len(header)} bytes)")
+        body = header[ENVELOPE_BYTES:]
+        if zlib.crc32(body) != int.from_bytes(header[4:ENVELOPE_BYTES], "little"):
+            raise ProtocolError(f"damaged message ({len(header)} bytes): its checksum differs")
+        return body
+
+    def _count_unknown(self, body: memoryview, message: Message) -> None:
+        fields = msgspec.msgpack.decode(body)
+        known = message.__struct_fields__
+        self.unknown_fields += sum(1 for field in fields if field != "type" and field not in known)
+
+
+def only_frame(frames: Sequence[memoryview], nbytes: int) -> memoryview:
+    """Return the single bulk frame beside a message, which must have ``nbytes``.
+
+    Raises:
+        ProtocolError: there is none, there are several, or its size differs.
+    """
+    if len(frames) != 1 or frames[0].nbytes != nbytes:
+        sizes = [frame.nbytes for frame in frames]
+        raise ProtocolError(f"expected one frame of {nbytes} bytes beside the message, got {sizes}")
+    return frames[0]
