@@ -1,0 +1,36 @@
+"""Settings: what they are, where they come from, and what is wrong with them.
+
+`model` alone says what is valid. `sources` and `yamlfile` read raw values with the places they were written
+at, `load` joins and judges them, `render` writes them out for people. The rest of the daemon sees the
+immutable `Config`.
+"""
+
+from cpe_daemon.config.deadlines import DeadlinesConfig
+from cpe_daemon.config.load import Loaded, load_config, load_with_origins
+from cpe_daemon.config.model import (
+    ArenaConfig,
+    Config,
+    DeviceConfig,
+    IngestConfig,
+    LogConfig,
+    RetentionConfig,
+)
+from cpe_daemon.config.paths import FRONT_SOCKET, default_runtime_dir
+from cpe_daemon.config.render import annotated_default, effective
+
+__all__ = [
+    "FRONT_SOCKET",
+    "ArenaConfig",
+    "Config",
+    "DeadlinesConfig",
+    "DeviceConfig",
+    "IngestConfig",
+    "Loaded",
+    "LogConfig",
+    "RetentionConfig",
+    "annotated_default",
+    "default_runtime_dir",
+    "effective",
+    "load_config",
+    "load_with_origins",
+]

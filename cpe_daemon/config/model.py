@@ -1,0 +1,233 @@
+"""Every setting of the daemon, with its unit, default, bounds and meaning. Only this decides what is valid.
+
+The descriptions are for operators: ``cpe config --default`` and ``configs/default.yaml`` are made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from cpe_daemon.config.deadlines import DeadlinesConfig
+from cpe_daemon.config.endpoints import check_endpoint, check_runtime_dir, is_loopback
+from cpe_daemon.config.paths import FRONT_SOCKET, default_runtime_dir
+from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Section
+from cpe_daemon.core.types import ALIGNMENT_BYTES
+
+
+def _checked_endpoint(endpoint: str, info: ValidationInfo) -> str:
+    check_endpoint(endpoint)
+    if endpoint.startswith("tcp://") and info.data.get("insecure") is False:
+        whom = "every process of this host" if is_loopback(endpoint) else "everyone who can reach it"
+        raise ValueError(
+            f"{endpoint!r} would let {whom} publish weights: this release has no authentication over tcp."
+            " Set ingest.insecure: true if your network keeps strangers out (needed for loopback too),"
+            " or use ipc://, which file permissions protect"
+        )
+    return endpoint
+
+
+class ArenaConfig(Section):
+    """The arena: the host memory that holds every version on this node."""
+
+    size_bytes: Bytes = Field(
+        default=4 * GIB,
+        ge=MIB,
+        le=64 * TIB,
+        description="Taken whole at start. Twice a model's weights allow one version to be received while "
+        "another is served and restored from; three times keep a previous one for rollback as well.",
+    )
+    prefault_threads: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Threads that touch every page at start, so that no trainer waits for it. 0: one a core, "
+        "at most 16.",
+    )
+
+    @property
+    def prefault_thread_count(self) -> int:
+        """Threads to start: ``prefault_threads``, with 0 resolved for this process's cores."""
+        return self.prefault_threads or min(16, len(os.sched_getaffinity(0)))
+
+
+class IngestConfig(Section):
+    """How trainers reach the daemon, and what they may send."""
+
+    insecure: bool = Field(
+        default=False,
+        description="Allow tcp endpoints, which have neither authentication nor encryption in this release: "
+        "whoever reaches one can replace the weights that are served.",
+    )
+    listen: tuple[Annotated[str, AfterValidator(_checked_endpoint)], ...] = Field(
+        default=(),
+        description="Endpoints for trainers besides ipc://<runtime_dir>/front.sock, which is always there. "
+        'tcp://ADDRESS:PORT or ipc:///PATH, for example ["tcp://0.0.0.0:5555"]; tcp needs insecure: true.',
+    )
+    credits: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Chunks that a trainer rank may have unacknowledged over ZeroMQ: with chunk_bytes, this "
+        "bounds the memory of the daemon that one rank can fill.",
+    )
+    chunk_bytes: Bytes = Field(
+        default=4 * MIB,
+        ge=4 * KIB,
+        le=64 * MIB,
+        description="Largest chunk over ZeroMQ. 1MiB to 4MiB is fastest.",
+    )
+    landing_credits: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Places in the landing ring, the shared memory of a trainer rank on the same host.",
+    )
+    landing_chunk_bytes: Bytes = Field(
+        default=4 * MIB, ge=4 * KIB, le=GIB, description="Size of one place in the landing ring."
+    )
+    copy_threads: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Threads that copy chunks into the arena and compute digests. 0: one a core, at most 4.",
+    )
+    max_tensors: int = Field(
+        default=1_000_000,
+        ge=1,
+        le=10_000_000,
+        description="Most shards that one rank may contribute to a version.",
+    )
+    max_trainers: int = Field(
+        default=1024, ge=1, le=65_536, description="Most trainer ranks that may be connected at once."
+    )
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _split_list(cls, value: object) -> object:
+        """Take "a,b" for a list, since an environment variable has no other way to be one."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @property
+    def copy_thread_count(self) -> int:
+        """Threads to start: ``copy_threads``, with 0 resolved for this process's cores."""
+        return self.copy_threads or min(4, len(os.sched_getaffinity(0)))
+
+
+class DeviceConfig(Section):
+    """The slots through which weights reach engine workers. They are taken on each GPU of this node."""
+
+    kind: Literal["shm"] = Field(default="shm", description="shm: shared memory, for engines on the CPU.")
+    gpus: int = Field(
+        default=1, ge=1, le=8, description="Sets of slots on a CPU host, as if each were a GPU."
+    )
+    slots: int = Field(
+        default=3,
+        ge=1,
+        le=64,
+        description="Slots a GPU. Three let copies from the host, copies between GPUs and loads run at once.",
+    )
+    slot_bytes: Bytes = Field(
+        default=256 * MIB,
+        ge=4 * KIB,
+        le=16 * GIB,
+        description=f"Size of a slot, a multiple of {ALIGNMENT_BYTES}. A larger tensor travels in several.",
+    )
+
+    @field_validator("slot_bytes")
+    @classmethod
+    def _aligned(cls, value: int) -> int:
+        if value % ALIGNMENT_BYTES:
+            below = value - value % ALIGNMENT_BYTES
+            raise ValueError(
+                f"{value} is not a multiple of {ALIGNMENT_BYTES}; write {below} or {below + ALIGNMENT_BYTES}"
+            )
+        return value
+
+
+class RetentionConfig(Section):
+    """What is kept once a newer version is live."""
+
+    versions: int = Field(
+        default=1,
+        ge=0,
+        le=1000,
+        description="Previous versions of each model kept for rollback, room permitting.",
+    )
+
+
+class LogConfig(Section):
+    """What the daemon says of itself, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least important events that are written."
+    )
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto: console on a terminal, json elsewhere."
+    )
+
+
+class Config(Section):
+    """All settings of one daemon."""
+
+    runtime_dir: Path = Field(
+        default_factory=default_runtime_dir,
+        description="Holds the daemon's sockets; one daemon a directory. Default: /run/cpe for root and "
+        "where it exists, else $XDG_RUNTIME_DIR/cpe, else /tmp/cpe-<uid>.",
+    )
+    node: str = Field(
+        default_factory=socket.gethostname,
+        min_length=1,
+        max_length=255,
+        description="Name of this node in logs and to engines. Default: the host's name.",
+    )
+    arena: ArenaConfig = Field(default_factory=ArenaConfig)
+    ingest: IngestConfig = Field(default_factory=IngestConfig)
+    device: DeviceConfig = Field(default_factory=DeviceConfig)
+    retention: RetentionConfig = Field(default_factory=RetentionConfig)
+    deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @field_validator("runtime_dir")
+    @classmethod
+    def _usable_runtime_dir(cls, value: Path) -> Path:
+        check_runtime_dir(value)
+        return value
+
+    @field_validator("ingest")
+    @classmethod
+    def _distinct_endpoints(cls, value: IngestConfig, info: ValidationInfo) -> IngestConfig:
+        front = f"ipc://{info.data.get('runtime_dir')}/{FRONT_SOCKET}"
+        endpoints = [front, *(endpoint for endpoint in value.listen if not endpoint.endswith(":0"))]
+        for endpoint in endpoints:
+            if endpoints.count(endpoint) > 1:
+                raise ValueError(f"listen names {endpoint} twice ({front} is always there); remove one")
+        return value
+
+    @property
+    def front_endpoint(self) -> str:
+        """The endpoint that is always there."""
+        return f"ipc://{self.runtime_dir / FRONT_SOCKET}"
+
+    @property
+    def front_endpoints(self) -> tuple[str, ...]:
+        """Every endpoint for trainers and operators, as configured."""
+        return (self.front_endpoint, *self.ingest.listen)
+
+
+def settings() -> dict[tuple[str, ...], Any]:
+    """Return every setting's pydantic field by its path, such as ``("device", "slots")``; no sections."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found.update({(name, inner): entry for inner, entry in section.model_fields.items()})
+        else:
+            found[name,] = field
+    return found

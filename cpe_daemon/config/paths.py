@@ -1,0 +1,28 @@
+"""Where the daemon keeps its sockets when nobody says where, and what they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+SYSTEM_DIR: Final = Path("/run/cpe")
+FRONT_SOCKET: Final = "front.sock"
+"""Trainers and operators connect here; always there, whatever else is listened on."""
+
+
+def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where the daemon runs unless told otherwise, so that its clients look in the same place.
+
+    ``/run/cpe`` for root and wherever it exists (the systemd unit makes it), else ``$XDG_RUNTIME_DIR/cpe``,
+    else ``/tmp/cpe-<uid>``.
+    """
+    environ = os.environ if environ is None else environ
+    uid = os.getuid()
+    if uid == 0 or SYSTEM_DIR.is_dir():
+        return SYSTEM_DIR
+    personal = environ.get("XDG_RUNTIME_DIR", "")
+    if personal.startswith("/"):
+        return Path(personal) / "cpe"
+    return Path(f"/tmp/cpe-{uid}")  # noqa: S108 - the daemon refuses it unless it owns it
