@@ -15,11 +15,13 @@ from cpe_daemon.config.model import (
     LogConfig,
     RetentionConfig,
 )
-from cpe_daemon.config.paths import FRONT_SOCKET, default_runtime_dir
+from cpe_daemon.config.paths import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, default_runtime_dir
 from cpe_daemon.config.render import annotated_default, effective
 
 __all__ = [
+    "ENGINES_SOCKET",
     "FRONT_SOCKET",
+    "HANDOFF_SOCKET",
     "ArenaConfig",
     "Config",
     "DeadlinesConfig",

@@ -20,9 +20,7 @@ class DeadlinesConfig(Section):
         default=10.0,
         description="A client that has connected introduces itself; an engine gets all its workers.",
     )
-    heartbeat_interval_seconds: Deadline = Field(
-        default=1.0, description="Clients say that they are alive this often."
-    )
+    heartbeat_interval_seconds: Deadline = Field(default=1.0, description="Clients say that they are alive this often.")
     heartbeat_lost_seconds: Deadline = Field(
         default=10.0, description="A client that is silent for so long is gone. At least twice the interval."
     )
@@ -33,17 +31,11 @@ class DeadlinesConfig(Section):
         default=1800.0,
         description="A version is received whole, from the first rank's manifest to the last seal.",
     )
-    reserve_seconds: Deadline = Field(
-        default=60.0, description="The arena makes room for a rank's contribution."
-    )
+    reserve_seconds: Deadline = Field(default=60.0, description="The arena makes room for a rank's contribution.")
     pause_seconds: Deadline = Field(default=60.0, description="An engine stops serving.")
-    begin_seconds: Deadline = Field(
-        default=30.0, description="An engine's workers are ready for the first bucket."
-    )
+    begin_seconds: Deadline = Field(default=30.0, description="An engine's workers are ready for the first bucket.")
     bucket_seconds: Deadline = Field(default=60.0, description="Every worker loads one bucket.")
-    finish_seconds: Deadline = Field(
-        default=120.0, description="An engine post-processes and verifies its weights."
-    )
+    finish_seconds: Deadline = Field(default=120.0, description="An engine post-processes and verifies its weights.")
     resume_seconds: Deadline = Field(default=30.0, description="An engine serves again.")
     abort_seconds: Deadline = Field(default=10.0, description="Workers let go of a round that has failed.")
     restore_attempts: int = Field(
@@ -52,9 +44,7 @@ class DeadlinesConfig(Section):
         le=10,
         description="Tries to give an engine the last good version after a fault. Then it stays paused.",
     )
-    drain_seconds: Deadline = Field(
-        default=20.0, description="What is in flight ends by itself when the daemon stops."
-    )
+    drain_seconds: Deadline = Field(default=20.0, description="What is in flight ends by itself when the daemon stops.")
 
     @field_validator("heartbeat_lost_seconds")
     @classmethod

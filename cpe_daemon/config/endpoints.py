@@ -75,9 +75,7 @@ def _check_tcp(endpoint: str, rest: str) -> None:
 
 def _is_ipv4(address: str) -> bool:
     octets = address.split(".")
-    return len(octets) == _OCTETS and all(
-        part.isascii() and part.isdigit() and int(part) <= 255 for part in octets
-    )
+    return len(octets) == _OCTETS and all(part.isascii() and part.isdigit() and int(part) <= 255 for part in octets)
 
 
 def _check_ipc(endpoint: str, path: str) -> None:
@@ -90,6 +88,4 @@ def _check_ipc(endpoint: str, path: str) -> None:
         raise ValueError(f"{endpoint!r} needs an absolute path, as in ipc:///run/cpe/trainers.sock")
     length = len(path.encode())
     if length > SOCKET_PATH_BYTES:
-        raise ValueError(
-            f"{endpoint!r}: the path has {length} bytes; a unix socket allows {SOCKET_PATH_BYTES}"
-        )
+        raise ValueError(f"{endpoint!r}: the path has {length} bytes; a unix socket allows {SOCKET_PATH_BYTES}")

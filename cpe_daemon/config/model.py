@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.endpoints import check_endpoint, check_runtime_dir, is_loopback
-from cpe_daemon.config.paths import FRONT_SOCKET, default_runtime_dir
+from cpe_daemon.config.paths import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, default_runtime_dir
 from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Section
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 
@@ -46,13 +46,13 @@ class ArenaConfig(Section):
         ge=0,
         le=256,
         description="Threads that touch every page at start, so that no trainer waits for it. 0: one a core, "
-        "at most 16.",
+        "at most 8.",
     )
 
     @property
     def prefault_thread_count(self) -> int:
         """Threads to start: ``prefault_threads``, with 0 resolved for this process's cores."""
-        return self.prefault_threads or min(16, len(os.sched_getaffinity(0)))
+        return self.prefault_threads or min(8, len(os.sched_getaffinity(0)))
 
 
 class IngestConfig(Section):
@@ -124,9 +124,7 @@ class DeviceConfig(Section):
     """The slots through which weights reach engine workers. They are taken on each GPU of this node."""
 
     kind: Literal["shm"] = Field(default="shm", description="shm: shared memory, for engines on the CPU.")
-    gpus: int = Field(
-        default=1, ge=1, le=8, description="Sets of slots on a CPU host, as if each were a GPU."
-    )
+    gpus: int = Field(default=1, ge=1, le=8, description="Sets of slots on a CPU host, as if each were a GPU.")
     slots: int = Field(
         default=3,
         ge=1,
@@ -203,11 +201,14 @@ class Config(Section):
     @field_validator("ingest")
     @classmethod
     def _distinct_endpoints(cls, value: IngestConfig, info: ValidationInfo) -> IngestConfig:
-        front = f"ipc://{info.data.get('runtime_dir')}/{FRONT_SOCKET}"
-        endpoints = [front, *(endpoint for endpoint in value.listen if not endpoint.endswith(":0"))]
-        for endpoint in endpoints:
-            if endpoints.count(endpoint) > 1:
-                raise ValueError(f"listen names {endpoint} twice ({front} is always there); remove one")
+        taken = {
+            f"ipc://{info.data.get('runtime_dir')}/{name}" for name in (FRONT_SOCKET, ENGINES_SOCKET, HANDOFF_SOCKET)
+        }
+        for endpoint in value.listen:
+            if endpoint in taken:
+                raise ValueError(f"listen names {endpoint}, which is there already; remove it")
+            if not endpoint.endswith(":0"):
+                taken.add(endpoint)
         return value
 
     @property

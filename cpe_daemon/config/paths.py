@@ -11,6 +11,12 @@ SYSTEM_DIR: Final = Path("/run/cpe")
 FRONT_SOCKET: Final = "front.sock"
 """Trainers and operators connect here; always there, whatever else is listened on."""
 
+ENGINES_SOCKET: Final = "engines.sock"
+"""Engine workers attach here."""
+
+HANDOFF_SOCKET: Final = "handoff.sock"
+"""Memory is handed to processes of this host here."""
+
 
 def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return where the daemon runs unless told otherwise, so that its clients look in the same place.

@@ -83,6 +83,8 @@ def lay_flags(layer: Layer, overrides: Mapping[str, object], known: Iterable[tup
         where = f"--set {dotted}"
         if dotted in names:
             layer.set(names[dotted], value, where)
+        elif inside := [name for name in names if name.startswith(f"{dotted}.")]:
+            layer.problems.append(Problem(where, "", f"names a section; set {', '.join(inside)}"))
         else:
             layer.problems.append(Problem(where, "", f"names no setting{did_you_mean(dotted, names)}"))
 

@@ -48,13 +48,9 @@ def parse_bytes(value: object) -> int:
         unit = "b"
     if unit in {"k", "m", "g", "t"}:
         binary, decimal = f"{unit.upper()}iB", f"{unit.upper()}B"
-        raise ValueError(
-            f"{value!r} is ambiguous; write {binary} (powers of 1024) or {decimal} (powers of 1000)"
-        )
+        raise ValueError(f"{value!r} is ambiguous; write {binary} (powers of 1024) or {decimal} (powers of 1000)")
     if unit not in _BYTES:
-        raise ValueError(
-            f"{value!r} has no unit that is known here; use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
-        )
+        raise ValueError(f"{value!r} has no unit that is known here; use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB")
     nbytes = number * _BYTES[unit]
     if nbytes.denominator != 1:
         raise ValueError(f"{value!r} is not a whole number of bytes")
@@ -70,9 +66,7 @@ def parse_seconds(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, str):
-        raise ValueError(
-            f"{value!r} is not a duration; write seconds, or a number with a unit, such as 500ms"
-        )
+        raise ValueError(f"{value!r} is not a duration; write seconds, or a number with a unit, such as 500ms")
     number, unit = _split(value, "duration", "30s")
     if (unit or "s") not in _SECONDS:
         raise ValueError(f"{value!r} has no unit that is known here; use ms, s, m or h")

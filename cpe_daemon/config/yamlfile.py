@@ -92,9 +92,7 @@ class _Reader:
         if node.tag == f"{_TAG}timestamp":
             return str(node.value)
         if node.tag not in _SCALARS:
-            self._report(
-                node, key, f"has the tag {node.tag.replace(_TAG, '!!')}, which nothing here needs; remove it"
-            )
+            self._report(node, key, f"has the tag {node.tag.replace(_TAG, '!!')}, which nothing here needs; remove it")
             return str(node.value)
         try:
             return self._constructor.construct_object(node)

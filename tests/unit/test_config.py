@@ -229,6 +229,11 @@ def test_file_is_refused_with_its_line(text: str, line: str, tmp_path: Path) -> 
     assert re.fullmatch(line, lines[0]), lines
 
 
+def test_flag_for_a_section_names_its_settings() -> None:
+    with pytest.raises(ConfigError, match=r"--set arena: names a section; set arena.size_bytes, arena.pre"):
+        load_config(environ={}, overrides={"arena": "4GiB"})
+
+
 def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml", environ={})
@@ -303,8 +308,9 @@ def test_tcp_needs_insecure_even_on_loopback(endpoint: str, whom: str, tmp_path:
 
 
 def test_endpoint_named_twice_is_refused() -> None:
-    for listen in (["ipc:///run/x/front.sock"], ["ipc:///run/y.sock", "ipc:///run/y.sock"]):
-        with pytest.raises(ConfigError, match="twice"):
+    own = [[f"ipc:///run/x/{name}.sock"] for name in ("front", "engines", "handoff")]
+    for listen in (*own, ["ipc:///run/y.sock", "ipc:///run/y.sock"]):
+        with pytest.raises(ConfigError, match="there already"):
             load_config(environ={}, overrides={"runtime_dir": "/run/x", "ingest.listen": listen})
 
 
