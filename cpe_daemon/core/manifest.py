@@ -87,7 +87,9 @@ def check_shard(shard: Shard) -> None:
     if len(shard.shape) > MAX_DIMS or any(extent < 0 for extent in shard.shape):
         raise ManifestError(f"tensor {name}: impossible shape {list(shard.shape)}")
     if math.prod(shard.shape) * size > MAX_TENSOR_BYTES:
-        raise ManifestError(f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes")
+        raise ManifestError(
+            f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes"
+        )
     if shard.start is None and shard.local_shape is None:
         return
     start, local = shard.box
@@ -96,7 +98,9 @@ def check_shard(shard: Shard) -> None:
         for first, count, extent in zip(start, local, shard.shape, strict=True)
     )
     if not inside:
-        raise ManifestError(f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}")
+        raise ManifestError(
+            f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}"
+        )
 
 
 def merge(

@@ -59,13 +59,15 @@ class Dealer:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
-    def send(self, message: Message, *frames: bytes | memoryview, timeout: float = 5.0) -> None:
+    def send(self, message: Message, *frames: bytes | memoryview | zmq.Frame, timeout: float = 5.0) -> None:
         """Send a message and its bulk frames, waiting up to ``timeout`` seconds for a connection and room.
+
+        Bytes are copied at once; a `zmq.Frame` made with ``copy=False`` is sent from the memory that it views.
 
         Raises:
             PeerLostError: the daemon did not take it in time.
         """
-        parts: list[bytes | memoryview] = [encode(message), *frames]
+        parts: list[bytes | memoryview | zmq.Frame] = [encode(message), *frames]
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -76,7 +78,7 @@ class Dealer:
                     raise PeerLostError(
                         f"the daemon at {self.endpoint} took no message for {timeout:g} s; is it running there?"
                     ) from None
-                self._socket.poll(min(left, 1.0) * 1000, zmq.POLLOUT)
+                self._socket.poll(int(min(left, 1.0) * 1000) + 1, zmq.POLLOUT)
             else:
                 return
 
@@ -86,8 +88,8 @@ class Dealer:
         Raises:
             ProtocolError: the daemon sent something that is no message of this conversation.
         """
-        if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            self._poller.poll(max(timeout, 0.0) * 1000)
+        if not self._socket.poll(0, zmq.POLLIN):
+            self._poller.poll(int(max(timeout, 0.0) * 1000))
             self._clear_wake()
         try:
             parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import structlog
+from typing import Any, Final
 
 from cpe_daemon.errors import ConfigError, PeerLostError, ProtocolError
 
-log = structlog.get_logger(__name__)
+# Not structlog: trainers and engines import this module for `claim`, and their environments do not have it.
+log = logging.getLogger(__name__)
 
 _GREETING: Final = b"cpe-fd1:"
 _TOKEN_BYTES: Final = 32
 _REQUEST_BYTES: Final = len(_GREETING) + _TOKEN_BYTES
 _REPLY: Final = b"\x01"
 _CLAIM_SECONDS: Final = 5.0
+_RETRY_SECONDS: Final = 0.5
 _SOCKET_MODE: Final = 0o660
 _MAX_CLAIMING: Final = 64
 
@@ -48,7 +49,11 @@ class HandoffServer:
     """
 
     def __init__(
-        self, path: Path, tasks: asyncio.TaskGroup, *, on_protocol_error: Callable[[str], None] = lambda name: None
+        self,
+        path: Path,
+        tasks: asyncio.TaskGroup,
+        *,
+        on_protocol_error: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.path = path
         self._tasks = tasks
@@ -91,7 +96,7 @@ class HandoffServer:
         if offer is not None:
             os.close(offer.fd)
 
-    def _spawn(self, work: asyncio._CoroutineLike[None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -99,7 +104,12 @@ class HandoffServer:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._socket)
+            try:
+                connection, _ = await loop.sock_accept(self._socket)
+            except OSError as error:  # out of descriptors: those who wait are served when some come free
+                log.warning("handoff.accept_failed: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
             if self._claiming >= _MAX_CLAIMING:
                 connection.close()
                 continue
@@ -120,7 +130,7 @@ class HandoffServer:
                     continue  # nothing is said on a tether; only its end means something
         except (ProtocolError, TimeoutError, OSError) as error:
             self._on_protocol_error("handoff")
-            log.debug("handoff.refused", reason=str(error))
+            log.debug("handoff.refused", extra={"reason": str(error)})
         finally:
             connection.close()
             if offer is not None:
@@ -150,7 +160,18 @@ class Tether:
     """The client's end of a hand-off: keep it open as long as the descriptor's purpose lives."""
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
         self._connection = connection
+
+    @property
+    def cut(self) -> bool:
+        """Whether the daemon's end is closed: it ended, or let go of this process. Costs one system call."""
+        try:
+            return not self._connection.recv(64)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Let go; the daemon notices."""

@@ -63,6 +63,7 @@ class Router:
         self._scheduled = False
         self._paths: list[Path] = []
         self._socket = context.socket(zmq.ROUTER)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
         for option, value in (
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.ROUTER_HANDOVER, 1),
@@ -99,13 +100,13 @@ class Router:
     def start(self) -> None:
         """Begin to take messages, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._loop.add_reader(self._fd, self._drain)
         self._drain()
 
     def close(self) -> None:
         """Stop, and remove the socket files."""
         if self._loop is not None:
-            self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+            self._loop.remove_reader(self._fd)
             self._loop = None
         self._socket.close()
         for path in self._paths:

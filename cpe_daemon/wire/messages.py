@@ -218,22 +218,29 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
 
 
 class StepDone(Message, frozen=True, tag="step_done"):
-    """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it."""
+    """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
+
+    ``touched`` answers an `Abort`: the worker's weights may be a mixture now.
+    """
 
     round: int
     step: str
     seq: int = 0
     seconds: float = 0.0
+    touched: bool = False
 
 
 class StepFailed(Message, frozen=True, tag="step_failed"):
-    """A worker could not carry out a step. ``touched``: its weights may be a mixture now."""
+    """A worker could not carry out a step."""
 
     round: int
     step: str
     error: ErrorInfo
     seq: int = 0
-    touched: bool = True
+
+
+class WorkerBye(Message, frozen=True, tag="worker_bye"):
+    """A worker detaches on purpose; its engine is forgotten with its last worker."""
 
 
 # --- daemon -> engine worker -----------------------------------------------------------------------------------------
@@ -320,17 +327,13 @@ class Resume(Message, frozen=True, tag="resume"):
     content: VersionId | None = None
 
 
-FrontMessage = (
-    TrainerHello | OpenVersion | ManifestPart | Chunk | Seal | Abandon | Watch | Ping | StatusRequest
-)
+FrontMessage = TrainerHello | OpenVersion | ManifestPart | Chunk | Seal | Abandon | Watch | Ping | StatusRequest
 """What the daemon's front door takes, from trainers and operators."""
 
-FrontReply = (
-    TrainerWelcome | VersionOpened | ChunkDone | VersionStatus | StatusReply | Pong | ErrorReply
-)
+FrontReply = TrainerWelcome | VersionOpened | ChunkDone | VersionStatus | StatusReply | Pong | ErrorReply
 """What a trainer or an operator gets."""
 
-WorkerMessage = WorkerHello | StepDone | StepFailed | Ping
+WorkerMessage = WorkerHello | StepDone | StepFailed | WorkerBye | Ping
 """What engine workers send."""
 
 WorkerCommand = WorkerWelcome | Pause | Begin | Load | Finish | Abort | Resume | Pong | ErrorReply

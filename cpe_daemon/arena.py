@@ -1,0 +1,92 @@
+"""The arena: one sealed region of host memory from which every version's extents are cut.
+
+Owns the region and the map of its free bytes; refuses what does not fit. Which version holds which extent, and for how
+long, the catalogue (`cpe_daemon.versions`) knows. No trainer ever maps the region.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from cpe_daemon.core.extents import Extent, ExtentAllocator
+from cpe_daemon.devices.memory import SharedMemory
+
+_PREFAULT_BYTES: Final = 64 << 20
+
+
+class Arena:
+    """A region of ``nbytes``, mapped once for the life of the daemon. Extents are the event loop's business alone.
+
+    Raises:
+        ConfigError: the region cannot be mapped.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = SharedMemory.create("cpe-arena", nbytes)
+        self._extents = ExtentAllocator(nbytes)
+        self.nbytes = nbytes
+        self.prefaulted_bytes = 0
+
+    @property
+    def address(self) -> int:
+        """Of the first byte, in this process."""
+        return self._memory.address
+
+    @property
+    def view(self) -> memoryview:
+        """All bytes."""
+        return self._memory.view
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in no extent."""
+        return self._extents.free_bytes
+
+    @property
+    def largest_free_bytes(self) -> int:
+        """Bytes of the largest free run, the largest extent that fits."""
+        return self._extents.largest_free_bytes
+
+    async def prefault(self, threads: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Have the kernel provide every page, several ranges at a time, off the loop.
+
+        Args:
+            threads: how many ranges at a time.
+            progress: called on the loop with (bytes done, bytes in all).
+
+        Raises:
+            ConfigError: the host has not enough memory.
+        """
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(threads, "cpe-prefault") as pool:
+
+            async def fault(offset: int) -> None:
+                nbytes = min(_PREFAULT_BYTES, self.nbytes - offset)
+                await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
+                self.prefaulted_bytes += nbytes
+                progress(self.prefaulted_bytes, self.nbytes)
+
+            await asyncio.gather(*(fault(offset) for offset in range(0, self.nbytes, _PREFAULT_BYTES)))
+
+    def reserve(self, nbytes: int) -> Extent:
+        """Cut an extent.
+
+        Raises:
+            ArenaFullError: no free run is large enough; names need and free bytes.
+        """
+        return self._extents.allocate(nbytes)
+
+    def release(self, extent: Extent) -> None:
+        """Give an extent back. Nobody may read or write it any more.
+
+        Raises:
+            MisuseError: it is not reserved.
+        """
+        self._extents.free(extent)
+
+    def close(self) -> None:
+        """Unmap the region."""
+        self._memory.close()

@@ -1,0 +1,61 @@
+"""What a plugin's two halves agree on: the steps of a round as an engine goes through them.
+
+The daemon's half of a plugin is a `Driver`, found by the entry-point group ``cpe_daemon.engines`` and made with the
+`Workers` of one engine. A torch engine's driver only passes the steps on; a server's driver (vLLM, SGLang) pauses and
+resumes it by its own API.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from cpe_daemon.core.types import VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a round is about to load: its number, the version, and how much is to come."""
+
+    round: int
+    version: VersionId
+    tensors: int
+    nbytes: int
+
+
+class Steps(Protocol):
+    """The steps of a round for one engine, in their order. Each raises `CpeError` if it fails or passes its deadline.
+
+    Between `begin` and `finish` buckets are loaded by the workers directly. `abort` may come after any step, and leaves
+    the engine paused; `resume` then follows only when it holds a whole version.
+    """
+
+    async def pause(self, round: int, seconds: float) -> None:
+        """Stop serving between two forward passes."""
+        ...
+
+    async def begin(self, update: Update, seconds: float) -> None:
+        """Make ready to load buckets."""
+        ...
+
+    async def finish(self, round: int, seconds: float) -> None:
+        """Post-process, and check that every tensor was consumed."""
+        ...
+
+    async def abort(self, round: int, reason: str, seconds: float) -> bool:
+        """Forget the round; return whether the engine's weights may be a mixture now."""
+        ...
+
+    async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
+        """Serve again; the engine holds ``content`` (None: what it started with)."""
+        ...
+
+
+class Workers(Steps, Protocol):
+    """The steps, as messages to all workers of an engine at once."""
+
+
+class Driver(Steps, Protocol):
+    """The daemon's half of a plugin, for one engine."""
+
+    def __init__(self, engine: str, workers: Workers) -> None: ...

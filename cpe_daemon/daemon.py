@@ -1,0 +1,318 @@
+"""The composition root: builds the parts, runs them in one TaskGroup, and takes them down in order.
+
+The only module that names a concrete device or transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import zmq
+
+from cpe_daemon import __version__
+from cpe_daemon.arena import Arena
+from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.shm import ShmDevice
+from cpe_daemon.engines.drivers import load_drivers
+from cpe_daemon.engines.registry import Registry
+from cpe_daemon.errors import ConfigError
+from cpe_daemon.ingest.ingest import Ingest
+from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.links.handoff import HandoffServer
+from cpe_daemon.links.router import Router
+from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.status import (
+    arena_status,
+    device_status,
+    engine_status,
+    states,
+    trainer_status,
+    version_status,
+)
+from cpe_daemon.versions import Catalogue
+from cpe_daemon.wire.codec import MAX_HEADER_BYTES
+from cpe_daemon.wire.messages import PROTOCOL, FrontMessage, StatusReply, StatusRequest, WorkerMessage
+
+log = structlog.get_logger(__name__)
+
+_FRONT_QUEUE: Final = 256
+_ENGINES_QUEUE: Final = 4096
+
+
+async def serve(config: Config, *, ready: Callable[[], None] | None = None) -> None:
+    """Run a daemon until SIGTERM or SIGINT.
+
+    Args:
+        config: its settings.
+        ready: called when sockets are bound and the arena stands.
+
+    Raises:
+        ConfigError: it cannot start with these settings; says why. Nothing is left behind.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        with RuntimeDirectory(config.runtime_dir):
+            async with asyncio.TaskGroup() as tasks:
+                daemon = Daemon(config, tasks)
+                try:
+                    await daemon.start()
+                    if ready is not None:
+                        ready()
+                    await stop.wait()
+                    await daemon.drain()
+                finally:
+                    await daemon.close()
+    except* ConfigError as group:
+        raise group.exceptions[0] from None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+class RuntimeDirectory:
+    """The directory of a daemon's sockets, owned by one live process at a time.
+
+    Raises:
+        ConfigError: it cannot be made, or another daemon owns it (which is left unharmed).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = -1
+
+    def __enter__(self) -> RuntimeDirectory:
+        try:
+            self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise ConfigError(
+                f"another daemon (pid {owner}) runs on {self.path}; give this one its own runtime_dir"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot use runtime directory {self.path}: {error}") from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        for name in (FRONT_SOCKET, ENGINES_SOCKET, HANDOFF_SOCKET):
+            (self.path / name).unlink(missing_ok=True)  # of a daemon that was killed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+
+class Daemon:
+    """All parts of one daemon. Every method belongs to the event loop.
+
+    Args:
+        config: its settings.
+        tasks: owns everything that runs in the background.
+    """
+
+    def __init__(self, config: Config, tasks: asyncio.TaskGroup) -> None:
+        self._config = config
+        self._tasks = tasks
+        self._running: list[asyncio.Task[None]] = []
+        self._started_at = time.monotonic()
+        self._endpoints: list[str] = []
+        self.generation = secrets.token_hex(8)
+        self.metrics = Metrics()
+        runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
+        self.arena = Arena(config.arena.size_bytes)
+        self.catalogue = Catalogue(self.arena, retain=config.retention.versions, clock=time.monotonic)
+        self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
+        self.device = ShmDevice(
+            gpus=config.device.gpus,
+            slot_count=config.device.slots,
+            slot_bytes=config.device.slot_bytes,
+            source=self.arena.address,
+            offer=self.handoff.offer,
+        )
+        self._pool = ThreadPoolExecutor(config.ingest.copy_thread_count, "cpe-copy")
+        self.trainers = Trainers(
+            config=config,
+            generation=self.generation,
+            boot_id=_boot_id(),
+            handoff=self.handoff,
+            metrics=self.metrics,
+            clock=time.monotonic,
+        )
+        self.ingest = Ingest(
+            config=config,
+            trainers=self.trainers,
+            catalogue=self.catalogue,
+            arena=self.arena,
+            pool=self._pool,
+            tasks=tasks,
+            metrics=self.metrics,
+            clock=time.monotonic,
+        )
+        self.registry = Registry(
+            config=config,
+            generation=self.generation,
+            device=self.device,
+            handoff=str(self.handoff.path),
+            drivers=load_drivers(),
+            live=self._live,
+            clock=time.monotonic,
+        )
+        self.pusher = Pusher(
+            config=config,
+            catalogue=self.catalogue,
+            registry=self.registry,
+            device=self.device,
+            metrics=self.metrics,
+            clock=time.monotonic,
+        )
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
+        self._front = Router(
+            "front",
+            self._context,
+            accepts=FrontMessage,
+            handlers={**self.trainers.handlers(), **self.ingest.handlers(), StatusRequest: self._on_status},
+            max_frame_bytes=largest,
+            queue=_FRONT_QUEUE,
+            on_protocol_error=count_error,
+        )
+        self._engines = Router(
+            "engines",
+            self._context,
+            accepts=WorkerMessage,
+            handlers=self.registry.handlers(),
+            max_frame_bytes=MAX_HEADER_BYTES,
+            queue=_ENGINES_QUEUE,
+            on_protocol_error=count_error,
+        )
+
+    async def start(self) -> None:
+        """Provide the memory, then open the doors.
+
+        Raises:
+            ConfigError: the memory or an endpoint cannot be had.
+        """
+        threads = self._config.arena.prefault_threads or min(8, os.cpu_count() or 1)
+        await self.arena.prefault(threads, _log_progress())
+        await self.device.open()
+        self.metrics.arena_size.set(self.arena.nbytes)
+        self.trainers.connect(self._front)
+        self.registry.connect(self._engines)
+        runtime = self._config.runtime_dir
+        for endpoint in (f"ipc://{runtime / FRONT_SOCKET}", *self._config.ingest.listen):
+            self._endpoints.append(self._front.bind(endpoint))
+        self._endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
+        self.handoff.start()
+        self._front.start()
+        self._engines.start()
+        self._spawn(self.pusher.run())
+        self._spawn(self._watch_clock())
+        log.info(
+            "daemon.ready",
+            version=__version__,
+            pid=os.getpid(),
+            generation=self.generation,
+            endpoints=self._endpoints,
+        )
+
+    async def drain(self) -> None:
+        """Let a round that is in flight end by itself, for a bounded time."""
+        log.info("daemon.draining")
+        try:
+            async with asyncio.timeout(self._config.deadlines.drain_seconds):
+                await self.pusher.drain()
+        except TimeoutError:
+            log.warning("daemon.drain_timed_out", seconds=self._config.deadlines.drain_seconds)
+
+    async def close(self) -> None:
+        """Close the doors and give the memory back."""
+        for task in self._running:
+            task.cancel()
+        self.trainers.close()
+        self._front.close()
+        self._engines.close()
+        self.handoff.close()
+        await asyncio.to_thread(self._pool.shutdown)
+        await self.device.close()
+        self.arena.close()
+        self._context.term()
+        log.info("daemon.stopped")
+
+    def status(self) -> dict[str, Any]:
+        """The state of everything, as plain values."""
+        now = time.monotonic()
+        self.metrics.arena_free.set(self.arena.free_bytes)
+        self.metrics.set_engines(states(self.registry))
+        return {
+            "daemon": {
+                "version": __version__,
+                "node": self._config.node,
+                "pid": os.getpid(),
+                "generation": self.generation,
+                "uptime_seconds": now - self._started_at,
+                "protocol": PROTOCOL,
+                "endpoints": self._endpoints,
+            },
+            "arena": arena_status(self.arena),
+            "device": device_status(self.device),
+            "versions": [version_status(version, now) for version in self.catalogue],
+            "engines": [engine_status(engine) for engine in self.registry],
+            "trainers": [trainer_status(session) for session in self.trainers],
+            "counters": {
+                **self.metrics.snapshot(),
+                "unknown_fields": self._front.unknown_fields + self._engines.unknown_fields,
+            },
+        }
+
+    def _on_status(self, peer: bytes, _: StatusRequest, __: object) -> None:
+        self._front.send(peer, StatusReply(self.status()))
+
+    def _live(self, model: str) -> VersionId | None:
+        live = self.catalogue.live(model)
+        return live.id if live else None
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._running.append(self._tasks.create_task(work))
+
+    async def _watch_clock(self) -> None:
+        """Look at every wait for a peer, at the heartbeat's pace."""
+        while True:
+            await asyncio.sleep(self._config.deadlines.heartbeat_interval_seconds)
+            self.trainers.drop_silent()
+            self.registry.drop_silent()
+            self.ingest.fail_stalled()
+
+
+def _boot_id() -> str:
+    """Equal for all processes of this host, until it restarts."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """Log the prefault at every tenth of the way."""
+    said = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        tenth = done * 10 // max(total, 1)
+        if tenth > said:
+            said = tenth
+            log.info("arena.prefault", percent=tenth * 10, done_bytes=done, size_bytes=total)
+
+    return progress

@@ -1,0 +1,42 @@
+"""The Device protocol: what the push pipeline asks of the node's accelerators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cpe_daemon.core.plan import Copy, PeerCopy, Topology
+from cpe_daemon.wire.messages import SlotSet
+
+
+class Device(Protocol):
+    """The slots of every GPU of a node, and the two kinds of copies that fill them.
+
+    GPUs are named by their index in ``topology.gpus``. `fetch` and `exchange` may be called for several slots at once;
+    each GPU carries them out in the order of the calls, the two kinds beside each other.
+    """
+
+    kind: str
+    topology: Topology
+    slot_count: int
+    slot_bytes: int
+
+    async def open(self) -> None:
+        """Allocate the slots."""
+        ...
+
+    async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        """Stage 1: copy from the arena into a slot. Returns when the bytes are there."""
+        ...
+
+    async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+        """Stage 2: complete a slot from the same slot of other GPUs. Returns when the bytes are there."""
+        ...
+
+    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
+        """Return what a worker needs to open a GPU's slots; ``on_gone`` is called when its process lets go or dies."""
+        ...
+
+    async def close(self) -> None:
+        """Free the slots."""
+        ...

@@ -1,0 +1,113 @@
+"""Shared memory without names: memfd regions that are sealed against resizing, mapped once, and passed as descriptors.
+
+Copies are plain `memmove` calls by address, which release the GIL; nothing here imports torch, so that the daemon of a
+CPU host does not either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from typing import Final
+
+from cpe_daemon.errors import ConfigError, PeerError
+
+_F_ADD_SEALS: Final = 1033
+_F_GET_SEALS: Final = 1034
+_F_SEAL_SEAL: Final = 0x1
+_F_SEAL_SHRINK: Final = 0x2
+_F_SEAL_GROW: Final = 0x4
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+_MADV_POPULATE_WRITE: Final = 23
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def copy(destination: int, source: int, nbytes: int) -> None:
+    """Copy ``nbytes`` between two addresses of this process. Releases the GIL; the caller vouches for both ranges."""
+    ctypes.memmove(destination, source, nbytes)
+
+
+def address_of(buffer: memoryview) -> int:
+    """Return the address of a writable, contiguous buffer; valid as long as the caller holds the buffer."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer.nbytes else 0
+
+
+class SharedMemory:
+    """One mapped memfd. `close` unmaps it; other processes' mappings of it live on.
+
+    Thread-safe in so far as disjoint ranges may be used by different threads.
+    """
+
+    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+        self.fd = fd
+        self.nbytes = len(mapping)
+        self.view = memoryview(mapping)
+        self._mapping = mapping
+        self.address = 0 if self.view.readonly else address_of(self.view)
+        """Of the first byte; 0 for a read-only mapping."""
+
+    @classmethod
+    def create(cls, name: str, nbytes: int) -> SharedMemory:
+        """Make a region of ``nbytes`` that nobody can resize. ``name`` shows in /proc only.
+
+        Raises:
+            ConfigError: the kernel refuses; says why.
+        """
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            return cls(fd, mmap.mmap(fd, nbytes))
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise ConfigError(f"cannot map {nbytes} bytes of memory for {name}: {error}") from None
+
+    @classmethod
+    def attach(cls, fd: int, nbytes: int, *, writable: bool) -> SharedMemory:
+        """Map a region that another process made; takes ownership of ``fd``.
+
+        Raises:
+            PeerError: it is not a region of at least ``nbytes`` sealed against shrinking.
+        """
+        try:
+            seals = fcntl.fcntl(fd, _F_GET_SEALS)
+            if os.fstat(fd).st_size < nbytes or not seals & _F_SEAL_SHRINK:
+                raise PeerError(f"the memory handed over is not a sealed region of {nbytes} bytes")
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            return cls(fd, mmap.mmap(fd, nbytes, prot=access))
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise PeerError(f"cannot map {nbytes} bytes that were handed over: {error}") from None
+        except PeerError:
+            os.close(fd)
+            raise
+
+    def seal_writes(self) -> None:
+        """Let later mappings be read-only; this process's own mapping stays writable."""
+        fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
+
+    def prefault(self, offset: int, nbytes: int) -> None:
+        """Have the kernel provide the pages of a range now: a first touch later costs ten times a warm copy. Blocking.
+
+        Raises:
+            ConfigError: there is not enough memory.
+        """
+        start = ctypes.c_void_p(self.address + offset)
+        if nbytes and _libc.madvise(start, ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINVAL:  # a kernel before 5.14: pages come at first touch
+                raise ConfigError(f"cannot provide {nbytes} bytes of memory: {os.strerror(code)}")
+
+    def close(self) -> None:
+        """Unmap and close. Views that others still hold keep the mapping until they are gone."""
+        self.view.release()
+        try:
+            self._mapping.close()
+        except BufferError:
+            return  # a tensor still looks at it: unmapped with the last one
+        finally:
+            os.close(self.fd)

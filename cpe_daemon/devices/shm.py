@@ -1,0 +1,95 @@
+"""The device of a CPU host: slots in shared memory, which engine processes map read-only.
+
+A "GPU" here is a set of slots; a host may have several, which makes every path of a multi-GPU node run on a laptop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.devices.memory import SharedMemory, copy
+from cpe_daemon.errors import ResourceError
+from cpe_daemon.wire.messages import SlotSet
+
+KIND: Final = "shm"
+
+
+class ShmDevice:
+    """Slots in memfds. Two threads a GPU: one fetches, one exchanges.
+
+    Args:
+        gpus: how many sets of slots.
+        slot_count: slots a set.
+        slot_bytes: size of a slot.
+        source: address of the arena's first byte.
+        offer: hands a descriptor to another process (`HandoffServer.offer`).
+    """
+
+    kind = KIND
+
+    def __init__(
+        self,
+        *,
+        gpus: int,
+        slot_count: int,
+        slot_bytes: int,
+        source: int,
+        offer: Callable[[int, Callable[[], None]], bytes],
+    ) -> None:
+        self.topology = Topology(gpus=tuple(Gpu(f"shm-{index}") for index in range(gpus)), peer_access=True)
+        self.slot_count = slot_count
+        self.slot_bytes = slot_bytes
+        self._source = source
+        self._offer = offer
+        self._sets: list[SharedMemory] = []
+        self._fetchers = [ThreadPoolExecutor(1, f"cpe-fetch-{index}") for index in range(gpus)]
+        self._exchangers = [ThreadPoolExecutor(1, f"cpe-peer-{index}") for index in range(gpus)]
+
+    async def open(self) -> None:
+        """Allocate and prefault all slots, sealed so that workers can only read them."""
+        loop = asyncio.get_running_loop()
+        for gpu, fetcher in zip(self.topology.gpus, self._fetchers, strict=True):
+            memory = SharedMemory.create(f"cpe-slots-{gpu.uuid}", self.slot_count * self.slot_bytes)
+            memory.seal_writes()
+            self._sets.append(memory)
+            await loop.run_in_executor(fetcher, memory.prefault, 0, memory.nbytes)
+
+    async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        """Copy from the arena into a slot, on the GPU's fetching thread."""
+        await asyncio.get_running_loop().run_in_executor(self._fetchers[gpu], self._fetch, gpu, slot, copies)
+
+    async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+        """Copy from the other sets' same slot, on the GPU's exchanging thread."""
+        await asyncio.get_running_loop().run_in_executor(self._exchangers[gpu], self._exchange, gpu, slot, copies)
+
+    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
+        """Offer a set of slots to one worker."""
+        token = self._offer(self._sets[gpu].fd, on_gone)
+        return SlotSet(KIND, self.topology.gpus[gpu].uuid, self.slot_count, self.slot_bytes, [token])
+
+    async def close(self) -> None:
+        """Stop the threads and unmap the slots; workers' mappings live on until they let go."""
+        for executor in (*self._fetchers, *self._exchangers):
+            await asyncio.to_thread(executor.shutdown)
+        for memory in self._sets:
+            memory.close()
+        self._sets.clear()
+
+    def _slot(self, gpu: int, slot: int) -> int:
+        return self._sets[gpu].address + slot * self.slot_bytes
+
+    def _fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        base = self._slot(gpu, slot)
+        for item in copies:
+            if item.origin:
+                raise ResourceError(f"bytes of {item.origin} are not on this node")
+            copy(base + item.slot_offset, self._source + item.address, item.nbytes)
+
+    def _exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+        base = self._slot(gpu, slot)
+        for item in copies:
+            copy(base + item.slot_offset, self._slot(item.gpu, slot) + item.slot_offset, item.nbytes)

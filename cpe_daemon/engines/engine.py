@@ -1,0 +1,127 @@
+"""One serving instance: its workers, its driver, and what is known of its weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from cpe_daemon.core.driver import Driver, Update
+from cpe_daemon.core.lifecycle import ENGINE_TABLE, EngineEvent, EngineState, advance
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.engines.worker import Step, Worker
+from cpe_daemon.errors import CpeError, PeerLostError
+from cpe_daemon.wire.messages import Abort, Begin, Finish, Pause, Resume, StepDone, WorkerHello
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """An engine from its first worker's hello. Belongs to the event loop.
+
+    Args:
+        hello: of its first worker; all others must agree with it.
+        make_driver: the plugin's daemon half.
+    """
+
+    def __init__(self, hello: WorkerHello, make_driver: Callable[[str, EngineWorkers], Driver]) -> None:
+        self.name = hello.engine
+        self.model = hello.model
+        self.kind = hello.kind
+        self.world_size = hello.world_size
+        self.workers: dict[int, Worker] = {}
+        self.state = EngineState.UNKNOWN
+        self.content: VersionId | None = None
+        self.error: CpeError | None = None
+        self.last_push_seconds = 0.0
+        self.driver: Driver = make_driver(self.name, EngineWorkers(self))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its workers are attached."""
+        return len(self.workers) == self.world_size
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves a version whole (or, before the first, what it started with)."""
+        return self.complete and self.state is EngineState.CURRENT
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether all its workers are here and may hold a mixture: it needs a version to serve again."""
+        return self.complete and self.state is EngineState.UNKNOWN
+
+    def takes(self, model: str) -> bool:
+        """Whether a model's versions are meant for it."""
+        return self.model in ("", model)
+
+    def change(self, event: EngineEvent, *, content: VersionId | None = None, error: CpeError | None = None) -> None:
+        """Apply an event; ``content`` is what it holds in a state that knows.
+
+        Raises:
+            LifecycleError: the event is illegal now.
+        """
+        self.state = advance(ENGINE_TABLE, self.state, event)
+        self.error = error
+        if self.state is EngineState.UPDATING:
+            self._mark(touched=True)
+        elif self.state is EngineState.CURRENT:
+            self.content = content
+            self._mark(touched=False)
+        else:
+            self.content = None
+        log.info(
+            "engine.changed",
+            engine=self.name,
+            state=str(self.state),
+            content=str(self.content) if self.content else None,
+            error=error.message if error else None,
+        )
+
+    def _mark(self, *, touched: bool) -> None:
+        """Note on every worker what is known of its weights now."""
+        for worker in self.workers.values():
+            worker.touched = touched
+            if not touched:
+                worker.content = self.content
+
+
+class EngineWorkers:
+    """The steps of a round as messages to all workers of one engine (`cpe_daemon.core.driver.Workers`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def pause(self, round: int, seconds: float) -> None:
+        """Stop serving."""
+        await self._all(Pause(round, seconds), seconds)
+
+    async def begin(self, update: Update, seconds: float) -> None:
+        """Make ready to load."""
+        await self._all(Begin(update.round, update.version, update.tensors, update.nbytes), seconds)
+
+    async def finish(self, round: int, seconds: float) -> None:
+        """Post-process and check."""
+        await self._all(Finish(round), seconds)
+
+    async def abort(self, round: int, reason: str, seconds: float) -> bool:
+        """Forget the round; True if any worker's weights may be a mixture."""
+        return any(done.touched for done in await self._all(Abort(round, reason), seconds))
+
+    async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
+        """Serve again."""
+        await self._all(Resume(round, content), seconds)
+
+    async def _all(self, step: Step, seconds: float) -> list[StepDone]:
+        """Have every worker do it; every answer is awaited before the first error is raised."""
+        if not self._engine.complete:
+            raise PeerLostError(f"engine {self._engine.name!r} has lost a worker")
+        workers = list(self._engine.workers.values())
+        answers = await asyncio.gather(*(worker.step(step, seconds) for worker in workers), return_exceptions=True)
+        done: list[StepDone] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            done.append(answer)
+        return done

@@ -1,0 +1,222 @@
+"""The engines of this node: takes their workers in, notices their loss, and says which need the live version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import structlog
+
+from cpe_daemon.config import Config
+from cpe_daemon.core.driver import Driver
+from cpe_daemon.core.lifecycle import EngineEvent
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.device import Device
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.worker import Sender, Worker
+from cpe_daemon.errors import BusyError, MisuseError, ProtocolError
+from cpe_daemon.links.router import Handler
+from cpe_daemon.wire.codec import encode
+from cpe_daemon.wire.messages import (
+    OLDEST_PROTOCOL,
+    PROTOCOL,
+    Message,
+    Ping,
+    Pong,
+    StepDone,
+    StepFailed,
+    WorkerBye,
+    WorkerHello,
+    WorkerWelcome,
+)
+
+log = structlog.get_logger(__name__)
+
+_MAX_NAME_CHARS: Final = 256
+_MAX_WORKERS: Final = 4096
+
+
+class Registry:
+    """All engines. Belongs to the event loop.
+
+    Args:
+        config: the daemon's settings.
+        generation: of this daemon's process.
+        device: whose slots the workers open.
+        handoff: path of the hand-off socket.
+        drivers: by kind of engine.
+        live: the live version of a model, if there is one.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        generation: str,
+        device: Device,
+        handoff: str,
+        drivers: Mapping[str, Callable[..., Driver]],
+        live: Callable[[str], VersionId | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._generation = generation
+        self._device = device
+        self._handoff = handoff
+        self._drivers = drivers
+        self._live = live
+        self._clock = clock
+        self._engines: dict[str, Engine] = {}
+        self._workers: dict[bytes, Worker] = {}
+        self._sender: Sender | None = None
+        self._on_joined: Callable[[Engine], None] = lambda engine: None
+
+    def __iter__(self) -> Iterator[Engine]:
+        """All engines known; the set may change while one iterates."""
+        return iter(tuple(self._engines.values()))
+
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """The messages that are answered here."""
+        return {
+            WorkerHello: self._on_hello,
+            StepDone: self._on_done,
+            StepFailed: self._on_failed,
+            WorkerBye: self._on_bye,
+            Ping: self._on_ping,
+        }
+
+    def connect(self, sender: Sender) -> None:
+        """Answer through ``sender`` from now on."""
+        self._sender = sender
+
+    def on_joined(self, callback: Callable[[Engine], None]) -> None:
+        """Call ``callback`` with an engine whose last missing worker has attached."""
+        self._on_joined = callback
+
+    def drop_silent(self) -> None:
+        """Give up every worker that was silent for too long without being at work for us."""
+        limit = self._config.deadlines.heartbeat_lost_seconds
+        for worker in tuple(self._workers.values()):
+            if not worker.busy and self._clock() - worker.seen_at > limit:
+                self._lose(worker, f"silent for {limit:g} s")
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _on_hello(self, peer: bytes, hello: WorkerHello, _: object) -> None:
+        self._check(hello)
+        gpu = self._gpu(hello)
+        self._make_place(peer, hello)
+        engine = self._engines.get(hello.engine)
+        if engine is None:
+            engine = self._engines[hello.engine] = Engine(hello, self._drivers[hello.kind])
+        if self._sender is None:
+            return
+        name = self._device.topology.gpus[gpu].uuid
+        worker = Worker(peer, hello, gpu, name, self._sender, self._clock())
+        slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
+        self._workers[peer] = engine.workers[hello.rank] = worker
+        log.info("worker.attached", worker=worker.name, content=str(hello.content), touched=hello.touched)
+        welcome = WorkerWelcome(
+            protocol=PROTOCOL,
+            generation=self._generation,
+            heartbeat_seconds=self._config.deadlines.heartbeat_interval_seconds,
+            slots=slots,
+            handoff=self._handoff,
+            hold=self._must_hold(engine, hello),
+        )
+        self._sender.send_encoded(peer, encode(welcome))
+        if engine.complete:
+            self._join(engine)
+
+    def _check(self, hello: WorkerHello) -> None:
+        if not OLDEST_PROTOCOL <= hello.protocol <= PROTOCOL:
+            raise ProtocolError(f"protocol {hello.protocol}; this daemon speaks {OLDEST_PROTOCOL} to {PROTOCOL}")
+        if not 0 < len(hello.engine) <= _MAX_NAME_CHARS or len(hello.model) > _MAX_NAME_CHARS or not hello.incarnation:
+            raise ProtocolError(f"an engine needs a name of 1 to {_MAX_NAME_CHARS} characters, and an incarnation")
+        if not 0 <= hello.rank < hello.world_size <= _MAX_WORKERS:
+            raise ProtocolError(f"rank {hello.rank} of {hello.world_size}")
+        if hello.kind not in self._drivers:
+            raise MisuseError(f"no plugin for engines of kind {hello.kind!r}; installed: {', '.join(self._drivers)}")
+        if len(self._workers) >= _MAX_WORKERS:
+            raise BusyError(f"{len(self._workers)} workers are attached; no more are taken")
+
+    def _gpu(self, hello: WorkerHello) -> int:
+        """The index of a worker's GPU; on a CPU host a worker need not name one."""
+        uuids = [gpu.uuid for gpu in self._device.topology.gpus]
+        if not hello.gpu and self._device.kind == "shm":
+            return hello.rank % len(uuids)
+        if hello.gpu not in uuids:
+            raise MisuseError(
+                f"engine {hello.engine!r} rank {hello.rank}: GPU {hello.gpu!r} is not this node's: {', '.join(uuids)}"
+            )
+        return uuids.index(hello.gpu)
+
+    def _make_place(self, peer: bytes, hello: WorkerHello) -> None:
+        """See that a worker's rank is free: a returning process takes its own place, nobody else's."""
+        engine = self._engines.get(hello.engine)
+        if peer in self._workers:
+            self._lose(self._workers[peer], "said hello again")
+        if engine is None:
+            return
+        known = engine.workers.get(hello.rank)
+        if known is not None and known.hello.incarnation != hello.incarnation:
+            raise BusyError(f"{known.name} is attached already; detach it before another takes its rank")
+        if known is not None:
+            self._lose(known, "attached anew")
+        if (engine.world_size, engine.model, engine.kind) != (hello.world_size, hello.model, hello.kind):
+            if engine.workers:
+                raise MisuseError(
+                    f"engine {hello.engine!r} has {engine.world_size} ranks of kind {engine.kind} for model"
+                    f" {engine.model!r}; rank {hello.rank} says {hello.world_size}, {hello.kind}, {hello.model!r}"
+                )
+            del self._engines[hello.engine]
+
+    def _must_hold(self, engine: Engine, hello: WorkerHello) -> bool:
+        """Whether a worker must not serve what it holds: it is a mixture, not live, or not what its siblings hold."""
+        live = self._live(engine.model)
+        siblings = {(worker.content, worker.touched) for worker in engine.workers.values()}
+        return hello.touched or len(siblings) > 1 or (live is not None and hello.content != live)
+
+    def _join(self, engine: Engine) -> None:
+        """The last missing worker is here: what does the engine hold as a whole?"""
+        contents = {worker.content for worker in engine.workers.values()}
+        if len(contents) == 1 and not any(worker.touched for worker in engine.workers.values()):
+            engine.change(EngineEvent.REPORT, content=contents.pop())
+        self._on_joined(engine)
+
+    def _on_done(self, peer: bytes, message: StepDone, _: object) -> None:
+        self._worker(peer).done(message)
+
+    def _on_failed(self, peer: bytes, message: StepFailed, _: object) -> None:
+        self._worker(peer).failed(message)
+
+    def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
+        self._worker(peer)
+        if self._sender is not None:
+            self._sender.send_encoded(peer, encode(Pong(self._generation)))
+
+    def _on_bye(self, peer: bytes, _: WorkerBye, __: object) -> None:
+        worker = self._worker(peer)
+        self._lose(worker, "it detached")
+        engine = self._engines.get(worker.hello.engine)
+        if engine is not None and not engine.workers:
+            del self._engines[engine.name]
+
+    def _worker(self, peer: bytes) -> Worker:
+        worker = self._workers.get(peer)
+        if worker is None:
+            raise ProtocolError("say hello first")
+        worker.seen_at = self._clock()
+        return worker
+
+    def _lose(self, worker: Worker, reason: str) -> None:
+        """Forget a worker: its engine's weights are in doubt until all its workers are back."""
+        if self._workers.get(worker.peer) is not worker:
+            return
+        del self._workers[worker.peer]
+        engine = self._engines[worker.hello.engine]
+        del engine.workers[worker.hello.rank]
+        log.info("worker.gone", worker=worker.name, reason=reason)
+        worker.lose(reason)
+        engine.change(EngineEvent.LOSE, error=worker.gone)

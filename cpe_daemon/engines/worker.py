@@ -1,0 +1,127 @@
+"""One engine worker's link: steps sent, answers awaited, each with its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
+from cpe_daemon.wire.codec import encode
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    Finish,
+    Load,
+    Pause,
+    Resume,
+    StepDone,
+    StepFailed,
+    WorkerHello,
+)
+
+Step = Pause | Begin | Load | Finish | Abort | Resume
+"""A command that a worker answers by `StepDone` or `StepFailed`."""
+
+
+def step_name(step: Step) -> str:
+    """The name by which the answer refers to a step: its tag on the wire."""
+    return str(step.__struct_config__.tag)
+
+
+class Sender(Protocol):
+    """What is needed of the socket."""
+
+    def send_encoded(self, peer: bytes, header: bytes, *frames: bytes | memoryview) -> bool:
+        """Send without waiting; False if the peer cannot take it."""
+        ...
+
+
+class Worker:
+    """One worker, from its hello until it is lost. Belongs to the event loop.
+
+    Args:
+        peer: its address on the socket.
+        hello: how it introduced itself.
+        gpu: index of its GPU on this node.
+        gpu_name: that GPU's UUID.
+        sender: the socket.
+        seen_at: when it was last heard.
+    """
+
+    def __init__(
+        self, peer: bytes, hello: WorkerHello, gpu: int, gpu_name: str, sender: Sender, seen_at: float
+    ) -> None:
+        self.peer = peer
+        self.hello = hello
+        self.gpu = gpu
+        self.gpu_name = gpu_name
+        self.seen_at = seen_at
+        self.content = hello.content
+        """The version that it holds whole, if any."""
+        self.touched = hello.touched
+        """Whether its weights may be a mixture."""
+        self.gone: PeerLostError | None = None
+        self._sender = sender
+        self._waiting: dict[tuple[int, str, int], asyncio.Future[StepDone]] = {}
+
+    @property
+    def name(self) -> str:
+        """Who this is, for messages."""
+        hello = self.hello
+        return f"engine {hello.engine!r} rank {hello.rank} (pid {hello.pid}, GPU {self.gpu_name})"
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is carrying out a step; it is silent meanwhile, and the step's deadline watches it."""
+        return bool(self._waiting)
+
+    def post(self, step: Step, header: bytes | None = None) -> asyncio.Future[StepDone]:
+        """Send a step now; the answer comes with the future. ``header`` is the encoded step, if there is one already."""
+        key = (step.round, step_name(step), getattr(step, "seq", 0))
+        future: asyncio.Future[StepDone] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: self._waiting.pop(key, None))
+        if self.gone is not None:
+            future.set_exception(self.gone)
+        elif self._sender.send_encoded(self.peer, header or encode(step)):
+            self._waiting[key] = future
+        else:
+            future.set_exception(PeerLostError(f"{self.name} takes no messages"))
+        return future
+
+    async def answer(self, future: asyncio.Future[StepDone], what: str, seconds: float) -> StepDone:
+        """Await the answer to a posted step.
+
+        Raises:
+            DeadlineError: it did not come in ``seconds``.
+            EngineError: the worker could not do it.
+            PeerLostError: the worker is gone.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                return await future
+        except TimeoutError:
+            raise DeadlineError(f"{self.name} did not {what} within {seconds:g} s") from None
+
+    async def step(self, step: Step, seconds: float) -> StepDone:
+        """Send a step and await its answer; raises as `answer`."""
+        return await self.answer(self.post(step), step_name(step), seconds)
+
+    def done(self, message: StepDone) -> None:
+        """Take an answer; one that comes after its deadline is ignored."""
+        future = self._waiting.get((message.round, message.step, message.seq))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def failed(self, message: StepFailed) -> None:
+        """Take a failure."""
+        future = self._waiting.get((message.round, message.step, message.seq))
+        if future is not None and not future.done():
+            error = f"{self.name} could not {message.step}: {message.error.message}"
+            future.set_exception(EngineError(error))
+
+    def lose(self, reason: str) -> None:
+        """Everything that waits for this worker fails now."""
+        self.gone = PeerLostError(f"{self.name} is gone: {reason}")
+        for future in list(self._waiting.values()):
+            if not future.done():
+                future.set_exception(self.gone)

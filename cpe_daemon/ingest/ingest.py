@@ -1,0 +1,325 @@
+"""Takes contributions: from `OpenVersion` to a staged version, or to nothing left behind.
+
+A version becomes staged only when every rank has sealed, every digest holds over the arena's bytes, and every tensor is
+covered once. A trainer that dies, stalls or lies fails its version, whose bytes are let go; the live one is untouched.
+A message that is merely out of place is refused and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, Final
+
+from cpe_daemon.arena import Arena
+from cpe_daemon.config import Config
+from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.manifest import layout, merge
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import (
+    ArenaFullError,
+    BusyError,
+    CpeError,
+    DeadlineError,
+    ManifestError,
+    PeerLostError,
+    ProtocolError,
+)
+from cpe_daemon.ingest.session import Session
+from cpe_daemon.ingest.stream import Stream
+from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.ingest.writer import ExtentWriter
+from cpe_daemon.links.router import Handler
+from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.versions import Catalogue, Contribution, Version
+from cpe_daemon.wire.messages import (
+    Abandon,
+    Chunk,
+    ChunkDone,
+    ErrorInfo,
+    ErrorReply,
+    ManifestPart,
+    Message,
+    OpenVersion,
+    Seal,
+    VersionOpened,
+    VersionStatus,
+    Watch,
+)
+
+_MAX_REASON_CHARS: Final = 256
+_MAX_STREAMS: Final = 4
+_FINAL: Final = (VersionState.FAILED, VersionState.EVICTED)
+
+
+class Ingest:
+    """All contributions on their way in. Belongs to the event loop; only `ExtentWriter.write` runs in ``pool``.
+
+    Args:
+        config: the daemon's settings.
+        trainers: the links that contributions come over.
+        catalogue: is told what is opened, staged and failed.
+        arena: where the bytes go.
+        pool: threads that copy and digest.
+        tasks: owns what takes time.
+        metrics: counters.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        trainers: Trainers,
+        catalogue: Catalogue,
+        arena: Arena,
+        pool: Executor,
+        tasks: asyncio.TaskGroup,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._trainers = trainers
+        self._catalogue = catalogue
+        self._arena = arena
+        self._pool = pool
+        self._tasks = tasks
+        self._metrics = metrics
+        self._clock = clock
+        self._progress: dict[VersionId, float] = {}
+        self._changed = asyncio.Event()
+        catalogue.watch(self._on_version)
+        trainers.on_lost(self._on_lost)
+
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """The messages that are answered here."""
+        return {
+            OpenVersion: self._on_open,
+            ManifestPart: self._on_part,
+            Chunk: self._on_chunk,
+            Seal: self._on_seal,
+            Abandon: self._on_abandon,
+            Watch: self._on_watch,
+        }
+
+    # --- manifest and room -------------------------------------------------------------------------------------------
+
+    def _on_open(self, peer: bytes, opened: OpenVersion, _: object) -> None:
+        session = self._trainers.session(peer)
+        hello, version = session.hello, opened.version
+        if (version.model, version.run) != (hello.model, hello.run) or version.number < 0:
+            raise ProtocolError(f"{version} is not a version of {hello.model}@{hello.run}")
+        if opened.stream <= session.last_stream:
+            raise ProtocolError(f"stream {opened.stream} was used before")
+        if len(session.streams) >= _MAX_STREAMS:
+            raise BusyError(f"{session.name} has {len(session.streams)} publishes in flight")
+        if not 0 <= opened.tensors <= self._config.ingest.max_tensors or opened.nbytes < 0:
+            raise ManifestError(f"{opened.tensors} tensors; ingest.max_tensors is {self._config.ingest.max_tensors}")
+        if any(
+            (s.version.id, s.rank) == (version, hello.rank) for link in self._trainers for s in link.streams.values()
+        ):
+            raise BusyError(f"rank {hello.rank} is contributing to {version} already")
+        record = self._catalogue.open(version, hello.world_size, force=opened.force)
+        stream = session.streams[opened.stream] = Stream(opened, record, hello.rank)
+        session.last_stream = opened.stream
+        session.watching.add(version)
+        self._touch(record)
+        if stream.manifest_complete:
+            self._spawn(record, self._make_room(session, stream))
+
+    def _on_part(self, peer: bytes, part: ManifestPart, _: object) -> None:
+        session = self._trainers.session(peer)
+        stream = session.stream(part.stream)
+        if stream is None:
+            return
+        stream.add(part)
+        self._touch(stream.version)
+        if stream.manifest_complete:
+            self._spawn(stream.version, self._make_room(session, stream))
+
+    async def _make_room(self, session: Session, stream: Stream) -> None:
+        """Check the manifest and reserve the extent, waiting as long as some room is about to be released."""
+        plan = await asyncio.to_thread(layout, stream.shards)
+        if plan.nbytes != stream.nbytes:
+            raise ManifestError(f"the manifest takes {plan.nbytes} bytes, the trainer announced {stream.nbytes}")
+        try:
+            async with asyncio.timeout(self._config.deadlines.reserve_seconds):
+                stream.contribution = await self._reserve(stream, plan.nbytes)
+        except TimeoutError:
+            raise DeadlineError(f"no room for {plan.nbytes} bytes of {stream.version.id} came free in time") from None
+        extent = stream.contribution.extent
+        view = self._arena.view[extent.offset : extent.offset + plan.nbytes]
+        address = self._arena.address + extent.offset
+        stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes)
+        self._touch(stream.version)
+        self._trainers.send(session, VersionOpened(stream.id))
+
+    async def _reserve(self, stream: Stream, nbytes: int) -> Contribution:
+        while True:
+            self._changed.clear()
+            try:
+                return self._catalogue.contribute(stream.version, stream.rank, stream.shards, nbytes)
+            except ArenaFullError:
+                if nbytes > self._arena.nbytes or not self._catalogue.may_make_room():
+                    raise
+            self._touch(stream.version)
+            await self._changed.wait()
+
+    # --- bytes -------------------------------------------------------------------------------------------------------
+
+    def _on_chunk(self, peer: bytes, chunk: Chunk, frames: Sequence[memoryview]) -> None:
+        session = self._trainers.session(peer)
+        stream = session.stream(chunk.stream)
+        if stream is None:  # failed meanwhile: the bytes are not wanted, the credit is due
+            self._trainers.send(session, ChunkDone(chunk.stream, chunk.ring_offset))
+            return
+        writer = stream.ready()
+        address, frame = session.take(chunk, list(frames))
+        try:
+            writer.accept(chunk.offset, chunk.nbytes)
+        except ProtocolError:
+            session.give_back(chunk.ring_offset)
+            raise
+        stream.begin_write(lambda: self._catalogue.lease(stream.version))
+        loop = asyncio.get_running_loop()
+        write = loop.run_in_executor(self._pool, writer.write, chunk.offset, address, chunk.nbytes)
+        write.add_done_callback(lambda done: self._written(session, stream, chunk, frame, done))
+
+    def _written(
+        self,
+        session: Session,
+        stream: Stream,
+        chunk: Chunk,
+        frame: memoryview | None,
+        done: asyncio.Future[None],
+    ) -> None:
+        """A chunk is in the arena: return its credit, and go on if it was the last."""
+        del frame  # it kept the bytes alive until here
+        session.give_back(chunk.ring_offset)
+        session.free()
+        stream.end_write()
+        done.result()
+        self._metrics.received_bytes.labels(transport=session.transport).inc(chunk.nbytes)
+        self._touch(stream.version)
+        self._trainers.send(session, ChunkDone(stream.id, chunk.ring_offset))
+        self._try_seal(session, stream)
+
+    def _on_seal(self, peer: bytes, seal: Seal, _: object) -> None:
+        session = self._trainers.session(peer)
+        stream = session.stream(seal.stream)
+        if stream is None:
+            return
+        if not stream.ready().all_accepted:
+            raise ProtocolError(f"sealed before every byte of {stream.version.id} was sent")
+        stream.seal = seal.digests
+        self._try_seal(session, stream)
+
+    def _try_seal(self, session: Session, stream: Stream) -> None:
+        """Verify a contribution whose last write has returned; stage the version if no other is missing."""
+        if stream.seal is None or not stream.drained or session.streams.get(stream.id) is not stream:
+            return
+        if stream.writer is None or stream.contribution is None:
+            return
+        try:
+            stream.contribution.digests = stream.writer.check(stream.seal)
+        except CpeError as error:
+            self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
+            self._fail(stream.version, error)
+            return
+        del session.streams[stream.id]
+        if stream.version.sealed:
+            self._spawn(stream.version, self._stage(stream.version))
+
+    async def _stage(self, version: Version) -> None:
+        parts = [version.contributions[rank] for rank in range(version.world_size)]
+        with self._catalogue.lease(version):
+            shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
+            manifest = await asyncio.to_thread(merge, version.id, shards, digests)
+            if not manifest.tensors:
+                raise ManifestError(f"{version.id} has no tensors")
+            if version.state is VersionState.RECEIVING:
+                self._catalogue.stage(version, manifest)
+
+    # --- the end of it -----------------------------------------------------------------------------------------------
+
+    def _on_abandon(self, peer: bytes, abandon: Abandon, _: object) -> None:
+        session = self._trainers.session(peer)
+        stream = session.stream(abandon.stream)
+        if stream is not None:
+            reason = abandon.reason[:_MAX_REASON_CHARS]
+            self._fail(stream.version, PeerLostError(f"{session.name} gave up: {reason}"))
+
+    def _on_lost(self, session: Session, reason: str) -> None:
+        for stream in list(session.streams.values()):
+            self._fail(stream.version, PeerLostError(f"{session.name} is gone: {reason}"))
+
+    def _on_watch(self, peer: bytes, watch: Watch, _: object) -> None:
+        session = self._trainers.session(peer)
+        known = self._catalogue.last(watch.version)
+        if known is None:
+            error = ErrorInfo(PeerLostError.code, f"this daemon knows no version {watch.version}")
+            self._trainers.send(session, VersionStatus(watch.version, VersionState.FAILED, error))
+            return
+        if known.state not in _FINAL:
+            session.watching.add(watch.version)
+        self._trainers.send(session, _status(known))
+
+    def _fail(self, version: Version, error: CpeError) -> None:
+        if version.state is VersionState.RECEIVING:
+            self._metrics.failures.labels(code=error.code).inc()
+            self._catalogue.fail(version, error)
+
+    def _spawn(self, version: Version, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except CpeError as error:
+                self._fail(version, error)
+
+        self._tasks.create_task(guarded())
+
+    def _on_version(self, version: Version) -> None:
+        """A version changed: tell whoever watches it; close the streams of one that is no longer received."""
+        self._changed.set()
+        if version.state is not VersionState.RECEIVING:
+            self._progress.pop(version.id, None)
+        for session in self._trainers:
+            if version.state is VersionState.FAILED:
+                for stream in [s for s in session.streams.values() if s.version is version]:
+                    del session.streams[stream.id]
+            if version.id in session.watching:
+                self._trainers.send(session, _status(version))
+                if version.state in _FINAL:
+                    session.watching.discard(version.id)
+
+    # --- deadlines ---------------------------------------------------------------------------------------------------
+
+    def _touch(self, version: Version) -> None:
+        if version.state is VersionState.RECEIVING:
+            self._progress[version.id] = self._clock()
+
+    def fail_stalled(self) -> None:
+        """Fail every version that no rank has moved for too long, or that takes too long in all."""
+        now, deadlines = self._clock(), self._config.deadlines
+        for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:
+            idle, total = now - self._progress.get(version.id, now), now - version.opened_at
+            if idle > deadlines.receive_idle_seconds or total > deadlines.receive_total_seconds:
+                self._fail(
+                    version,
+                    DeadlineError(
+                        f"{version.id}: {_missing(version)} after {total:.0f} s, nothing came for {idle:.0f} s"
+                    ),
+                )
+
+
+def _missing(version: Version) -> str:
+    """Which ranks have not done their part."""
+    sealed = {rank for rank, part in version.contributions.items() if part.digests is not None}
+    late = [rank for rank in range(version.world_size) if rank not in sealed]
+    return f"ranks {late[:16]} of {version.world_size} have not sealed"
+
+
+def _status(version: Version) -> VersionStatus:
+    error = ErrorInfo(version.error.code, version.error.message) if version.error else None
+    return VersionStatus(version.id, version.state, error, version.report)

@@ -1,0 +1,147 @@
+"""One engine in one round: how far it came, how long each phase took, and why it was dropped if it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from cpe_daemon.config import DeadlinesConfig
+from cpe_daemon.core.lifecycle import EngineEvent, EngineState
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.errors import CpeError, DeadlineError
+from cpe_daemon.wire.messages import Abort, EngineReport, ErrorInfo, Load, StepDone
+
+log = structlog.get_logger(__name__)
+
+
+class Participant:
+    """An engine that a round takes from pause to resume. Belongs to the event loop.
+
+    A failure of the engine is kept here (``error``) and never raised: the round goes on with the others.
+
+    Args:
+        engine: complete when the round begins.
+        round: the round's number.
+        deadlines: of each phase.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, engine: Engine, round: int, deadlines: DeadlinesConfig, clock: Callable[[], float]) -> None:
+        self.engine = engine
+        self.workers = tuple(engine.workers.values())
+        self.error: CpeError | None = None
+        self.phases: dict[str, float] = {}
+        self.loaded_bytes = 0
+        """Bytes of weights that all its workers have loaded in the round."""
+        self.held = engine.content
+        """The version that the engine held before the round."""
+        self._was_current = engine.state is EngineState.CURRENT
+        self._round = round
+        self._deadlines = deadlines
+        self._clock = clock
+        engine.change(EngineEvent.BEGIN)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still in the round."""
+        return self.error is None
+
+    def drop(self, error: CpeError) -> None:
+        """Take it out of the round; the first reason stands."""
+        if self.error is None:
+            self.error = error
+            log.warning("engine.dropped", engine=self.engine.name, round=self._round, error=error.message)
+
+    async def step(self, phase: str, work: Awaitable[object], seconds: float) -> None:
+        """Carry out one phase, time it, and drop the engine if it fails or is late."""
+        began = self._clock()
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+            self._check_attached()
+        except TimeoutError:
+            self.drop(DeadlineError(f"engine {self.engine.name!r} did not {phase} within {seconds:g} s"))
+        except CpeError as error:
+            self.drop(error)
+        finally:
+            self.phases[phase] = self._clock() - began
+
+    def _check_attached(self) -> None:
+        """A worker that was lost, even if it is back already, ends the engine's part in the round.
+
+        Raises:
+            PeerLostError: names the worker.
+        """
+        for worker in self.workers:
+            if worker.gone is not None:
+                raise worker.gone
+
+    def post(self, load: Load, header: bytes) -> Awaitable[None]:
+        """Send a bucket to all workers now; the result ends when the slot is theirs no more."""
+        answers = [(worker, worker.post(load, header)) for worker in self.workers]
+        seconds = self._deadlines.bucket_seconds
+        waits = [worker.answer(future, "load a bucket", seconds) for worker, future in answers]
+        return self._loaded(waits, sum(part.nbytes for part in load.parts))
+
+    async def _loaded(self, answers: Sequence[Awaitable[StepDone]], nbytes: int) -> None:
+        for result in await asyncio.gather(*answers, return_exceptions=True):
+            if isinstance(result, CpeError):
+                self.drop(result)
+            elif isinstance(result, BaseException):
+                raise result
+        if self.alive:
+            self.loaded_bytes += nbytes
+
+    async def resume(self, content: VersionId) -> None:
+        """The engine holds ``content`` whole: let it serve."""
+        await self.step(
+            "resume",
+            self.engine.driver.resume(self._round, content, self._deadlines.resume_seconds),
+            self._deadlines.resume_seconds,
+        )
+        if self.alive and self.engine.state is EngineState.UPDATING:
+            self.engine.change(EngineEvent.COMPLETE, content=content)
+
+    async def leave(self) -> None:
+        """Take a dropped engine out: untouched, it serves again what it held; otherwise its content is unknown."""
+        if self.engine.state is not EngineState.UPDATING:
+            await self._tell_survivors()
+            return
+        error = self.error or CpeError("dropped")
+        if await self._undone(error.message) and self.engine.state is EngineState.UPDATING:
+            self.engine.change(EngineEvent.WITHDRAW, content=self.held, error=error)
+        elif self.engine.state is EngineState.UPDATING:
+            self.engine.change(EngineEvent.FAULT, error=error)
+
+    async def _undone(self, reason: str) -> bool:
+        """Abort; True if no weight had been touched and the engine serves again."""
+        seconds, resume_seconds = self._deadlines.abort_seconds, self._deadlines.resume_seconds
+        try:
+            async with asyncio.timeout(seconds + resume_seconds):
+                touched = await self.engine.driver.abort(self._round, reason, seconds)
+                if touched or not self._was_current:
+                    return False
+                await self.engine.driver.resume(self._round, self.held, resume_seconds)
+        except (CpeError, TimeoutError) as error:
+            log.warning("engine.abort_failed", engine=self.engine.name, round=self._round, error=str(error))
+            return False
+        return True
+
+    async def _tell_survivors(self) -> None:
+        """The engine lost a worker: have the others forget the round, and note what they hold, for its return."""
+        seconds = self._deadlines.abort_seconds
+        survivors = [worker for worker in self.workers if worker.gone is None]
+        abort = Abort(self._round, str(self.error))
+        answers = await asyncio.gather(*(w.step(abort, seconds) for w in survivors), return_exceptions=True)
+        for worker, answer in zip(survivors, answers, strict=True):
+            if isinstance(answer, StepDone):
+                worker.touched = answer.touched
+
+    def report(self, outcome: str) -> EngineReport:
+        """What the round did to the engine; the rate is over the loading of buckets."""
+        error = ErrorInfo(self.error.code, self.error.message) if self.error else None
+        nbytes, push = self.loaded_bytes, self.phases.get("push", 0.0)
+        return EngineReport(outcome, dict(self.phases), nbytes, nbytes / push / 1e9 if push else 0.0, error)

@@ -1,0 +1,87 @@
+"""The three stages of a push over K slots: fetch from the arena, exchange between GPUs, load by the engines.
+
+Every bucket is carried by a task of its own, from the moment a slot is free until every engine has let it go; so the
+stages of different buckets overlap by themselves, and with one slot the same code is the serial fallback. Buckets
+reach the engines in their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from cpe_daemon.core.plan import Bucket, PeerCopy
+from cpe_daemon.devices.device import Device
+
+Deliver = Callable[[Bucket, int], Awaitable[None]]
+"""Sends a bucket that lies in a slot to the engines, at once; what it returns ends when all have let the slot go."""
+
+
+class Pipeline:
+    """One pass over a version's buckets.
+
+    Args:
+        device: whose slots they go through.
+        gpus: indices at the device of the GPUs that take part, in the plan's order.
+        buckets: the plan's.
+        deliver: stage 3.
+    """
+
+    def __init__(self, device: Device, gpus: Sequence[int], buckets: Sequence[Bucket], deliver: Deliver) -> None:
+        self._device = device
+        self._gpus = gpus
+        self._buckets = buckets
+        self._deliver = deliver
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(device.slot_count):
+            self._free.put_nowait(slot)
+        self._filled = 0
+        self._primed = asyncio.Event()
+        self._opened = asyncio.Event()
+        self._turn = 0
+        self._next_turn = asyncio.Condition()
+
+    async def primed(self) -> None:
+        """Wait until the slots are full, or hold all there is: nothing more can be done before the engines pause."""
+        await self._primed.wait()
+
+    def open(self) -> None:
+        """Let the engines load from now on."""
+        self._opened.set()
+
+    async def run(self) -> None:
+        """Carry every bucket; returns when the last has been loaded everywhere."""
+        async with asyncio.TaskGroup() as tasks:
+            for bucket in self._buckets:
+                slot = await self._free.get()
+                tasks.create_task(self._carry(bucket, slot))
+
+    async def _carry(self, bucket: Bucket, slot: int) -> None:
+        await asyncio.gather(
+            *(self._device.fetch(gpu, slot, copies) for gpu, copies in zip(self._gpus, bucket.pulls, strict=True))
+        )
+        await asyncio.gather(
+            *(
+                self._device.exchange(gpu, slot, self._named_by_device(copies))
+                for gpu, copies in zip(self._gpus, bucket.exchanges, strict=True)
+                if copies
+            )
+        )
+        self._count_filled()
+        await self._opened.wait()
+        async with self._next_turn:
+            await self._next_turn.wait_for(lambda: self._turn == bucket.index)
+            loaded = self._deliver(bucket, slot)
+            self._turn += 1
+            self._next_turn.notify_all()
+        await loaded
+        self._free.put_nowait(slot)
+
+    def _named_by_device(self, copies: Sequence[PeerCopy]) -> Sequence[PeerCopy]:
+        """The plan counts the GPUs that take part, the device all it has."""
+        return [PeerCopy(self._gpus[copy.gpu], copy.slot_offset, copy.nbytes) for copy in copies]
+
+    def _count_filled(self) -> None:
+        self._filled += 1
+        if self._filled == min(self._device.slot_count, len(self._buckets)):
+            self._primed.set()

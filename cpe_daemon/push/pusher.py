@@ -1,0 +1,202 @@
+"""Decides which round comes next: staged versions in their order, then engines that need a version to serve at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import structlog
+
+from cpe_daemon.config import Config
+from cpe_daemon.core.lifecycle import EngineEvent, EngineState, VersionState
+from cpe_daemon.core.plan import make_plan
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.device import Device
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.registry import Registry
+from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.push.participant import Participant
+from cpe_daemon.push.round import Round
+from cpe_daemon.versions import Catalogue, Version
+from cpe_daemon.wire.messages import EngineReport, VersionReport
+
+log = structlog.get_logger(__name__)
+
+
+class Pusher:
+    """Runs the rounds of this node, one at a time. Belongs to the event loop.
+
+    Args:
+        config: the daemon's settings.
+        catalogue: asked for versions, told what went live.
+        registry: asked for engines.
+        device: whose slots are used.
+        metrics: counters.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        catalogue: Catalogue,
+        registry: Registry,
+        device: Device,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._catalogue = catalogue
+        self._registry = registry
+        self._device = device
+        self._metrics = metrics
+        self._clock = clock
+        self._due: deque[Version] = deque()
+        self._joined: deque[Engine] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._rounds = 0
+        catalogue.watch(self._on_version)
+        registry.on_joined(self._on_joined)
+
+    async def run(self) -> None:
+        """Carry out what is due, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while (self._due or self._joined) and not self._draining:
+                self._idle.clear()
+                if self._due:
+                    await self._push(self._due.popleft())
+                else:
+                    await self._bring_up(self._joined.popleft())
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Begin nothing more, and wait for what is in flight."""
+        self._draining = True
+        await self._idle.wait()
+
+    def _on_version(self, version: Version) -> None:
+        if version.state is VersionState.STAGED:
+            self._due.append(version)
+            self._wake.set()
+
+    def _on_joined(self, engine: Engine) -> None:
+        self._joined.append(engine)
+        self._wake.set()
+
+    # --- a staged version --------------------------------------------------------------------------------------------
+
+    async def _push(self, version: Version) -> None:
+        began = self._clock()
+        self._catalogue.begin_push(version)
+        engines = [engine for engine in self._registry if engine.complete and engine.takes(version.id.model)]
+        with self._catalogue.lease(version):
+            participants = await self._round(version, engines)
+            updated = [p for p in participants if p.alive]
+            if participants and not updated:
+                error = EngineError(f"no engine took {version.id}: {'; '.join(str(p.error) for p in participants)}")
+                self._catalogue.fail(version, error)
+                self._metrics.failures.labels(code=error.code).inc()
+        if not participants:
+            log.warning("version.live_without_engines", version=str(version.id))
+        restored = {p.engine.name: await self._restore(p) for p in participants if not p.alive}
+        if updated or not participants:
+            reports = {p.engine.name: restored.get(p.engine.name) or p.report("updated") for p in participants}
+            self._go_live(version, self._clock() - began, reports)
+
+    def _go_live(self, version: Version, seconds: float, engines: dict[str, EngineReport]) -> None:
+        tensors = version.manifest.tensors if version.manifest else ()
+        nbytes = version.manifest.nbytes if version.manifest else 0
+        report = VersionReport(version.id, nbytes, len(tensors), version.stage_seconds, seconds, engines)
+        self._catalogue.go_live(version, report)
+
+    # --- engines in need ---------------------------------------------------------------------------------------------
+
+    async def _bring_up(self, engine: Engine) -> None:
+        """Give an engine that has just become complete the live version, unless it holds that already."""
+        live = self._catalogue.live(engine.model)
+        if engine.ready and (live is None or engine.content == live.id):
+            await self._let_serve(engine)
+        elif live is not None and engine.complete:
+            for participant in await self._round(live, [engine]):
+                if not participant.alive:
+                    await self._restore(participant)
+
+    async def _let_serve(self, engine: Engine) -> None:
+        """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
+        try:
+            await engine.driver.resume(self._rounds, engine.content, self._config.deadlines.resume_seconds)
+        except CpeError as error:
+            log.warning("engine.resume_failed", engine=engine.name, error=error.message)
+
+    async def _restore(self, failed: Participant) -> EngineReport:
+        """Give an engine that a round left in doubt what it held before, else what is live; else quarantine it."""
+        engine = failed.engine
+        report = failed.report("kept" if engine.state is EngineState.CURRENT else "lost")
+        version = self._held(failed.held) or self._catalogue.live(engine.model)
+        attempts = self._config.deadlines.restore_attempts
+        while version is not None and engine.in_doubt and attempts > 0:
+            attempts -= 1
+            if any(participant.alive for participant in await self._round(version, [engine])):
+                return _with_outcome(report, f"restored to {version.id}")
+        if engine.in_doubt:
+            engine.change(EngineEvent.GIVE_UP, error=failed.error)
+            log.error("engine.quarantined", engine=engine.name, error=str(failed.error))
+            return _with_outcome(report, "quarantined")
+        return report
+
+    def _held(self, version: VersionId | None) -> Version | None:
+        """The version, if its bytes can be pushed again."""
+        known = self._catalogue.find(version) if version is not None else None
+        return known if known is not None and known.state in (VersionState.LIVE, VersionState.RETAINED) else None
+
+    # --- a round -----------------------------------------------------------------------------------------------------
+
+    async def _round(self, version: Version, engines: Sequence[Engine]) -> list[Participant]:
+        if not engines:
+            return []
+        self._rounds += 1
+        limits = self._config.deadlines
+        with self._catalogue.lease(version):
+            gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
+            full = self._device.topology
+            topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
+            tensors = version.tensors()
+            plan = await asyncio.to_thread(make_plan, tensors, slot_bytes=self._device.slot_bytes, topology=topology)
+            served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
+            participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
+            if not participants:
+                return []
+            current = Round(
+                number=self._rounds,
+                version=version.id,
+                tensors=tensors,
+                plan=plan,
+                gpus=gpus,
+                device=self._device,
+                participants=participants,
+                deadlines=limits,
+                clock=self._clock,
+            )
+            began = self._clock()
+            await current.run()
+        for participant in participants:
+            self._observe(version, participant, self._clock() - began)
+        return participants
+
+    def _observe(self, version: Version, participant: Participant, seconds: float) -> None:
+        participant.engine.last_push_seconds = seconds
+        self._metrics.rounds.labels(outcome="updated" if participant.alive else "failed").inc()
+        phases = {**participant.phases, "total": seconds}
+        self._metrics.observe_phases(version.id.model, participant.engine.name, phases)
+
+
+def _with_outcome(report: EngineReport, outcome: str) -> EngineReport:
+    return EngineReport(outcome, report.phases, report.nbytes, report.gigabytes_per_second, report.error)

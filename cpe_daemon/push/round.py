@@ -1,0 +1,165 @@
+"""One push of one version over engines of this node: prefetch, pause, stream, finish, resume, with its undo.
+
+The slots fill while the engines serve; then all pause together, load together, and resume. An engine that fails is
+dropped and the others go on. A round owns the slots of its GPUs: the pusher runs one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from cpe_daemon.config import DeadlinesConfig
+from cpe_daemon.core.driver import Update
+from cpe_daemon.core.lifecycle import ROUND_TABLE, RoundEvent, RoundState, advance
+from cpe_daemon.core.plan import Bucket, Plan, PlanTensor
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.device import Device
+from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.push.participant import Participant
+from cpe_daemon.push.pipeline import Pipeline
+from cpe_daemon.wire.codec import encode
+from cpe_daemon.wire.messages import Load, TensorPart
+
+log = structlog.get_logger(__name__)
+
+
+class _NobodyLeftError(EngineError):
+    """Every engine has been dropped: there is no use in carrying on."""
+
+
+class Round:
+    """One round. `run` never raises for a failing engine; look at the participants afterwards.
+
+    Args:
+        number: of the round, growing within the daemon's process.
+        version: what is pushed.
+        tensors: its tensors, as planned.
+        plan: its buckets.
+        gpus: indices at the device, in the plan's order.
+        device: whose slots are used.
+        participants: the engines.
+        deadlines: of each phase.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        version: VersionId,
+        tensors: Sequence[PlanTensor],
+        plan: Plan,
+        gpus: Sequence[int],
+        device: Device,
+        participants: Sequence[Participant],
+        deadlines: DeadlinesConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.state = RoundState.PREFETCHING
+        self.participants = participants
+        self._number = number
+        self._version = version
+        self._tensors = tensors
+        self._nbytes = plan.nbytes
+        self._deadlines = deadlines
+        self._clock = clock
+        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver)
+
+    @property
+    def alive(self) -> list[Participant]:
+        """The engines still in the round."""
+        return [participant for participant in self.participants if participant.alive]
+
+    async def run(self) -> None:
+        """Take every engine through the push, and every dropped one out of it."""
+        log.info("round.started", round=self._number, version=str(self._version), engines=self._names())
+        try:
+            await self._update()
+        except* _NobodyLeftError:
+            self._change(RoundEvent.ABANDON)
+        except* CpeError as group:
+            for participant in self.alive:
+                participant.drop(_first(group))
+            self._change(RoundEvent.ABANDON)
+        await asyncio.gather(*(p.leave() for p in self.participants if not p.alive))
+        log.info("round.ended", round=self._number, state=str(self.state), dropped=self._names(alive=False))
+
+    async def _update(self) -> None:
+        began = self._clock()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._pipeline.run())
+            await self._pipeline.primed()
+            prefetched = self._clock() - began
+            self._change(RoundEvent.SLOTS_FULL)
+            limits = self._deadlines
+            await self._each(
+                "pause",
+                lambda p: p.engine.driver.pause(self._number, limits.pause_seconds),
+                limits.pause_seconds,
+            )
+            update = Update(self._number, self._version, len(self._tensors), self._nbytes)
+            await self._each(
+                "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
+            )
+            self._change(RoundEvent.PAUSED)
+            opened = self._clock()
+            self._pipeline.open()
+        pushed = self._clock() - opened
+        for participant in self.participants:
+            participant.phases |= {"prefetch": prefetched, "push": pushed}
+        self._change(RoundEvent.STREAMED)
+        await self._each(
+            "finish",
+            lambda p: p.engine.driver.finish(self._number, limits.finish_seconds),
+            limits.finish_seconds,
+        )
+        self._change(RoundEvent.FINISHED)
+        await asyncio.gather(*(participant.resume(self._version) for participant in self.alive))
+        self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
+
+    async def _each(self, phase: str, work: Callable[[Participant], Awaitable[object]], seconds: float) -> None:
+        """One phase for all engines at once; the next begins when the last has done it or was dropped.
+
+        The workers' own deadline is ``seconds``; what waits for them is given a little more, so that the error that
+        arrives is the one that names the worker.
+        """
+        await asyncio.gather(*(p.step(phase, work(p), seconds + _MARGIN_SECONDS) for p in self.alive))
+        self._check()
+
+    async def _gathered(self, loads: Sequence[Awaitable[None]]) -> None:
+        await asyncio.gather(*loads)
+        self._check()
+
+    def _deliver(self, bucket: Bucket, slot: int) -> Awaitable[None]:
+        """Stage 3: tell every worker what lies in a slot."""
+        parts = [
+            TensorPart(spec.name, spec.dtype, spec.shape, part.tensor_offset, part.nbytes, part.slot_offset)
+            for part, spec in ((part, self._tensors[part.tensor].spec) for part in bucket.parts)
+        ]
+        load = Load(self._number, bucket.index, slot, parts)
+        header = encode(load)
+        return self._gathered([participant.post(load, header) for participant in self.alive])
+
+    def _check(self) -> None:
+        if not self.alive:
+            raise _NobodyLeftError(f"no engine is left in round {self._number}")
+
+    def _change(self, event: RoundEvent) -> None:
+        self.state = advance(ROUND_TABLE, self.state, event)
+
+    def _names(self, *, alive: bool = True) -> list[str]:
+        return [participant.engine.name for participant in self.participants if participant.alive == alive]
+
+
+_MARGIN_SECONDS = 1.0
+
+
+def _first(group: BaseExceptionGroup[CpeError]) -> CpeError:
+    """A group's first error."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, CpeError) else CpeError(str(error))

@@ -1,0 +1,259 @@
+"""The catalogue: it alone owns the versions of this node, their states and their extents.
+
+Ingest, push and peers ask it and tell it; nobody else changes a version. All of it belongs to the event loop. A version
+keeps its extents until it is evicted or failed *and* nobody holds a lease on it: whoever reads or writes the bytes
+(a copying thread, a push, a peer) takes a lease first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from cpe_daemon.arena import Arena
+from cpe_daemon.core.admission import History, admit
+from cpe_daemon.core.extents import Extent
+from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState, advance
+from cpe_daemon.core.manifest import Manifest
+from cpe_daemon.core.plan import PlanTensor, locate
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.errors import ArenaFullError, CpeError, MisuseError, VersionRefusedError
+from cpe_daemon.wire.messages import VersionReport
+
+log = structlog.get_logger(__name__)
+
+_REMEMBERED: Final = 16
+"""Versions without bytes that are kept a model, so that status can tell what became of them."""
+
+
+@dataclass(slots=True, eq=False)
+class Contribution:
+    """One rank's part of a version: its shards, where they lie, and, once sealed, their digests."""
+
+    shards: Sequence[Shard]
+    extent: Extent
+    digests: Sequence[bytes] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """One version on this node. Read it anywhere; only the catalogue writes it."""
+
+    id: VersionId
+    world_size: int
+    opened_at: float
+    state: VersionState = VersionState.RECEIVING
+    contributions: dict[int, Contribution] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    error: CpeError | None = None
+    report: VersionReport | None = None
+    staged_at: float = 0.0
+    leases: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the arena."""
+        return sum(part.extent.nbytes for part in self.contributions.values())
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every rank has sent everything and said so."""
+        return len(self.contributions) == self.world_size and all(
+            part.digests is not None for part in self.contributions.values()
+        )
+
+    @property
+    def stage_seconds(self) -> float:
+        """From its first rank's opening to staged; 0 before that."""
+        return self.staged_at - self.opened_at if self.staged_at else 0.0
+
+    def tensors(self) -> tuple[PlanTensor, ...]:
+        """Every tensor with its place in the arena, for a plan.
+
+        Raises:
+            MisuseError: it is not staged.
+        """
+        if self.manifest is None:
+            raise MisuseError(f"{self.id} is not staged")
+        return locate(self.manifest, [self.contributions[rank].extent.offset for rank in range(self.world_size)])
+
+
+class Catalogue:
+    """All versions of all models.
+
+    Args:
+        arena: where extents are cut from.
+        retain: previous versions kept a model.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, arena: Arena, *, retain: int, clock: Callable[[], float]) -> None:
+        self._arena = arena
+        self._retain = retain
+        self._clock = clock
+        self._versions: dict[VersionId, Version] = {}
+        self._gone: list[Version] = []
+        self._history: dict[str, History] = {}
+        self._watchers: list[Callable[[Version], None]] = []
+
+    def watch(self, watcher: Callable[[Version], None]) -> None:
+        """Call ``watcher`` with every version whose state changed, or whose bytes were released, after the change."""
+        self._watchers.append(watcher)
+
+    def __iter__(self) -> Iterator[Version]:
+        """All versions known, those without bytes included, oldest first."""
+        return iter([*self._gone, *self._versions.values()])
+
+    def find(self, version: VersionId) -> Version | None:
+        """The version, if it holds bytes here."""
+        return self._versions.get(version)
+
+    def last(self, version: VersionId) -> Version | None:
+        """The version, even if it holds no bytes any more and is only remembered."""
+        gone = next((known for known in reversed(self._gone) if known.id == version), None)
+        return self._versions.get(version) or gone
+
+    def live(self, model: str) -> Version | None:
+        """The live version of a model; ``""`` asks for the only model there is.
+
+        With several models, ``""`` gives None: an engine must then say whose weights it wants.
+        """
+        live = [v for v in self._versions.values() if v.state is VersionState.LIVE and model in ("", v.id.model)]
+        return live[0] if len(live) == 1 else None
+
+    # --- receiving ---------------------------------------------------------------------------------------------------
+
+    def open(self, version: VersionId, world_size: int, *, force: bool = False) -> Version:
+        """Begin to receive a version, or join the ranks that do.
+
+        Raises:
+            VersionRefusedError: its run or number may not be published now, or the ranks disagree on the world size.
+        """
+        known = self._versions.get(version)
+        if known is not None and known.state is VersionState.RECEIVING:
+            if known.world_size != world_size:
+                raise VersionRefusedError(
+                    f"{version} is being received from {known.world_size} ranks; this one says {world_size}"
+                )
+            return known
+        admit(self._history.get(version.model, History()), version, force=force)
+        if known is not None:
+            raise VersionRefusedError(f"{version} failed, and its last bytes are still being let go; publish it again")
+        fresh = self._versions[version] = Version(version, world_size, self._clock())
+        log.info("version.receiving", version=str(version), world_size=world_size)
+        self._tell(fresh)
+        return fresh
+
+    def contribute(self, version: Version, rank: int, shards: Sequence[Shard], nbytes: int) -> Contribution:
+        """Give a rank its extent, evicting retained versions of the model if need be.
+
+        Raises:
+            VersionRefusedError: the rank contributes already, or the version is not being received any more.
+            ArenaFullError: there is no room; naming need and free bytes.
+        """
+        if version.state is not VersionState.RECEIVING:
+            raise VersionRefusedError(f"{version.id} is {version.state}, not receiving")
+        if rank in version.contributions:
+            raise VersionRefusedError(f"rank {rank} contributes to {version.id} already")
+        contribution = Contribution(shards, self._room(version.id, nbytes))
+        version.contributions[rank] = contribution
+        return contribution
+
+    def may_make_room(self) -> bool:
+        """Whether bytes will be released by themselves: a push is due or in flight, or somebody still reads old ones."""
+        return any(
+            v.state in (VersionState.STAGED, VersionState.PUSHING)
+            or (v.leases and v.state is not VersionState.RECEIVING and v.state is not VersionState.LIVE)
+            for v in self._versions.values()
+        )
+
+    def _room(self, version: VersionId, nbytes: int) -> Extent:
+        while True:
+            try:
+                return self._arena.reserve(nbytes)
+            except ArenaFullError:
+                spare = self._spare(version.model)
+                if spare is None:
+                    raise
+                log.warning(
+                    "version.evicted_for_room",
+                    version=str(spare.id),
+                    need_bytes=nbytes,
+                    for_version=str(version),
+                )
+                self._change(spare, VersionEvent.EVICT)
+
+    def _spare(self, model: str) -> Version | None:
+        """The oldest retained version of a model that nobody reads."""
+        return next((v for v in self._retained(model) if not v.leases), None)
+
+    # --- the life of a version ---------------------------------------------------------------------------------------
+
+    def stage(self, version: Version, manifest: Manifest) -> None:
+        """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole."""
+        version.manifest = manifest
+        version.staged_at = self._clock()
+        self._history[version.id.model] = self._history.get(version.id.model, History()).after(version.id)
+        self._change(version, VersionEvent.STAGE)
+
+    def begin_push(self, version: Version) -> None:
+        """A round for a staged version begins."""
+        self._change(version, VersionEvent.PUSH)
+
+    def go_live(self, version: Version, report: VersionReport) -> None:
+        """The engines serve it; the version that was live is retained as far as the policy says."""
+        version.report = report
+        previous = self.live(version.id.model)
+        self._change(version, VersionEvent.GO_LIVE)
+        if previous is not None:
+            self._change(previous, VersionEvent.SUPERSEDE)
+        retained = self._retained(version.id.model)
+        for surplus in retained[: max(0, len(retained) - self._retain)]:
+            self._change(surplus, VersionEvent.EVICT)
+
+    def fail(self, version: Version, error: CpeError) -> None:
+        """Give a version up and let its bytes go."""
+        version.error = error
+        self._change(version, VersionEvent.FAIL)
+
+    @contextlib.contextmanager
+    def lease(self, version: Version) -> Iterator[Version]:
+        """Keep a version's extents from being reused while the context is open."""
+        version.leases += 1
+        try:
+            yield version
+        finally:
+            version.leases -= 1
+            if not version.leases and version.state in (VersionState.EVICTED, VersionState.FAILED):
+                self._release(version)
+
+    def _retained(self, model: str) -> list[Version]:
+        return [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.RETAINED]
+
+    def _change(self, version: Version, event: VersionEvent) -> None:
+        version.state = advance(VERSION_TABLE, version.state, event)
+        error = version.error.message if version.error else None
+        log.info(
+            "version.changed", version=str(version.id), state=str(version.state), nbytes=version.nbytes, error=error
+        )
+        self._tell(version)
+        if version.state in (VersionState.EVICTED, VersionState.FAILED) and not version.leases:
+            self._release(version)
+
+    def _release(self, version: Version) -> None:
+        """Free a dead version's extents and keep it only as a memory."""
+        for contribution in version.contributions.values():
+            self._arena.release(contribution.extent)
+        version.contributions.clear()
+        version.manifest = None
+        del self._versions[version.id]
+        self._gone = [*self._gone, version][-_REMEMBERED:]
+        self._tell(version)
+
+    def _tell(self, version: Version) -> None:
+        for watcher in self._watchers:
+            watcher(version)

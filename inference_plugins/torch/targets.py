@@ -1,0 +1,174 @@
+"""What a torch engine's tensors are written to: a module, a dict of tensors, or a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final, Protocol
+
+import torch
+
+from cpe_daemon.errors import EngineError, ManifestError
+
+Slicing = Callable[[str], int | None] | Mapping[str, int]
+"""The tensor-parallel rule: parameter name to the dimension along which ranks share it; None (or no entry): whole."""
+
+Callback = Callable[[str, torch.Tensor], object]
+
+_NAMED: Final = 10
+
+
+class Target(Protocol):
+    """Where an update's tensors go. Used by one thread."""
+
+    def begin(self) -> None:
+        """An update begins: nothing has come yet."""
+        ...
+
+    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Raise unless every one of these can be written; write nothing."""
+        ...
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy one tensor to its place."""
+        ...
+
+    def missing(self) -> list[str]:
+        """Names that were expected in this update and did not come."""
+        ...
+
+
+class Slicer:
+    """Cuts a rank's part out of a full tensor.
+
+    Args:
+        rule: which dimension is shared.
+        rank: this worker's.
+        world_size: how many share.
+    """
+
+    def __init__(self, rule: Slicing | None, rank: int, world_size: int) -> None:
+        self._rule = rule
+        self._rank = rank
+        self._world_size = world_size
+
+    def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the view that belongs to this rank.
+
+        Raises:
+            ManifestError: the rule names a dimension that cannot be shared equally.
+        """
+        if self._rule is None:
+            return tensor
+        dim = self._rule(name) if callable(self._rule) else self._rule.get(name)
+        if dim is None:
+            return tensor
+        if not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] % self._world_size:
+            raise ManifestError(
+                f"{name} {list(tensor.shape)} cannot be sliced along dimension {dim} for {self._world_size} ranks"
+            )
+        size = tensor.shape[dim] // self._world_size
+        return tensor.narrow(dim, self._rank * size, size)
+
+
+class TensorTarget:
+    """A set of named tensors, written in place.
+
+    Names that are one tensor (tied weights) count as written when any of them comes; when several come, the last one
+    stands, so a checkpoint that holds them all must hold them equal.
+
+    Args:
+        tensors: called at the beginning of each update, for modules may have moved.
+        slicer: cuts this rank's part.
+        ignore: names of a version that have no place here and may be passed over.
+    """
+
+    def __init__(self, tensors: Callable[[], Mapping[str, object]], slicer: Slicer, ignore: Collection[str]) -> None:
+        self._tensors = tensors
+        self._slicer = slicer
+        self._ignore = frozenset(ignore)
+        self._places: dict[str, torch.Tensor] = {}
+        self._written: set[int] = set()
+
+    def begin(self) -> None:
+        """Look the tensors up anew."""
+        self._places = {n: t for n, t in self._tensors().items() if isinstance(t, torch.Tensor)}
+        self._written.clear()
+
+    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse a tensor without a place, or of another dtype or shape than its place.
+
+        Raises:
+            ManifestError: names the first ten and what is wrong with each.
+        """
+        wrong = [reason for name, tensor in tensors if (reason := self._mismatch(name, tensor))]
+        if wrong:
+            more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            raise ManifestError("; ".join(wrong[:_NAMED]) + more)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy this rank's part in place."""
+        place = self._places.get(name)
+        if place is not None:
+            place.detach().copy_(self._slicer.cut(name, tensor))
+            self._written.add(id(place))
+
+    def missing(self) -> list[str]:
+        """Names whose tensor nothing was written to."""
+        return [name for name, place in self._places.items() if id(place) not in self._written]
+
+    def _mismatch(self, name: str, tensor: torch.Tensor) -> str | None:
+        place = self._places.get(name)
+        if place is None:
+            return None if name in self._ignore else f"no tensor here is called {name}"
+        part = self._slicer.cut(name, tensor)
+        if place.dtype != part.dtype:
+            return f"{name} is {place.dtype} here, {part.dtype} in the version"
+        if place.shape != part.shape:
+            sliced = f" (cut from {list(tensor.shape)})" if part.shape != tensor.shape else ""
+            return f"{name} is {list(place.shape)} here, {list(part.shape)}{sliced} in the version"
+        return None
+
+
+class CallbackTarget:
+    """Hands each tensor to a function, which must be done with it when it returns, and must not write to it."""
+
+    def __init__(self, callback: Callback, slicer: Slicer) -> None:
+        self._callback = callback
+        self._slicer = slicer
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse what cannot be sliced."""
+        for name, tensor in tensors:
+            self._slicer.cut(name, tensor)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Call the function."""
+        self._callback(name, self._slicer.cut(name, tensor))
+
+    def missing(self) -> list[str]:
+        """The function alone knows what it expects, and may raise."""
+        return []
+
+
+def make_target(
+    target: torch.nn.Module | Mapping[str, torch.Tensor] | Callback, slicer: Slicer, ignore: Collection[str]
+) -> Target:
+    """Wrap what a user attached.
+
+    Raises:
+        EngineError: it is none of the three.
+    """
+    if isinstance(target, torch.nn.Module):
+        module = target
+        return TensorTarget(lambda: module.state_dict(keep_vars=True), slicer, ignore)
+    if isinstance(target, Mapping):
+        mapping = target
+        return TensorTarget(lambda: mapping, slicer, ignore)
+    if callable(target):
+        return CallbackTarget(target, slicer)
+    raise EngineError(
+        f"cannot attach a {type(target).__name__}; an nn.Module, a dict of tensors or a callback is needed"
+    )
