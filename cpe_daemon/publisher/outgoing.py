@@ -1,0 +1,209 @@
+"""How a contribution leaves: straight into landing rings while the trainer waits, or from staging while it goes on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cpe_daemon.core.manifest import Layout
+from cpe_daemon.core.types import Shard
+from cpe_daemon.devices.memory import copy
+from cpe_daemon.errors import CpeError, DeadlineError, PublishError
+from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.sending import Sending, Stream
+from cpe_daemon.publisher.session import Session
+from cpe_daemon.publisher.sources import Contribution
+from cpe_daemon.publisher.staging import digests_of
+from cpe_daemon.publisher.stream import Window, pour
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One daemon that a contribution goes to."""
+
+    session: Session
+    stream: Stream
+
+    @property
+    def sending(self) -> Sending:
+        """The session's conversation about versions."""
+        return self.session.sending
+
+    @property
+    def delivery(self) -> Delivery:
+        """What is known of the version there."""
+        return self.stream.delivery
+
+    @classmethod
+    def begin(cls, session: Session, delivery: Delivery, shards: list[Shard], force: bool) -> Lane:
+        """Announce a contribution to a daemon."""
+        lane = cls(session, session.sending.begin(delivery))
+        session.post(functools.partial(session.sending.open, lane.stream, shards, force))
+        return lane
+
+    def seal(self, digests: bytes) -> None:
+        """Seal it when all its bytes are sent."""
+        self.session.post(functools.partial(self.sending.seal, self.stream, digests))
+
+    def abandon(self, reason: CpeError) -> None:
+        """Give it up."""
+        self.delivery.fail(reason)
+        self.session.post(functools.partial(self.sending.abandon, self.stream, reason))
+
+
+class _NobodyLeftError(Exception):
+    """Every daemon has failed; what went wrong is in the deliveries."""
+
+
+class RingSink:
+    """Chunks into the landing rings of several daemons at once: written to the first, copied to the others."""
+
+    def __init__(self, lanes: Sequence[Lane], total_bytes: int, progress: Progress | None) -> None:
+        self._lanes = lanes
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._held: list[tuple[Lane, int]] = []
+        self._window = Window(0, memoryview(b""))
+
+    def window(self, offset: int, nbytes: int) -> Window:
+        """Wait for a place in every ring whose daemon has not failed."""
+        for lane in self._lanes:
+            at = lane.sending.credit(lane.stream)
+            if at is not None:
+                self._held.append((lane, at))
+        if not self._held:
+            raise _NobodyLeftError
+        lane, at = self._held[0]
+        self._window = lane.sending.window(at, nbytes)
+        return self._window
+
+    def filled(self, offset: int, nbytes: int) -> None:
+        """Send the chunk to every daemon that has a place for it."""
+        for lane, at in self._held[1:]:
+            copy(lane.sending.window(at, nbytes).address, self._window.address, nbytes)
+        for lane, at in self._held:
+            lane.session.post(functools.partial(lane.sending.chunk, lane.stream, offset, nbytes, at))
+        self._held.clear()
+        if self._progress is not None:
+            self._progress(offset + nbytes, self._total_bytes)
+
+    def refund(self) -> None:
+        """Return the places that were not filled."""
+        for lane, at in self._held:
+            lane.sending.refund(lane.stream, at)
+        self._held.clear()
+
+
+def stream_into_rings(
+    contribution: Contribution, lanes: Sequence[Lane], progress: Progress | None, timeout: float, bell: Bell
+) -> None:
+    """Write a contribution into the landing rings of all ``lanes``, which have the same chunk size; then seal it.
+
+    Returns when the last chunk is written, or every daemon has failed. What the source or ``progress`` raises is
+    raised, and the version is given up.
+    """
+    _await_opened(lanes, timeout, bell)
+    sink = RingSink(lanes, contribution.layout.nbytes, progress)
+    complete = False
+    try:
+        digests = pour(contribution, sink, lanes[0].session.welcome.chunk_bytes)
+        for lane in lanes:
+            lane.seal(digests)
+        complete = True
+    except _NobodyLeftError:
+        complete = True
+    finally:
+        sink.refund()
+        if not complete:
+            for lane in lanes:
+                lane.abandon(PublishError(f"{lane.delivery.version} was interrupted while its tensors were read"))
+
+
+def _await_opened(lanes: Sequence[Lane], timeout: float, bell: Bell) -> None:
+    """Wait until every daemon has made room, or has failed."""
+    deadline = time.monotonic() + timeout
+    with bell.lock:
+        while waiting := [lane for lane in lanes if not lane.delivery.opened and lane.delivery.error is None]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            bell.changed.wait(left)
+    for lane in waiting:
+        what = f"{lane.delivery.endpoint} made no room for {lane.delivery.version} in {timeout:g} s"
+        lane.abandon(DeadlineError(what))
+
+
+class Follower:
+    """A thread that digests a staged contribution while the links send it, seals it, and tells of its progress.
+
+    Args:
+        staged: the bytes; the links are told to send them.
+        shards: what they are.
+        layout: where each shard lies.
+        lanes: the daemons that they go to.
+        progress: called by the thread whenever every daemon that is left has got more.
+        bell: rings when a chunk goes out.
+    """
+
+    def __init__(
+        self,
+        staged: memoryview,
+        shards: list[Shard],
+        layout: Layout,
+        lanes: Sequence[Lane],
+        progress: Progress | None,
+        bell: Bell,
+    ) -> None:
+        self._staged = staged
+        self._shards = shards
+        self._layout = layout
+        self._lanes = lanes
+        self._progress = progress
+        self._bell = bell
+        for lane in lanes:
+            lane.session.post(functools.partial(lane.sending.feed, lane.stream, staged))
+        self._thread = threading.Thread(target=self._run, name="cpe-publish", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for its end up to ``timeout`` seconds; False if it did not come."""
+        self._thread.join(max(timeout, 0.0))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            digests = digests_of(self._staged, self._shards, self._layout)
+            self._staged = memoryview(b"")
+            for lane in self._lanes:
+                lane.seal(digests)
+            if self._progress is not None:
+                self._report(self._progress)
+        except Exception as error:  # task boundary: progress is the trainer's and may raise; nobody else would hear
+            log.exception("giving a publish up")
+            for lane in self._lanes:
+                lane.abandon(PublishError(f"{lane.delivery.version} was given up: {error!r}"))
+
+    def _report(self, progress: Progress) -> None:
+        """Tell of every step until all is sent, or no daemon is left: their deadlines end that at the latest."""
+        told, total = 0, self._layout.nbytes
+        while told < total:
+            with self._bell.lock:
+                while (done := self._done()) is not None and done <= told:
+                    self._bell.moved.wait(1.0)
+            if done is None:
+                return
+            progress(done, total)
+            told = done
+
+    def _done(self) -> int | None:
+        """Bytes that every daemon that has not failed has been sent; None if all have failed."""
+        return min((lane.delivery.sent_bytes for lane in self._lanes if lane.delivery.error is None), default=None)

@@ -1,0 +1,224 @@
+"""The `Publisher`: what a trainer rank publishes its weights with."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from cpe_daemon.core.manifest import Layout
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseError
+from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.handle import Handle, raise_failures
+from cpe_daemon.publisher.link import Link
+from cpe_daemon.publisher.outgoing import Follower, Lane, Progress, stream_into_rings
+from cpe_daemon.publisher.sending import MARGIN_SECONDS
+from cpe_daemon.publisher.session import Session
+from cpe_daemon.publisher.sources import Contribution, Source, open_source
+from cpe_daemon.publisher.staging import Staging
+from cpe_daemon.wire.messages import PROTOCOL, TrainerHello
+
+log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS: Final = 5.0
+
+
+class Publisher:
+    """Publishes versions of one model to the daemons of one or several nodes.
+
+    Every rank of a training job has one. It connects in the background, and again whenever a daemon is restarted. Use
+    it as a context manager: a clean exit waits until the last version's bytes are delivered. Thread-safe.
+
+    Args:
+        endpoints: where the daemons listen, ``ipc://PATH`` or ``tcp://HOST:PORT``; every one gets every version.
+        model: the name that the weights are served under.
+        run: the training run; version numbers grow within it.
+        rank: which of the ranks that publish together this is.
+        world_size: how many there are. A version is whole when all of them have contributed to it.
+        connect_timeout: seconds that a publish waits for a daemon that has not answered yet.
+        send_timeout: seconds that a daemon may leave bytes unacknowledged, and that a publish waits for the one
+            before it.
+
+    Raises:
+        ConfigError: an endpoint is malformed.
+        MisuseError: another argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Sequence[str],
+        *,
+        model: str,
+        run: str,
+        rank: int = 0,
+        world_size: int = 1,
+        connect_timeout: float = 30.0,
+        send_timeout: float = 60.0,
+    ) -> None:
+        names = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        if not names or len(set(names)) != len(names):
+            raise MisuseError(f"give one or more endpoints, each once, not {names}")
+        if not model or not run or not 0 <= rank < world_size:
+            raise MisuseError(f"a publisher of {model!r} in run {run!r} as rank {rank} of {world_size} makes no sense")
+        self._model, self._run, self._world_size = model, run, world_size
+        self._connect_timeout, self._send_timeout = connect_timeout, send_timeout
+        self._bell = Bell()
+        self._turn = threading.Lock()
+        self._staging = Staging()
+        self._follower: Follower | None = None
+        self._previous: Sequence[Delivery] = ()
+        self._closed = False
+        hello = TrainerHello(PROTOCOL, model, run, rank, world_size, _boot_id(), os.getpid())
+        self._links: list[Link] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for name in names:
+                self._links.append(Link(name, hello, self._bell, send_timeout=send_timeout))
+            undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._closed:
+            try:
+                self._await_previous(time.monotonic() + self._send_timeout)
+            except DeadlineError as late:
+                log.warning("%s", late)
+        self.close()
+
+    def publish(self, source: Source, version: int, *, force: bool = False, progress: Progress | None = None) -> Handle:
+        """Publish a version; return as soon as the tensors may change again.
+
+        To daemons of this host the tensors are written directly, and this returns when the last byte is; the wait
+        includes the daemons' copying. Otherwise, and for an iterator, they are copied to host memory first, and this
+        returns after that copy. At most one publish is under way: the next waits for the one before it.
+
+        Args:
+            source: a mapping of names to tensors, (name, tensor) pairs, an ``nn.Module`` (its ``state_dict()``, a tied
+                weight under each of its names), or a path: a ``.safetensors`` file or a directory of them.
+            version: the number, higher than any that was staged before in this run.
+            force: return to a run that another one has superseded.
+            progress: called with bytes done and bytes in all, for every chunk: by the calling thread while it streams,
+                by a thread of its own otherwise. What it raises gives the version up.
+
+        Raises:
+            ManifestError: the source cannot be published.
+            DeadlineError: no daemon answers, or the publish before this one does not come to its end.
+            CpeError: every daemon refuses this rank. What becomes of the version itself, the handle tells.
+        """
+        identity = VersionId(self._model, self._run, version)
+        deadline = time.monotonic() + self._send_timeout
+        if version < 0:
+            raise MisuseError(f"a version's number is 0 or higher, not {version}")
+        if not self._turn.acquire(timeout=self._send_timeout):
+            raise DeadlineError(f"{identity} waited {self._send_timeout:g} s for another thread's publish")
+        try:
+            self._await_previous(deadline)
+            reach = self._connect(identity)
+            opened = open_source(source)
+            staged: memoryview | None = None
+            if isinstance(opened, Contribution):
+                shards, layout = opened.shards, opened.layout
+                if not reach.one_ring_size:
+                    staged = self._staging.stage(opened)
+            else:
+                shards, layout, staged = self._staging.consume(opened)
+            if not shards and self._world_size == 1:
+                raise ManifestError("the source holds no tensor")
+            handle, lanes = self._begin(identity, shards, layout, reach, force)
+            if isinstance(opened, Contribution) and staged is None:
+                stream_into_rings(opened, lanes, progress, self._send_timeout + MARGIN_SECONDS, self._bell)
+            elif staged is not None:
+                self._follower = Follower(staged, shards, layout, lanes, progress, self._bell)
+            return handle
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        """Abandon what is not delivered, and end within some seconds. Handles stay usable; what they wait for fails."""
+        self._closed = True
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for link in self._links:
+            link.close_soon()
+        late = [link.endpoint for link in self._links if not link.join(max(0.0, deadline - time.monotonic()))]
+        if self._follower is not None and not self._follower.join(deadline - time.monotonic()):
+            late.append("progress")
+        if late:
+            log.warning("threads left behind by close: %s", ", ".join(late))
+
+    # --- the steps of a publish --------------------------------------------------------------------------------------
+
+    def _await_previous(self, deadline: float) -> None:
+        """Wait until the bytes of the publish before are delivered everywhere, or have failed."""
+        with self._bell.lock:
+            while pending := [delivery for delivery in self._previous if not delivery.settled]:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    where = ", ".join(f"{d.state} at {d.endpoint}" for d in pending)
+                    raise DeadlineError(f"{pending[0].version} is still on its way ({where})")
+                self._bell.changed.wait(left)
+        if self._follower is not None and not self._follower.join(deadline - time.monotonic()):
+            raise DeadlineError("the publish before this one is still reporting its progress")
+        self._follower = None
+
+    def _connect(self, version: VersionId) -> _Reach:
+        """Find out which daemons can be reached, waiting for those that do not answer yet."""
+        if self._closed:
+            raise MisuseError("this publisher is closed")
+        reach = _Reach({}, {})
+        deadline = time.monotonic() + self._connect_timeout
+        for link in self._links:
+            try:
+                reach.sessions[link.endpoint] = link.ready(version, max(0.0, deadline - time.monotonic()))
+            except CpeError as error:
+                reach.failures[link.endpoint] = error
+        if not reach.sessions:
+            raise_failures(version, reach.failures, len(self._links))
+        return reach
+
+    def _begin(
+        self, version: VersionId, shards: list[Shard], layout: Layout, reach: _Reach, force: bool
+    ) -> tuple[Handle, list[Lane]]:
+        """Announce the version to every daemon that can be reached."""
+        deliveries = {
+            link.endpoint: Delivery(link.endpoint, version, layout.nbytes, len(shards), self._bell)
+            for link in self._links
+        }
+        for endpoint, error in reach.failures.items():
+            deliveries[endpoint].fail(error)
+        self._previous = list(deliveries.values())
+        lanes = [Lane.begin(session, deliveries[name], shards, force) for name, session in reach.sessions.items()]
+        return Handle(version, self._previous, self._bell), lanes
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """Which daemons can be reached, and why the others cannot, by endpoint."""
+
+    sessions: dict[str, Session]
+    failures: dict[str, CpeError]
+
+    @property
+    def one_ring_size(self) -> bool:
+        """Whether every session has a landing ring, all with chunks of one size: then they can be filled in step."""
+        sizes = {session.welcome.chunk_bytes for session in self.sessions.values()}
+        return len(sizes) == 1 and all(session.landing for session in self.sessions.values())
+
+
+def _boot_id() -> str:
+    """This boot of this host; the same for all its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

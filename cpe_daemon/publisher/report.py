@@ -1,0 +1,69 @@
+"""What became of a published version, daemon by daemon and engine by engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.wire.messages import EngineReport, VersionReport
+
+_HEADINGS = ("engine", "outcome", "GB", "GB/s", "phases")
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """A version that went live; ``nodes`` has each daemon's own report by its endpoint. ``str()`` is a table."""
+
+    version: VersionId
+    nodes: Mapping[str, VersionReport]
+
+    @property
+    def engines(self) -> dict[str, EngineReport]:
+        """Every engine's report by its name: outcome, phases in seconds, nbytes, gigabytes_per_second.
+
+        An engine that several daemons serve together is there once for each, as ``name@endpoint``.
+        """
+        names = [name for node in self.nodes.values() for name in node.engines]
+        return {
+            name if names.count(name) == 1 else f"{name}@{endpoint}": report
+            for endpoint, node in self.nodes.items()
+            for name, report in node.engines.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the version."""
+        return max((node.nbytes for node in self.nodes.values()), default=0)
+
+    @property
+    def stage_seconds(self) -> float:
+        """From the first byte to whole and verified, at the slowest daemon."""
+        return max((node.stage_seconds for node in self.nodes.values()), default=0.0)
+
+    @property
+    def push_seconds(self) -> float:
+        """From staged to live, at the slowest daemon."""
+        return max((node.push_seconds for node in self.nodes.values()), default=0.0)
+
+    def __str__(self) -> str:
+        rows = [_HEADINGS, *(_row(name, report) for name, report in self.engines.items())]
+        lines = []
+        for endpoint, node in self.nodes.items():
+            lines.append(
+                f"{self.version} live at {endpoint}: {node.tensors} tensors, {node.nbytes / 1e9:.3f} GB,"
+                f" staged in {node.stage_seconds:.3f} s, pushed in {node.push_seconds:.3f} s"
+            )
+        if len(rows) > 1:
+            widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+            lines += [
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            ]
+        return "\n".join(lines)
+
+
+def _row(name: str, report: EngineReport) -> tuple[str, ...]:
+    phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in report.phases.items())
+    if report.error is not None:
+        phases = f"{phases}; {report.error.code}: {report.error.message}".lstrip("; ")
+    return (name, report.outcome, f"{report.nbytes / 1e9:.3f}", f"{report.gigabytes_per_second:.1f}", phases)

@@ -1,0 +1,309 @@
+"""The conversation about versions over one session: open, manifest, chunks, seal; credits, acknowledgements, states.
+
+No sockets: messages go out by a function that is handed in, and come in by `Sending.take`. All of it belongs to the
+link's thread, but for the methods that say otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import zmq
+
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.devices.memory import SharedMemory, address_of, copy
+from cpe_daemon.errors import CpeError, DeadlineError
+from cpe_daemon.publisher.credits import Credits
+from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.stream import Window
+from cpe_daemon.wire.messages import (
+    Abandon,
+    Chunk,
+    ChunkDone,
+    ErrorReply,
+    ManifestPart,
+    Message,
+    OpenVersion,
+    Seal,
+    TrainerWelcome,
+    VersionOpened,
+    VersionStatus,
+)
+
+SHARDS_A_PART: Final = 512
+MARGIN_SECONDS: Final = 5.0
+"""Other threads wait so much longer than the link's thread does for the same, which then tells them why it failed."""
+
+
+class Send(Protocol):
+    """Sends one message and its bulk frames."""
+
+    def __call__(self, message: Message, *frames: bytes | memoryview | zmq.Frame) -> None:
+        """Raises `PeerLostError` if the daemon does not take it."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One contribution on its way. ``staged`` holds its bytes if the link's thread is to send them by itself."""
+
+    number: int
+    delivery: Delivery
+    moved_at: float
+    staged: memoryview | None = None
+    opened: bool = False
+    sent_bytes: int = 0
+    unacked: int = 0
+    digests: bytes | None = None
+    sealed: bool = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the daemon owes an answer."""
+        return not self.opened or self.unacked > 0
+
+
+class Sending:
+    """All streams of one session.
+
+    Args:
+        send: sends a message.
+        welcome: the session's terms.
+        ring: the landing ring, if there is one; stays the caller's.
+        bell: guards the credits, and rings when one comes back.
+        send_timeout: seconds without an answer to bytes after which a stream is given up.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        welcome: TrainerWelcome,
+        ring: SharedMemory | None,
+        bell: Bell,
+        *,
+        send_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._send = send
+        # A view of our own: it keeps the memory mapped for whoever is writing to it when the session ends.
+        self._memory = None if ring is None else ring.view[:]
+        self._address = 0 if ring is None else ring.address
+        self._bell = bell
+        self._send_timeout = send_timeout
+        self._clock = clock
+        self._chunk_bytes = welcome.chunk_bytes
+        self._credits = Credits(welcome.credits, welcome.chunk_bytes, ring=ring is not None)
+        self._numbers = itertools.count(1)
+        self._begun: dict[int, Stream] = {}  # not opened yet; guarded by the bell's lock, as is the next
+        self._over: CpeError | None = None
+        self._streams: dict[int, Stream] = {}
+        self._watched: dict[VersionId, Stream] = {}
+        self._stale: set[VersionId] = set()  # given up here, and the daemon has not said yet that they failed
+
+    # --- any thread --------------------------------------------------------------------------------------------------
+
+    def begin(self, delivery: Delivery) -> Stream:
+        """Make a stream, for `open`; if the session is over it has failed already."""
+        with self._bell.lock:
+            stream = Stream(next(self._numbers), delivery, self._clock())
+            if self._over is None:
+                self._begun[stream.number] = stream
+                return stream
+            over = self._over
+        delivery.fail(over)
+        return stream
+
+    def credit(self, stream: Stream) -> int | None:
+        """Wait for a credit; return its offset in the ring, or None if the stream has failed."""
+        delivery = stream.delivery
+        deadline = self._clock() + self._send_timeout + MARGIN_SECONDS
+        with self._bell.lock:
+            while delivery.error is None:
+                at = self._credits.take(stream.number)
+                if at is not None:
+                    return at
+                if not self._bell.moved.wait(deadline - self._clock()):
+                    break
+        delivery.fail(DeadlineError(f"{delivery.endpoint} gave no credit for {delivery.version} in time"))
+        return None
+
+    def window(self, ring_offset: int, nbytes: int) -> Window:
+        """The memory of a credit. Only with a landing ring, and only for the credit's holder."""
+        if self._memory is None:
+            raise ValueError("this session has no landing ring")
+        return Window(self._address + ring_offset, self._memory[ring_offset : ring_offset + nbytes])
+
+    def refund(self, stream: Stream, ring_offset: int) -> None:
+        """Return a credit that was not used."""
+        with self._bell.lock:
+            self._credits.give_back(stream.number, ring_offset)
+            self._bell.moved.notify_all()
+
+    # --- the link's thread -------------------------------------------------------------------------------------------
+
+    def open(self, stream: Stream, shards: list[Shard], force: bool) -> None:
+        """Announce a contribution and its manifest."""
+        delivery = stream.delivery
+        with self._bell.lock:
+            self._begun.pop(stream.number, None)
+            if delivery.error is not None:
+                return
+        stream.moved_at = self._clock()
+        self._streams[stream.number] = stream
+        self._watched[delivery.version] = stream
+        self._send(OpenVersion(stream.number, delivery.version, len(shards), delivery.nbytes, force))
+        for first in range(0, len(shards), SHARDS_A_PART):
+            self._send(ManifestPart(stream.number, first, shards[first : first + SHARDS_A_PART]))
+
+    def chunk(self, stream: Stream, offset: int, nbytes: int, ring_offset: int) -> None:
+        """Send a chunk for which `credit` was called and whose bytes lie in the ring."""
+        if stream.number not in self._streams:
+            self.refund(stream, ring_offset)
+            return
+        self._send_chunk(stream, Chunk(stream.number, offset, nbytes, ring_offset))
+
+    def feed(self, stream: Stream, staged: memoryview) -> None:
+        """Have all bytes of the stream sent from ``staged``, which must not change until it is delivered or failed."""
+        stream.staged = staged
+
+    def seal(self, stream: Stream, digests: bytes) -> None:
+        """Seal the stream once all its bytes are sent."""
+        stream.digests = digests
+        self._finish(stream)
+
+    def abandon(self, stream: Stream, error: CpeError) -> None:
+        """Give a stream up, and say so; does nothing if it is sealed or has failed."""
+        if stream.number in self._streams and not stream.sealed:
+            self._give_up(stream, error)
+
+    def abandon_all(self, error: CpeError) -> None:
+        """Give up what is not sealed."""
+        for stream in list(self._streams.values()):
+            self.abandon(stream, error)
+
+    def pump(self) -> None:
+        """Send staged bytes as far as there are credits."""
+        for stream in list(self._streams.values()):
+            staged = stream.staged
+            if staged is None or not stream.opened:
+                continue
+            while stream.sent_bytes < len(staged):
+                with self._bell.lock:
+                    at = self._credits.take(stream.number)
+                if at is None:
+                    break
+                self._send_staged(stream, staged, at)
+            self._finish(stream)
+
+    def take(self, message: Message) -> None:
+        """Handle what the daemon said of a stream or a version; what concerns none that is known is ignored."""
+        if isinstance(message, ChunkDone):
+            self._on_done(message)
+        elif isinstance(message, VersionOpened) and (stream := self._streams.get(message.stream)):
+            stream.opened = True
+            stream.moved_at = self._clock()
+            self._stale.discard(stream.delivery.version)
+            stream.delivery.mark_opened()
+        elif isinstance(message, VersionStatus):
+            self._on_status(message)
+        elif isinstance(message, ErrorReply) and (stream := self._streams.get(message.stream)):
+            if stream.opened:
+                self._stale.add(stream.delivery.version)
+            self._drop(stream, stream.delivery.reported(message.error.code, message.error.message))
+
+    def give_up_stalled(self) -> None:
+        """Fail the streams to which the daemon has owed an answer for too long."""
+        now = self._clock()
+        for stream in [s for s in self._streams.values() if s.waiting and now - s.moved_at > self._send_timeout]:
+            owed = "acknowledged no bytes of" if stream.opened else "made no room for"
+            delivery = stream.delivery
+            what = f"the daemon at {delivery.endpoint} {owed} {delivery.version} for {self._send_timeout:g} s"
+            self._give_up(stream, DeadlineError(what))
+
+    def end(self, error: CpeError) -> None:
+        """The session is over: fail whatever was expected of it."""
+        with self._bell.lock:
+            self._over = error
+            expected = [*self._begun.values(), *self._streams.values(), *self._watched.values()]
+            self._begun.clear()
+        for stream in expected:
+            stream.staged = None
+            stream.delivery.fail(error)
+        self._streams.clear()
+        self._watched.clear()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _send_staged(self, stream: Stream, staged: memoryview, at: int) -> None:
+        start = stream.sent_bytes
+        part = staged[start : start + self._chunk_bytes]
+        chunk = Chunk(stream.number, start, len(part), at)
+        if at >= 0:
+            copy(self.window(at, len(part)).address, address_of(part), len(part))
+            self._send_chunk(stream, chunk)
+        else:
+            # Not copied: the staging is not written again before every chunk is acknowledged, or the stream was given
+            # up, and then it is never sealed.
+            self._send_chunk(stream, chunk, zmq.Frame(part, copy=False))
+
+    def _send_chunk(self, stream: Stream, chunk: Chunk, *frames: zmq.Frame) -> None:
+        if not stream.unacked:
+            stream.moved_at = self._clock()
+        self._send(chunk, *frames)
+        stream.unacked += 1
+        stream.sent_bytes += chunk.nbytes
+        stream.delivery.mark_sent(chunk.nbytes)
+
+    def _on_done(self, done: ChunkDone) -> None:
+        stream = self._streams.get(done.stream)
+        with self._bell.lock:
+            returned = self._credits.give_back(done.stream, done.ring_offset)
+            self._bell.moved.notify_all()
+        if stream is None or not returned:
+            return  # it failed meanwhile; its credits come back all the same
+        stream.unacked -= 1
+        stream.moved_at = self._clock()
+        self._finish(stream)
+
+    def _finish(self, stream: Stream) -> None:
+        if stream.number not in self._streams:
+            return
+        if not stream.sealed and stream.digests is not None and stream.sent_bytes == stream.delivery.nbytes:
+            self._send(Seal(stream.number, stream.digests))
+            stream.sealed = True
+        if stream.sealed and not stream.unacked:
+            del self._streams[stream.number]
+            stream.staged = None
+            stream.delivery.mark_delivered()
+
+    def _on_status(self, status: VersionStatus) -> None:
+        stream = self._watched.get(status.version)
+        if status.state == "failed" and status.version in self._stale:
+            self._stale.discard(status.version)
+            return  # an earlier attempt did
+        if stream is None:
+            return
+        stream.delivery.take(status)
+        if stream.delivery.error is not None:
+            self._drop(stream, stream.delivery.error)
+        elif stream.delivery.over:
+            self._watched.pop(status.version, None)
+
+    def _give_up(self, stream: Stream, error: CpeError) -> None:
+        self._stale.add(stream.delivery.version)
+        self._drop(stream, error)
+        self._send(Abandon(stream.number, error.message))
+
+    def _drop(self, stream: Stream, error: CpeError) -> None:
+        """Forget a stream that failed."""
+        version = stream.delivery.version
+        self._streams.pop(stream.number, None)
+        if self._watched.get(version) is stream:
+            del self._watched[version]
+        stream.staged = None
+        stream.delivery.fail(error)

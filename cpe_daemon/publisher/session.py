@@ -1,0 +1,244 @@
+"""One greeting's worth of a link: its terms, its landing ring, and whether the daemon is still the one greeted.
+
+Belongs to the link's thread, but for `Session.post`, which any thread calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from cpe_daemon.devices.memory import SharedMemory
+from cpe_daemon.errors import ConfigError, CpeError, PeerError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.links.dealer import Dealer
+from cpe_daemon.links.handoff import Tether, claim
+from cpe_daemon.publisher.delivery import Bell
+from cpe_daemon.publisher.sending import Sending
+from cpe_daemon.wire.messages import (
+    OLDEST_PROTOCOL,
+    PROTOCOL,
+    ErrorReply,
+    Message,
+    Ping,
+    Pong,
+    TrainerHello,
+    TrainerWelcome,
+)
+
+log = logging.getLogger(__name__)
+
+_WELCOME_SECONDS: Final = 5.0
+_SLICE_SECONDS: Final = 0.25
+"""The longest that the link's thread looks at nothing but its socket."""
+_SEND_SECONDS: Final = 5.0
+_TURN: Final = 64
+"""Messages taken before commands get their turn."""
+_MISSED: Final = 3
+_MARGIN_SECONDS: Final = 1.0
+"""A daemon that leaves pings unanswered for ``_MISSED`` intervals and this is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """The ring as this process has mapped it, and the connection that tells each side of the other's end."""
+
+    ring: SharedMemory
+    tether: Tether
+
+    def close(self) -> None:
+        """Let go of both. The memory itself lives until the last view of it is gone."""
+        self.tether.close()
+        self.ring.close()
+
+
+class Session:
+    """A greeted daemon.
+
+    Args:
+        dealer: the connection; the session's to close from now on.
+        welcome: the terms.
+        bell: rings when something changes.
+        send_timeout: see `Sending`.
+    """
+
+    def __init__(self, dealer: Dealer, welcome: TrainerWelcome, bell: Bell, *, send_timeout: float) -> None:
+        self.welcome = welcome
+        self._dealer = dealer
+        self._landing = _land(dealer.endpoint, welcome)
+        send = functools.partial(dealer.send, timeout=_SEND_SECONDS)
+        ring = self._landing.ring if self._landing else None
+        self.sending = Sending(send, welcome, ring, bell, send_timeout=send_timeout)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._post_lock = threading.Lock()
+        self._ended = False
+        self._ping_at = time.monotonic() + welcome.heartbeat_seconds
+        self._unanswered_since: float | None = None
+        self._doubt: ProtocolError | None = None
+        self._pings = 0
+        self._pongs = 0
+
+    @property
+    def landing(self) -> bool:
+        """Whether bytes go through a landing ring."""
+        return self._landing is not None
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have ``command`` run by the link's thread; dropped if the session is over. Any thread."""
+        with self._post_lock:
+            if not self._ended:
+                self._commands.append(command)
+                self._dealer.wake()
+
+    def turn(self) -> None:
+        """Run what was posted, send what can be sent, take what has come, and wait for more for a moment.
+
+        Raises:
+            PeerLostError: the daemon is gone, or is another one.
+            ProtocolError: the daemon refuses to understand this side.
+        """
+        while self._commands:
+            self._commands.popleft()()
+        self.sending.pump()
+        now = time.monotonic()
+        if now >= self._ping_at:
+            self._ping(now)
+        timeout = min(_SLICE_SECONDS, self._ping_at - now)
+        for _ in range(_TURN):
+            if not self._receive(timeout):
+                break
+            timeout = 0.0
+        self._check()
+
+    def fence(self, seconds: float) -> None:
+        """Wait up to ``seconds`` until the daemon has taken everything that was sent.
+
+        Raises:
+            PeerError: it is gone.
+        """
+        deadline = time.monotonic() + seconds
+        self._ping(time.monotonic())
+        while self._pongs < self._pings and (left := deadline - time.monotonic()) > 0:
+            self._receive(min(left, _SLICE_SECONDS))
+            self._check()
+
+    def end(self, error: CpeError) -> None:
+        """Fail whatever was expected of the session, and close it."""
+        with self._post_lock:
+            self._ended = True
+            self._commands.clear()
+        self.sending.end(error)
+        if self._landing is not None:
+            self._landing.close()
+        self._dealer.close()
+
+    def _ping(self, now: float) -> None:
+        self._dealer.send(Ping(), timeout=_SEND_SECONDS)
+        self._pings += 1
+        self._ping_at = now + self.welcome.heartbeat_seconds
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+
+    def _receive(self, timeout: float) -> bool:
+        """Take one message; False if none came."""
+        try:
+            received = self._dealer.receive(timeout)
+        except ProtocolError as error:
+            log.warning("ignored a message of %s: %s", self._dealer.endpoint, error)
+            return True
+        if received is None:
+            return False
+        self._unanswered_since = None
+        self._take(received[0])
+        return True
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Pong):
+            self._on_pong(message)
+        elif isinstance(message, ErrorReply) and message.error.code == ProtocolError.code:
+            # Either we broke the rules, or the daemon was restarted and does not know us: its next answer tells.
+            if message.stream == 0:
+                raise PeerLostError(f"{self._dealer.endpoint} does not know this trainer any more: it was restarted")
+            self._doubt = ProtocolError(f"{message.error.message} (said {self._dealer.endpoint})")
+            self._ping(time.monotonic())
+        elif isinstance(message, ErrorReply) and message.stream == 0:
+            log.warning("%s refused a message: %s", self._dealer.endpoint, message.error.message)
+        else:
+            self.sending.take(message)
+
+    def _on_pong(self, pong: Pong) -> None:
+        self._pongs += 1
+        if pong.generation != self.welcome.generation:
+            raise PeerLostError(f"the daemon at {self._dealer.endpoint} was restarted")
+        if self._doubt is not None:
+            raise self._doubt
+
+    def _check(self) -> None:
+        if self._landing is not None and self._landing.tether.cut:
+            raise PeerLostError(f"the daemon at {self._dealer.endpoint} ended")
+        limit = _MISSED * self.welcome.heartbeat_seconds + _MARGIN_SECONDS
+        if self._unanswered_since is not None and time.monotonic() - self._unanswered_since > limit:
+            raise PeerLostError(f"the daemon at {self._dealer.endpoint} has been silent for {limit:g} s")
+        self.sending.give_up_stalled()
+
+
+def greet(dealer: Dealer, hello: TrainerHello, cancelled: Callable[[], bool]) -> TrainerWelcome | None:
+    """Introduce this rank, as soon as somebody listens; return the terms, or None if ``cancelled`` says so.
+
+    Raises:
+        PeerLostError: somebody listens and does not answer.
+        CpeError: the daemon refuses; rebuilt from its code.
+    """
+    while True:
+        if cancelled():
+            return None
+        try:
+            dealer.send(hello, timeout=_SLICE_SECONDS)
+            break
+        except PeerLostError:
+            continue  # not there yet
+    deadline = time.monotonic() + _WELCOME_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        if cancelled():
+            return None
+        received = dealer.receive(min(left, _SLICE_SECONDS))
+        message = received[0] if received else None
+        if isinstance(message, TrainerWelcome):
+            return _checked(dealer.endpoint, message)
+        if isinstance(message, ErrorReply):
+            raise from_code(message.error.code, f"{message.error.message} (said {dealer.endpoint})")
+    raise PeerLostError(f"the daemon at {dealer.endpoint} did not answer a hello for {_WELCOME_SECONDS:g} s")
+
+
+def _checked(endpoint: str, welcome: TrainerWelcome) -> TrainerWelcome:
+    if not OLDEST_PROTOCOL <= welcome.protocol <= PROTOCOL:
+        raise ProtocolError(
+            f"{endpoint} speaks protocol {welcome.protocol}; this publisher speaks {OLDEST_PROTOCOL} to {PROTOCOL}"
+        )
+    if welcome.credits < 1 or welcome.chunk_bytes < 1 or welcome.heartbeat_seconds <= 0:
+        raise ProtocolError(f"{endpoint} offers impossible terms: {welcome}")
+    return welcome
+
+
+def _land(endpoint: str, welcome: TrainerWelcome) -> Landing | None:
+    """Fetch the landing ring; without one, bytes go through the socket."""
+    if not welcome.landing_token:
+        return None
+    try:
+        fd, tether = claim(welcome.handoff, welcome.landing_token)
+    except PeerLostError as error:
+        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error)
+        return None
+    try:
+        ring = SharedMemory.attach(fd, welcome.credits * welcome.chunk_bytes, writable=True)
+        ring.prefault(0, ring.nbytes)
+    except (PeerError, ConfigError) as error:
+        tether.close()
+        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error)
+        return None
+    return Landing(ring, tether)
