@@ -1,0 +1,73 @@
+"""The command ``cpe`` and what all its subcommands share: help that teaches, and one way to fail."""
+
+from __future__ import annotations
+
+import click
+
+from cpe_daemon import __version__
+from cpe_daemon.cli.completion import completion_command
+from cpe_daemon.cli.demo import demo_command
+from cpe_daemon.cli.failures import FailingGroup, debug_option
+from cpe_daemon.cli.publish import publish_command
+from cpe_daemon.cli.serve import serve_command
+from cpe_daemon.cli.settings import config_command
+from cpe_daemon.cli.status import status_command
+from cpe_daemon.cli.version import version_command
+
+_EPILOG = """\b
+Try it, without a GPU:
+  cpe demo --small
+
+\b
+On an inference node:
+  cpe config --default > cpe.yaml      every setting, explained
+  cpe config --config cpe.yaml         check it, and see what is in effect
+  cpe serve --config cpe.yaml
+  cpe status
+
+\b
+From a trainer's side:
+  cpe publish ./checkpoint --model qwen3 --version 7 --to ipc:///run/cpe/front.sock
+
+\b
+Environment:
+  CPE_CONFIG              configuration file (--config)
+  CPE_RUNTIME_DIR         directory of the daemon's sockets
+  CPE_<SECTION>__<NAME>   any setting, for example CPE_DEVICE__SLOTS=4
+  CPE_DEBUG=1             as --debug
+
+\b
+Exit status:
+  0  done                             5  a deadline passed
+  1  a bug in cpe                     6  no room, or busy
+  2  command line or configuration    7  an engine or a publish failed
+  3  asked for something impossible   130  interrupted
+  4  peer unreachable or misbehaving
+"""
+
+
+@click.group(
+    cls=FailingGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EPILOG,
+)
+@click.version_option(__version__, prog_name="cpe-daemon")
+@debug_option
+def main() -> None:
+    """Live weight updates for LLM inference.
+
+    A daemon on each inference node takes new versions of a model's weights from trainers, and pushes them
+    into the running engines, in place.
+    """
+
+
+for command in (
+    serve_command,
+    config_command,
+    publish_command,
+    status_command,
+    demo_command,
+    completion_command,
+    version_command,
+):
+    main.add_command(command)

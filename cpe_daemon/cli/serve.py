@@ -1,0 +1,38 @@
+"""``cpe serve``: run the daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cpe_daemon.cli.failures import debug_option
+from cpe_daemon.cli.settings import load, settings_options
+
+
+@click.command("serve", short_help="Run the daemon of this node.")
+@settings_options
+@debug_option
+def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: Path | None) -> None:
+    """Run the daemon of this node in the foreground, until SIGTERM or SIGINT.
+
+    Settings come from --set, then the environment (CPE_<SECTION>__<NAME>), then --config, then defaults.
+
+    \b
+    Examples:
+      cpe serve
+      cpe serve --config /etc/cpe-daemon/config.yaml
+      cpe serve --set arena.size_bytes=64GiB --set log.level=debug
+    """  # noqa: D301 - click wants the \b itself
+    config = load(path, assignments, runtime_dir).config
+
+    import asyncio
+
+    import uvloop
+
+    from cpe_daemon.daemon import serve
+    from cpe_daemon.observe.logs import configure_logging
+
+    configure_logging(config.log.level, config.log.format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config))
