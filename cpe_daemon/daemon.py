@@ -6,7 +6,6 @@ The only module that names a concrete device or transport.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import secrets
 import signal
@@ -22,6 +21,7 @@ import zmq
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
+from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
@@ -33,6 +33,7 @@ from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.runtime import RuntimeDirectory
 from cpe_daemon.status import (
     arena_status,
     device_status,
@@ -41,7 +42,7 @@ from cpe_daemon.status import (
     trainer_status,
     version_status,
 )
-from cpe_daemon.versions import Catalogue
+from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
 from cpe_daemon.wire.messages import PROTOCOL, FrontMessage, StatusReply, StatusRequest, WorkerMessage
 
@@ -82,40 +83,6 @@ async def serve(config: Config, *, ready: Callable[[], None] | None = None) -> N
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-class RuntimeDirectory:
-    """The directory of a daemon's sockets, owned by one live process at a time.
-
-    Raises:
-        ConfigError: it cannot be made, or another daemon owns it (which is left unharmed).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = -1
-
-    def __enter__(self) -> RuntimeDirectory:
-        try:
-            self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise ConfigError(
-                f"another daemon (pid {owner}) runs on {self.path}; give this one its own runtime_dir"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"cannot use runtime directory {self.path}: {error}") from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for name in (FRONT_SOCKET, ENGINES_SOCKET, HANDOFF_SOCKET):
-            (self.path / name).unlink(missing_ok=True)  # of a daemon that was killed
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
 
 
 class Daemon:
@@ -183,6 +150,7 @@ class Daemon:
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
+        self.catalogue.watch(self._count_version)
         self._front = Router(
             "front",
             self._context,
@@ -282,6 +250,15 @@ class Daemon:
 
     def _on_status(self, peer: bytes, _: StatusRequest, __: object) -> None:
         self._front.send(peer, StatusReply(self.status()))
+
+    def _count_version(self, version: Version) -> None:
+        """Keep the metrics of versions; called at every change of one."""
+        if version.state is VersionState.STAGED:
+            self.metrics.observe_phases(version.id.model, "", {"stage": version.stage_seconds})
+        elif version.state is VersionState.LIVE:
+            self.metrics.live_version.labels(model=version.id.model).set(version.id.number)
+        if version.state in (VersionState.LIVE, VersionState.FAILED) and self.catalogue.find(version.id):
+            self.metrics.versions.labels(model=version.id.model, outcome=str(version.state)).inc()
 
     def _live(self, model: str) -> VersionId | None:
         live = self.catalogue.live(model)

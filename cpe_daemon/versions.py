@@ -164,7 +164,7 @@ class Catalogue:
         return contribution
 
     def may_make_room(self) -> bool:
-        """Whether bytes will be released by themselves: a push is due or in flight, or somebody still reads old ones."""
+        """Whether bytes will be released by themselves: a push is due or in flight, or old ones are still read."""
         return any(
             v.state in (VersionState.STAGED, VersionState.PUSHING)
             or (v.leases and v.state is not VersionState.RECEIVING and v.state is not VersionState.LIVE)
@@ -194,7 +194,12 @@ class Catalogue:
     # --- the life of a version ---------------------------------------------------------------------------------------
 
     def stage(self, version: Version, manifest: Manifest) -> None:
-        """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole."""
+        """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
+
+        Raises:
+            VersionRefusedError: a later number of its run was staged meanwhile.
+        """
+        admit(self._history.get(version.id.model, History()), version.id, force=True)
         version.manifest = manifest
         version.staged_at = self._clock()
         self._history[version.id.model] = self._history.get(version.id.model, History()).after(version.id)

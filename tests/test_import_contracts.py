@@ -36,7 +36,6 @@ cpe_daemon/core/__init__.py
 cpe_daemon/daemon.py
 cpe_daemon/demo/__init__.py
 cpe_daemon/devices/__init__.py
-cpe_daemon/devices/cuda.py
 cpe_daemon/devices/shm.py
 cpe_daemon/engines/__init__.py
 cpe_daemon/errors.py
@@ -46,6 +45,8 @@ cpe_daemon/observe/__init__.py
 cpe_daemon/peers/__init__.py
 cpe_daemon/publisher/__init__.py
 cpe_daemon/push/__init__.py
+cpe_daemon/runtime.py
+cpe_daemon/status.py
 cpe_daemon/transports/__init__.py
 cpe_daemon/transports/loopback.py
 cpe_daemon/transports/mooncake.py
@@ -59,7 +60,6 @@ inference_plugins/torch/worker.py
 
 LAYERS = "Rooms form layers"
 PURE = "Core and wire are pure"
-TRANSPORTS = "Only the daemon names a concrete transport"
 DEVICES = "Concrete devices are named by the daemon, the publisher and worker halves"
 LOWER_ROOMS = "Publisher and plugins use the lower rooms only"
 LEAN = "Publisher and plugins need only torch, pyzmq and msgspec"
@@ -82,8 +82,7 @@ PLANTED = [
     (PURE, ["cpe_daemon.core: os.path"]),
     (PURE, ["cpe_daemon.wire: zmq"]),
     (PURE, ["cpe_daemon.wire: torch"]),
-    (TRANSPORTS, ["cpe_daemon.peers: cpe_daemon.transports.mooncake"]),
-    (DEVICES, ["cpe_daemon.push: cpe_daemon.devices.cuda"]),
+    (DEVICES, ["cpe_daemon.push: cpe_daemon.devices.shm"]),
     (DEVICES, ["cpe_daemon.engines: cpe_daemon.devices.shm"]),
     (LOWER_ROOMS, ["cpe_daemon.publisher: cpe_daemon.config"]),
     (LOWER_ROOMS, ["inference_plugins.torch.driver: cpe_daemon.engines"]),
@@ -101,7 +100,7 @@ PLANTED = [
 ALLOWED = [
     "cpe_daemon.cli: cpe_daemon.daemon",
     "cpe_daemon.daemon: cpe_daemon.transports.mooncake",
-    "cpe_daemon.daemon: cpe_daemon.devices.cuda",
+    "cpe_daemon.daemon: cpe_daemon.devices.shm",
     "cpe_daemon.demo: inference_plugins.torch.worker",
     "cpe_daemon.ingest: cpe_daemon.versions",
     "cpe_daemon.push: cpe_daemon.devices",
@@ -109,7 +108,7 @@ ALLOWED = [
     "cpe_daemon.publisher: cpe_daemon.devices.shm",
     "cpe_daemon.publisher: cpe_daemon.links",
     "cpe_daemon.wire: msgspec",
-    "inference_plugins.torch.worker: cpe_daemon.devices.cuda",
+    "inference_plugins.torch.worker: cpe_daemon.devices.shm",
     "inference_plugins.torch.worker: torch",
 ]
 

@@ -76,7 +76,7 @@ class Worker:
         return bool(self._waiting)
 
     def post(self, step: Step, header: bytes | None = None) -> asyncio.Future[StepDone]:
-        """Send a step now; the answer comes with the future. ``header`` is the encoded step, if there is one already."""
+        """Send a step now; the answer comes with the future. ``header`` is the step encoded, if it is already."""
         key = (step.round, step_name(step), getattr(step, "seq", 0))
         future: asyncio.Future[StepDone] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda done: self._waiting.pop(key, None))
