@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -89,8 +90,8 @@ STATUS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the environment of whoever runs the tests out of them."""
-    for name in ("CPE_CONFIG", "CPE_RUNTIME_DIR", "CPE_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("CPE_")]:
+        monkeypatch.delenv(name)
 
 
 def cpe(*arguments: str | Path, **environ: str) -> Result:
