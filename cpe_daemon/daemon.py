@@ -272,7 +272,7 @@ class Daemon:
         while True:
             await asyncio.sleep(self._config.deadlines.heartbeat_interval_seconds)
             self.trainers.drop_silent()
-            self.registry.drop_silent()
+            self.registry.check_deadlines()
             self.ingest.fail_stalled()
 
 

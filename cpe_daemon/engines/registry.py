@@ -14,7 +14,7 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.worker import Sender, Worker
-from cpe_daemon.errors import BusyError, MisuseError, ProtocolError
+from cpe_daemon.errors import BusyError, DeadlineError, MisuseError, ProtocolError
 from cpe_daemon.links.router import Handler
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
@@ -94,12 +94,22 @@ class Registry:
         """Call ``callback`` with an engine whose last missing worker has attached."""
         self._on_joined = callback
 
-    def drop_silent(self) -> None:
-        """Give up every worker that was silent for too long without being at work for us."""
-        limit = self._config.deadlines.heartbeat_lost_seconds
+    def check_deadlines(self) -> None:
+        """Give up workers that are silent without being at work for us; complain of engines that lack workers."""
+        limits = self._config.deadlines
         for worker in tuple(self._workers.values()):
-            if not worker.busy and self._clock() - worker.seen_at > limit:
-                self._lose(worker, f"silent for {limit:g} s")
+            if not worker.busy and self._clock() - worker.seen_at > limits.heartbeat_lost_seconds:
+                self._lose(worker, f"silent for {limits.heartbeat_lost_seconds:g} s")
+        for engine in self:
+            since = engine.incomplete_since
+            if since is not None and self._clock() - since > limits.hello_seconds:
+                engine.incomplete_since = None
+                missing = [rank for rank in range(engine.world_size) if rank not in engine.workers]
+                engine.error = DeadlineError(
+                    f"engine {engine.name!r}: ranks {missing} of {engine.world_size} are not attached"
+                    f" after {limits.hello_seconds:g} s; it gets no versions until they are"
+                )
+                log.warning("engine.incomplete", engine=engine.name, error=engine.error.message)
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +120,7 @@ class Registry:
         engine = self._engines.get(hello.engine)
         if engine is None:
             engine = self._engines[hello.engine] = Engine(hello, self._drivers[hello.kind])
+            engine.incomplete_since = self._clock()
         if self._sender is None:
             return
         name = self._device.topology.gpus[gpu].uuid
@@ -180,6 +191,7 @@ class Registry:
 
     def _join(self, engine: Engine) -> None:
         """The last missing worker is here: what does the engine hold as a whole?"""
+        engine.incomplete_since = engine.error = None
         contents = {worker.content for worker in engine.workers.values()}
         if len(contents) == 1 and not any(worker.touched for worker in engine.workers.values()):
             engine.change(EngineEvent.REPORT, content=contents.pop())
@@ -219,4 +231,5 @@ class Registry:
         del engine.workers[worker.hello.rank]
         log.info("worker.gone", worker=worker.name, reason=reason)
         worker.lose(reason)
+        engine.incomplete_since = engine.incomplete_since or self._clock()
         engine.change(EngineEvent.LOSE, error=worker.gone)
