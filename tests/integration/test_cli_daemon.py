@@ -39,11 +39,12 @@ def events(stream: IO[str]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def daemon(runtime_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def daemon(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
     """A daemon in `runtime_dir` that is ready."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("CPE_")}
-    environ["CPE_RUNTIME_DIR"] = str(runtime_dir)
-    with subprocess.Popen(SERVE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+    for name in [name for name in os.environ if name.startswith("CPE_")]:
+        monkeypatch.delenv(name)
+    command = [*SERVE, "--runtime-dir", str(runtime_dir)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
             assert any(event["event"] == "daemon.ready" for event in events(process.stderr)), "it ended"
