@@ -110,7 +110,7 @@ class Daemon:
             slot_count=config.device.slots,
             slot_bytes=config.device.slot_bytes,
             source=self.arena.address,
-            offer=self.handoff.offer,
+            handoff=self.handoff,
         )
         self._pool = ThreadPoolExecutor(config.ingest.copy_thread_count, "cpe-copy")
         self.trainers = Trainers(

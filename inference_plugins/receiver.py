@@ -155,6 +155,8 @@ class Receiver:
                 self._listen(interval)
             except PeerLostError as error:
                 self._lose(str(error))
+            if self._slots is not None and self._slots.lost:
+                self._lose("its process ended")
             if time.monotonic() - self._heard > _SILENT_INTERVALS * interval:
                 self._lose(f"silent for {_SILENT_INTERVALS * interval:g} s")
 

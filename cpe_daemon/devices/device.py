@@ -37,6 +37,10 @@ class Device(Protocol):
         """Return what a worker needs to open a GPU's slots; ``on_gone`` is called when its process lets go or dies."""
         ...
 
+    def withdraw(self, slots: SlotSet) -> None:
+        """Take back what `export` gave, if the worker never opened it."""
+        ...
+
     async def close(self) -> None:
         """Free the slots."""
         ...

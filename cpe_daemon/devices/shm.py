@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, Protocol
 
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
 from cpe_daemon.devices.memory import SharedMemory, copy
@@ -16,6 +16,18 @@ from cpe_daemon.errors import ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
 KIND: Final = "shm"
+
+
+class Handoff(Protocol):
+    """What is needed of `cpe_daemon.links.handoff.HandoffServer`."""
+
+    def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
+        """Offer a descriptor once, under the token returned; call ``on_gone`` when its taker lets go or dies."""
+        ...
+
+    def withdraw(self, token: bytes) -> None:
+        """Take an offer back, if nobody took it."""
+        ...
 
 
 class ShmDevice:
@@ -26,7 +38,7 @@ class ShmDevice:
         slot_count: slots a set.
         slot_bytes: size of a slot.
         source: address of the arena's first byte.
-        offer: hands a descriptor to another process (`HandoffServer.offer`).
+        handoff: hands descriptors to other processes.
     """
 
     kind = KIND
@@ -38,13 +50,13 @@ class ShmDevice:
         slot_count: int,
         slot_bytes: int,
         source: int,
-        offer: Callable[[int, Callable[[], None]], bytes],
+        handoff: Handoff,
     ) -> None:
         self.topology = Topology(gpus=tuple(Gpu(f"shm-{index}") for index in range(gpus)), peer_access=True)
         self.slot_count = slot_count
         self.slot_bytes = slot_bytes
         self._source = source
-        self._offer = offer
+        self._handoff = handoff
         self._sets: list[SharedMemory] = []
         self._fetchers = [ThreadPoolExecutor(1, f"cpe-fetch-{index}") for index in range(gpus)]
         self._exchangers = [ThreadPoolExecutor(1, f"cpe-peer-{index}") for index in range(gpus)]
@@ -68,8 +80,13 @@ class ShmDevice:
 
     def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
         """Offer a set of slots to one worker."""
-        token = self._offer(self._sets[gpu].fd, on_gone)
+        token = self._handoff.offer(self._sets[gpu].fd, on_gone)
         return SlotSet(KIND, self.topology.gpus[gpu].uuid, self.slot_count, self.slot_bytes, [token])
+
+    def withdraw(self, slots: SlotSet) -> None:
+        """Take an offer back that no worker has claimed."""
+        for token in slots.handles:
+            self._handoff.withdraw(token)
 
     async def close(self) -> None:
         """Stop the threads and unmap the slots; workers' mappings live on until they let go."""

@@ -20,6 +20,11 @@ class Slots(Protocol):
         """Return slot ``index`` as uint8 ``[slot_bytes]``; valid until the bucket in it is acknowledged."""
         ...
 
+    @property
+    def lost(self) -> bool:
+        """Whether the daemon that owns the slots has ended."""
+        ...
+
     def close(self) -> None:
         """Let the slots go; no tensor of `slot` may be used afterwards."""
         ...
@@ -68,6 +73,11 @@ class ShmSlots:
     def slot(self, index: int) -> torch.Tensor:
         """Return slot ``index`` as uint8 ``[slot_bytes]``."""
         return self._bytes.narrow(0, index * self._slots.slot_bytes, self._slots.slot_bytes)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the daemon has ended: its end of the tether is closed."""
+        return self._tether.cut
 
     def close(self) -> None:
         """Unmap, and let go of the tether."""

@@ -125,7 +125,7 @@ class Registry:
             return
         name = self._device.topology.gpus[gpu].uuid
         worker = Worker(peer, hello, gpu, name, self._sender, self._clock())
-        slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
+        slots = worker.slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
         self._workers[peer] = engine.workers[hello.rank] = worker
         log.info("worker.attached", worker=worker.name, content=str(hello.content), touched=hello.touched)
         welcome = WorkerWelcome(
@@ -231,5 +231,7 @@ class Registry:
         del engine.workers[worker.hello.rank]
         log.info("worker.gone", worker=worker.name, reason=reason)
         worker.lose(reason)
+        if worker.slots is not None:
+            self._device.withdraw(worker.slots)
         engine.incomplete_since = engine.incomplete_since or self._clock()
         engine.change(EngineEvent.LOSE, error=worker.gone)

@@ -14,6 +14,7 @@ from cpe_daemon.wire.messages import (
     Load,
     Pause,
     Resume,
+    SlotSet,
     StepDone,
     StepFailed,
     WorkerHello,
@@ -55,6 +56,8 @@ class Worker:
         self.hello = hello
         self.gpu = gpu
         self.gpu_name = gpu_name
+        self.slots: SlotSet | None = None
+        """What it was given to open, so that it can be taken back."""
         self.seen_at = seen_at
         self.content = hello.content
         """The version that it holds whole, if any."""

@@ -1,0 +1,181 @@
+"""Where each tensor lies in which bucket: module groups packed into slots, by names and sizes alone.
+
+A `Cut` knows neither addresses nor GPUs. It stays good as long as names, sizes and order of the tensors do,
+so a version like the one before needs no new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from cpe_daemon.core.groups import LEVELS, group_of_module
+from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
+from cpe_daemon.errors import MisuseError
+
+
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """Bytes of one tensor in a slot.
+
+    ``tensor`` is an index into the tensors that were cut; bytes ``tensor_offset`` onwards of it lie at
+    ``slot_offset``, a multiple of `ALIGNMENT_BYTES`. An empty tensor has one part of no bytes, at offset 0.
+    """
+
+    tensor: int
+    tensor_offset: int
+    nbytes: int
+    slot_offset: int
+
+
+class Filling(msgspec.Struct, frozen=True, gc=False):
+    """What one bucket holds; ``nbytes`` of its slot are used, padding behind the last tensor included."""
+
+    nbytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Tensors cut into buckets.
+
+    Parts are in the order in which a worker is to take them: where a tensor is split, its parts follow one
+    another in consecutive buckets, and no other split tensor begins before it is whole. So a worker needs one
+    assembly buffer.
+
+    Attributes:
+        sizes: bytes of each tensor, in the order given.
+        slot_bytes: what a bucket may use at most.
+        fillings: the buckets.
+        largest_split_bytes: bytes of the largest tensor that is split, 0 without one.
+    """
+
+    sizes: tuple[int, ...]
+    slot_bytes: int
+    fillings: tuple[Filling, ...]
+    largest_split_bytes: int
+
+
+def cut(specs: Sequence[TensorSpec], slot_bytes: int) -> Cut:
+    """Pack tensors into buckets, next fit, in the order in which their module groups first appear.
+
+    A group that fits in a slot is never parted. A larger one is parted into finer ones (`groups.LEVELS`), and
+    a tensor that is larger than a slot, alone or with its scale and bias, into parts; the last of these has
+    scale and bias beside it.
+
+    Raises:
+        MisuseError: ``slot_bytes`` is not a positive multiple of `ALIGNMENT_BYTES`.
+    """
+    if slot_bytes <= 0 or slot_bytes % ALIGNMENT_BYTES:
+        raise MisuseError(f"slots of {slot_bytes} bytes: a positive multiple of {ALIGNMENT_BYTES} is due")
+    names = [spec.name for spec in specs]
+    sizes = [spec.nbytes for spec in specs]
+    packer = _Packer(names, sizes, slot_bytes)
+    for group in _module_groups(names):
+        packer.add(group)
+    return Cut(tuple(sizes), slot_bytes, packer.finish(), packer.largest_split_bytes)
+
+
+def _module_groups(names: Iterable[str]) -> Iterable[list[int]]:
+    """Indexes into ``names`` by module group, in the order of the groups' first tensors."""
+    groups: dict[str, list[int]] = {}
+    group: list[int] = []
+    last: str | None = None
+    for index, name in enumerate(names):
+        module = name.rpartition(".")[0]
+        if module != last:  # weight and scale are neighbours, mostly
+            group = groups.setdefault(group_of_module(module), [])
+            last = module
+        group.append(index)
+    return groups.values()
+
+
+class _Packer:
+    """Fills one bucket after another with units of tensors, each given as indexes into names and sizes."""
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], slot_bytes: int) -> None:
+        self.largest_split_bytes = 0
+        self._names = names
+        self._sizes = sizes
+        self._rooms = [align(nbytes) for nbytes in sizes]
+        self._slot_bytes = slot_bytes
+        self._fillings: list[Filling] = []
+        self._parts: list[Part] = []
+        self._used = 0
+
+    def add(self, unit: Sequence[int], level: int = 0) -> None:
+        """Add what has one key at ``level`` of `LEVELS`: whole if a slot can hold it, else level by level."""
+        room = self._room(unit)
+        if room <= self._slot_bytes:
+            if self._used + room > self._slot_bytes:
+                self._close()
+            self._put(unit)
+        elif level + 1 < len(LEVELS):
+            for finer in self._gather(unit, LEVELS[level + 1]):
+                self.add(finer, level + 1)
+        else:
+            self._part(unit)
+
+    def finish(self) -> tuple[Filling, ...]:
+        """Close the last bucket and return all."""
+        self._close()
+        return tuple(self._fillings)
+
+    def _room(self, unit: Iterable[int]) -> int:
+        rooms = self._rooms
+        return sum([rooms[index] for index in unit])
+
+    def _gather(self, unit: Iterable[int], key: Callable[[str], str]) -> Iterable[list[int]]:
+        units: dict[str, list[int]] = {}
+        for index in unit:
+            units.setdefault(key(self._names[index]), []).append(index)
+        return units.values()
+
+    def _put(self, unit: Iterable[int]) -> None:
+        """Place whole tensors, for which there is room."""
+        for index in unit:
+            nbytes = self._sizes[index]
+            self._parts.append(Part(index, 0, nbytes, self._used if nbytes else 0))
+            self._used += self._rooms[index]
+
+    def _part(self, unit: Sequence[int]) -> None:
+        """Place a weight and its companions, together larger than a slot.
+
+        What is larger by itself is split, the rest follows whole. If only all of it is too large, the largest
+        is split, so that its last part may have the others beside it.
+        """
+        large = [index for index in unit if self._rooms[index] > self._slot_bytes]
+        if not large:
+            largest = max(unit, key=self._rooms.__getitem__)
+            large = [largest] if self._room(unit) - self._rooms[largest] < self._slot_bytes else []
+        small = [index for index in unit if index not in large]
+        beside_bytes = self._room(small)
+        for index in large:
+            joins = index == large[-1] and beside_bytes < self._slot_bytes
+            self._split(index, beside_bytes if joins else 0)
+        for index in small:
+            self.add([index])
+
+    def _split(self, index: int, beside_bytes: int) -> None:
+        """Place a tensor in parts, the last of which leaves ``beside_bytes`` of its bucket free."""
+        size, offset = self._sizes[index], 0
+        self.largest_split_bytes = max(self.largest_split_bytes, size)
+        while offset < size:
+            nbytes = min(size - offset, self._slot_bytes - self._used)
+            ends = offset + nbytes == size
+            if ends and self._used + align(nbytes) + beside_bytes > self._slot_bytes:
+                nbytes = align(nbytes) - ALIGNMENT_BYTES  # the very last of it goes with what is beside it
+            if nbytes:
+                self._parts.append(Part(index, offset, nbytes, self._used))
+                self._used += align(nbytes)
+                offset += nbytes
+            if offset < size:
+                self._close()
+
+    def _close(self) -> None:
+        """End the current bucket, unless nothing is in it."""
+        if self._parts:
+            self._fillings.append(Filling(self._used, tuple(self._parts)))
+        self._parts = []
+        self._used = 0

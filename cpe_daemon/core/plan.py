@@ -1,0 +1,171 @@
+"""The plan of a push: which bytes go from where into which slot of which GPU, bucket after bucket.
+
+It says what to copy, never when: the pipeline (`cpe_daemon.push`) decides that, and refuses what it cannot
+carry out, such as bytes that a peer still has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+
+from cpe_daemon.core.buckets import Cut, Filling, Part, cut
+from cpe_daemon.core.copies import HERE, Copy, PeerCopy, Segment, deal, exchange, fill, sources
+from cpe_daemon.core.manifest import Manifest
+from cpe_daemon.core.topology import Gpu, Region, Share, Topology, equal_shares, near_shares
+from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.errors import MisuseError
+
+__all__ = [
+    "HERE",
+    "Bucket",
+    "Copy",
+    "Cut",
+    "Gpu",
+    "Part",
+    "PeerCopy",
+    "Plan",
+    "PlanTensor",
+    "Region",
+    "Segment",
+    "Topology",
+    "assign",
+    "cut",
+    "locate",
+    "make_plan",
+]
+
+
+class PlanTensor(msgspec.Struct, frozen=True, gc=False):
+    """A tensor and where its bytes lie: segments in order that cover it exactly; none for an empty tensor."""
+
+    spec: TensorSpec
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One transfer unit: the same content for a slot of every GPU.
+
+    Attributes:
+        index: its place in the plan.
+        nbytes: bytes of the slot that are used, padding included; a multiple of the alignment.
+        parts: the tensors' bytes in the slot, in the order in which a worker takes them.
+        pulls: by GPU, what it copies from the arena over its own PCIe link (stage 1).
+        exchanges: by GPU, what it copies from other GPUs to complete its slot (stage 2); empty without peer
+            access.
+    """
+
+    index: int
+    nbytes: int
+    parts: tuple[Part, ...]
+    pulls: tuple[tuple[Copy, ...], ...]
+    exchanges: tuple[tuple[PeerCopy, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole push.
+
+    Attributes:
+        buckets: in the order in which they are loaded.
+        slot_bytes: what a bucket uses at most.
+        nbytes: bytes of all tensors, without padding.
+        largest_split_bytes: bytes of the largest tensor in several parts, which a worker puts together in a
+            buffer of that size; 0 without one.
+    """
+
+    buckets: tuple[Bucket, ...]
+    slot_bytes: int
+    nbytes: int
+    largest_split_bytes: int
+
+
+def locate(manifest: Manifest, extent_offsets: Sequence[int]) -> tuple[PlanTensor, ...]:
+    """Say where in the arena the tensors of a manifest lie.
+
+    Args:
+        manifest: its runs lie in the ranks' extents.
+        extent_offsets: by rank, where in the arena its extent begins.
+    """
+    located: list[PlanTensor] = []
+    for tensor in manifest.tensors:
+        segments = [
+            Segment(tensor_offset, nbytes, extent_offsets[rank] + offset)
+            for tensor_offset, nbytes, rank, offset in tensor.runs
+            if nbytes
+        ]
+        located.append(PlanTensor(tensor.spec, tuple(segments)))
+    return tuple(located)
+
+
+def make_plan(tensors: Sequence[PlanTensor], *, slot_bytes: int, topology: Topology) -> Plan:
+    """Plan a push from nothing. Whoever keeps the `Cut` of such tensors calls `assign` alone.
+
+    Raises:
+        MisuseError: the slots' size is no positive multiple of the alignment, or a tensor is not covered.
+    """
+    return assign(cut([tensor.spec for tensor in tensors], slot_bytes), tensors, topology)
+
+
+def assign(buckets: Cut, tensors: Sequence[PlanTensor], topology: Topology) -> Plan:
+    """Give each GPU its copies.
+
+    With peer access each GPU pulls an equal share of every bucket, from memory near to it as far as that
+    goes, and takes the rest from the others; without, each pulls everything.
+
+    Args:
+        buckets: the cut of these tensors, or of others with the same names and sizes in the same order.
+        tensors: where the bytes lie.
+        topology: the GPUs.
+
+    Raises:
+        MisuseError: the tensors are not those that were cut, or one's segments do not cover it exactly.
+    """
+    if len(tensors) != len(buckets.sizes):
+        raise MisuseError(f"{len(tensors)} tensors for a cut of {len(buckets.sizes)}")
+    for tensor, nbytes in zip(tensors, buckets.sizes, strict=True):
+        _check_covered(tensor, nbytes)
+    segments = [tensor.segments for tensor in tensors]
+    return Plan(
+        tuple(_bucket(index, filling, segments, topology) for index, filling in enumerate(buckets.fillings)),
+        buckets.slot_bytes,
+        sum(buckets.sizes),
+        buckets.largest_split_bytes,
+    )
+
+
+def _check_covered(tensor: PlanTensor, nbytes: int) -> None:
+    end = 0
+    for segment in tensor.segments:
+        if segment.tensor_offset != end or segment.nbytes <= 0:
+            raise MisuseError(f"tensor {tensor.spec.name}: {segment} where one from {end} on is due")
+        end += segment.nbytes
+    if end != nbytes:
+        raise MisuseError(f"tensor {tensor.spec.name}: its segments cover {end} of {nbytes} bytes")
+
+
+def _bucket(
+    index: int, filling: Filling, segments: Sequence[Sequence[Segment]], topology: Topology
+) -> Bucket:
+    nbytes, parts = filling.nbytes, filling.parts
+    copies = fill(parts, segments)
+    count = len(topology.gpus)
+    if not topology.peer_access:
+        return Bucket(index, nbytes, parts, (tuple(copies),) * count, ((),) * count)
+    if topology.has_near_memory:
+        shares = near_shares(nbytes, topology.gpus, sources(copies, topology))
+        exchanges = exchange(shares, count)
+    else:
+        shares, exchanges = _equally(nbytes, count)
+    return Bucket(index, nbytes, parts, deal(copies, shares, count), exchanges)
+
+
+@lru_cache(maxsize=256)
+def _equally(nbytes: int, count: int) -> tuple[tuple[Share, ...], tuple[tuple[PeerCopy, ...], ...]]:
+    """Equal shares and their exchanges: the same for all buckets of one size, as runs of experts are."""
+    shares = equal_shares(nbytes, count)
+    return shares, exchange(shares, count)
