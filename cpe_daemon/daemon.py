@@ -176,8 +176,7 @@ class Daemon:
         Raises:
             ConfigError: the memory or an endpoint cannot be had.
         """
-        threads = self._config.arena.prefault_threads or min(8, os.cpu_count() or 1)
-        await self.arena.prefault(threads, _log_progress())
+        await self.arena.prefault(self._config.arena.prefault_thread_count, _log_progress())
         await self.device.open()
         self.metrics.arena_size.set(self.arena.nbytes)
         self.trainers.connect(self._front)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET
@@ -24,6 +25,7 @@ class RuntimeDirectory:
     def __enter__(self) -> RuntimeDirectory:
         try:
             self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._check_owned()
             self._lock = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -39,6 +41,18 @@ class RuntimeDirectory:
         for name in (FRONT_SOCKET, ENGINES_SOCKET, HANDOFF_SOCKET):
             (self.path / name).unlink(missing_ok=True)  # of a daemon that was killed
         return self
+
+    def _check_owned(self) -> None:
+        """Refuse a directory that somebody else made, in /tmp say: they could replace the sockets in it.
+
+        Raises:
+            ConfigError: it is another user's, others may write to it, or it is a link.
+        """
+        found = os.lstat(self.path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+            raise ConfigError(
+                f"runtime directory {self.path} is not this user's alone; give one that is as runtime_dir"
+            )
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)

@@ -1,7 +1,7 @@
-"""The engine-neutral half of a worker: attaches to the daemon, takes buckets out of slots, and drives a `Loader`.
+"""The engine-neutral half of a worker: its link to the daemon, from hello to goodbye, through restarts of either side.
 
-Everything here runs in one thread, the caller's. Whatever the engine raises is reported to the daemon and goes no
-further: nothing is raised across a link, and no wait is without a deadline. What a plugin adds is a `Loader`.
+Everything here runs in one thread, the caller's, and no wait is without a deadline. The steps of a round are in
+`inference_plugins.steps`; what a plugin adds is a `Loader`.
 """
 
 from __future__ import annotations
@@ -9,76 +9,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
-import torch
-
-from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.slots import Slots, open_slots
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.errors import CpeError, DeadlineError, PeerLostError, ProtocolError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.wire.messages import (
     PROTOCOL,
-    Abort,
-    Begin,
-    ErrorInfo,
     ErrorReply,
-    Finish,
-    Load,
     Message,
-    Pause,
     Ping,
     Pong,
-    Resume,
-    StepDone,
-    StepFailed,
     WorkerBye,
     WorkerCommand,
     WorkerHello,
     WorkerWelcome,
 )
-from inference_plugins.assembly import Assembly
+from inference_plugins.steps import Loader, Step, Steps
 
 log: Final = logging.getLogger(__name__)
 
 _HELLO_EVERY_SECONDS: Final = 1.0
 _SILENT_INTERVALS: Final = 5.0
-
-
-class Loader(Protocol):
-    """What an engine's plugin implements; called from the receiver's thread, in the order of the methods."""
-
-    content: VersionId | None
-    """The version that the weights are, whole; None before the first."""
-
-    touched: bool
-    """Whether the weights may be a mixture: true from the first write of an update until `finish` has returned."""
-
-    def pause(self, seconds: float) -> None:
-        """Keep the engine from serving, from between two forward passes on. Does nothing if it is paused already.
-
-        Raises:
-            DeadlineError: it did not come to rest within ``seconds``.
-        """
-        ...
-
-    def begin(self) -> None:
-        """Make ready for the tensors of a version; forget an update that was not finished."""
-        ...
-
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Load whole tensors. They are views of memory that is reused as soon as this returns."""
-        ...
-
-    def finish(self, version: VersionId) -> None:
-        """Every tensor has been given: post-process, and raise unless each one that was expected came."""
-        ...
-
-    def resume(self) -> None:
-        """Let the engine serve. Does nothing if it does."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +69,7 @@ class Receiver:
         self._dealer = Dealer(endpoint, WorkerCommand)
         self._slots: Slots | None = None
         self._welcome: WorkerWelcome | None = None
-        self._update: Begin | None = None
-        self._assembly = Assembly()
-        self._loaded = 0
+        self._steps = Steps(loader)
         self._heard = 0.0
 
     @property
@@ -213,7 +164,7 @@ class Receiver:
         self._close_slots()
         self._slots = open_slots(welcome.slots, welcome.handoff)
         self._welcome = welcome
-        self._forget_update()
+        self._steps.forget()
         if welcome.hold:
             self._hold()
         elif not self._loader.touched:
@@ -236,7 +187,7 @@ class Receiver:
             return
         log.warning("lost the daemon at %s: %s", self.endpoint, reason)
         self._welcome = None
-        self._forget_update()
+        self._steps.forget()
         self._close_slots()
         if not self._loader.touched:
             self._loader.resume()
@@ -273,72 +224,7 @@ class Receiver:
             self._slots.close()
             self._slots = None
 
-    # --- the steps of a round ----------------------------------------------------------------------------------------
-
     def _carry_out(self, step: Message) -> None:
-        """Do one step and answer it, whatever happens."""
-        work: Callable[[], None]
-        match step:
-            case Pause():
-                name, work = "pause", lambda: self._loader.pause(step.deadline_seconds)
-            case Begin():
-                name, work = "begin", lambda: self._begin(step)
-            case Load():
-                name, work = "load", lambda: self._load(step)
-            case Finish():
-                name, work = "finish", lambda: self._finish(step)
-            case Abort():
-                name, work = "abort", self._forget_update
-            case Resume():
-                name, work = "resume", self._resume
-            case _:
-                return
-        seq = getattr(step, "seq", 0)
-        began = time.monotonic()
-        try:
-            work()
-        except CpeError as error:
-            self._answer(StepFailed(step.round, name, ErrorInfo(error.code, error.message), seq))
-        except (
-            Exception
-        ) as error:  # task boundary: whatever the engine raises is reported, never raised across the link
-            log.exception("%s failed in the engine", name)
-            info = ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}")
-            self._answer(StepFailed(step.round, name, info, seq))
-        else:
-            spent = time.monotonic() - began
-            self._answer(StepDone(step.round, name, seq, spent, name == "abort" and self._loader.touched))
-
-    def _answer(self, message: Message) -> None:
-        self._dealer.send(message)
-
-    def _begin(self, begin: Begin) -> None:
-        self._forget_update()
-        self._loader.begin()
-        self._update = begin
-
-    def _load(self, load: Load) -> None:
-        if self._update is None or load.round != self._update.round or self._slots is None:
-            raise EngineError(f"a bucket of round {load.round}, which was not begun here")
-        tensors = self._assembly.take(load.parts, self._slots.slot(load.slot))
-        self._loader.load(tensors)
-        self._loaded += len(tensors)
-
-    def _finish(self, finish: Finish) -> None:
-        begun = self._update
-        if begun is None or finish.round != begun.round:
-            raise EngineError(f"round {finish.round} was not begun here")
-        if self._loaded != begun.tensors:
-            raise EngineError(f"{self._loaded} of {begun.tensors} tensors came")
-        self._loader.finish(begun.version)
-        self._forget_update()
-
-    def _resume(self) -> None:
-        if self._loader.touched:
-            raise EngineError("the weights may be a mixture of versions; not resuming")
-        self._loader.resume()
-
-    def _forget_update(self) -> None:
-        self._update = None
-        self._loaded = 0
-        self._assembly.clear()
+        """Do a step of a round, and answer."""
+        if self._slots is not None and isinstance(step, Step):
+            self._dealer.send(self._steps.carry_out(step, self._slots))

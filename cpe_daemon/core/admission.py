@@ -37,7 +37,8 @@ def admit(history: History, version: VersionId, *, force: bool = False) -> None:
     highest = history.used.get(version.run)
     if highest is not None and version.number <= highest:
         raise VersionRefusedError(
-            f"{version} is refused: run {version.run!r} has staged number {highest} already; publish {highest + 1} or higher"
+            f"{version} is refused: run {version.run!r} has staged number {highest} already;"
+            f" publish {highest + 1} or higher"
         )
     if history.run not in (None, version.run) and version.run in history.used and not force:
         raise VersionRefusedError(

@@ -26,7 +26,7 @@ DIGEST_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each shard of one rank lies in its extent: ``offsets`` in bytes, in the shards' order; ``nbytes`` in all."""
+    """Where a rank's shards lie in its extent: ``offsets`` in bytes, in the shards' order; ``nbytes`` in all."""
 
     offsets: tuple[int, ...]
     nbytes: int
@@ -87,20 +87,16 @@ def check_shard(shard: Shard) -> None:
     if len(shard.shape) > MAX_DIMS or any(extent < 0 for extent in shard.shape):
         raise ManifestError(f"tensor {name}: impossible shape {list(shard.shape)}")
     if math.prod(shard.shape) * size > MAX_TENSOR_BYTES:
-        raise ManifestError(
-            f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes"
-        )
+        raise ManifestError(f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes")
     if shard.start is None and shard.local_shape is None:
         return
     start, local = shard.box
     inside = len(start) == len(local) == len(shard.shape) and all(
-        0 <= first and 0 <= count and first + count <= extent
+        first >= 0 and count >= 0 and first + count <= extent
         for first, count, extent in zip(start, local, shard.shape, strict=True)
     )
     if not inside:
-        raise ManifestError(
-            f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}"
-        )
+        raise ManifestError(f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}")
 
 
 def merge(

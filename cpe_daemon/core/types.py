@@ -10,7 +10,7 @@ import msgspec
 from cpe_daemon.core.dtypes import itemsize
 
 ALIGNMENT_BYTES: Final = 256
-"""Every tensor begins at a multiple of this in the arena and in a slot: enough for any dtype and for wide device loads."""
+"""Every tensor begins at a multiple of this, in the arena and in a slot: enough for any dtype and wide device loads."""
 
 
 def align(nbytes: int) -> int:

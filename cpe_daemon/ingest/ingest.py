@@ -112,6 +112,7 @@ class Ingest:
             raise ProtocolError(f"{version} is not a version of {hello.model}@{hello.run}")
         if opened.stream <= session.last_stream:
             raise ProtocolError(f"stream {opened.stream} was used before")
+        session.last_stream = opened.stream  # even if it is refused: what follows for it is not wanted, and no mistake
         if len(session.streams) >= _MAX_STREAMS:
             raise BusyError(f"{session.name} has {len(session.streams)} publishes in flight")
         if not 0 <= opened.tensors <= self._config.ingest.max_tensors or opened.nbytes < 0:
@@ -122,7 +123,6 @@ class Ingest:
             raise BusyError(f"rank {hello.rank} is contributing to {version} already")
         record = self._catalogue.open(version, hello.world_size, force=opened.force)
         stream = session.streams[opened.stream] = Stream(opened, record, hello.rank)
-        session.last_stream = opened.stream
         session.watching.add(version)
         self._touch(record)
         if stream.manifest_complete:

@@ -7,7 +7,21 @@ with attachment.lock:
     output = model(batch)
 """
 
-from inference_plugins.torch.attach import Attachment, attach
-from inference_plugins.torch.serving_lock import ServingLock
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inference_plugins.torch.attachment import Attachment, attach
+    from inference_plugins.torch.serving_lock import ServingLock
 
 __all__ = ["Attachment", "ServingLock", "attach"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the worker half when it is asked for: the daemon needs only the driver half, and no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from inference_plugins.torch import attachment
+
+    return getattr(attachment, name)

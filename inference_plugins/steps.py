@@ -1,0 +1,140 @@
+"""A worker's part in a round, step by step: buckets out of slots into a `Loader`, which is what a plugin implements.
+
+Whatever the engine raises becomes the answer to the step; nothing is raised across the link.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.slots import Slots
+from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    ErrorInfo,
+    Finish,
+    Load,
+    Pause,
+    Resume,
+    StepDone,
+    StepFailed,
+)
+from inference_plugins.assembly import Assembly
+
+log: Final = logging.getLogger(__name__)
+
+Step = Pause | Begin | Load | Finish | Abort | Resume
+"""What the daemon asks for in a round."""
+
+
+class Loader(Protocol):
+    """What an engine's plugin implements; called from the receiver's thread, in the order of the methods."""
+
+    content: VersionId | None
+    """The version that the weights are, whole; None before the first."""
+
+    touched: bool
+    """Whether the weights may be a mixture: true from the first write of an update until `finish` has returned."""
+
+    def pause(self, seconds: float) -> None:
+        """Keep the engine from serving, from between two forward passes on. Does nothing if it is paused already.
+
+        Raises:
+            DeadlineError: it did not come to rest within ``seconds``.
+        """
+        ...
+
+    def begin(self) -> None:
+        """Make ready for the tensors of a version; forget an update that was not finished."""
+        ...
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Load whole tensors. They are views of memory that is reused as soon as this returns."""
+        ...
+
+    def finish(self, version: VersionId) -> None:
+        """Every tensor has been given: post-process, and raise unless each one that was expected came."""
+        ...
+
+    def resume(self) -> None:
+        """Let the engine serve. Does nothing if it does."""
+        ...
+
+
+class Steps:
+    """Carries out the steps of rounds. Belongs to the receiver's thread.
+
+    Args:
+        loader: the engine.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._update: Begin | None = None
+        self._assembly = Assembly()
+        self._loaded = 0
+
+    def carry_out(self, step: Step, slots: Slots) -> StepDone | StepFailed:
+        """Do one step, and return what is to be answered, whatever happens."""
+        name, seq = str(step.__struct_config__.tag), getattr(step, "seq", 0)
+        began = time.monotonic()
+        try:
+            self._do(step, slots)
+        except CpeError as error:
+            return StepFailed(step.round, name, ErrorInfo(error.code, error.message), seq)
+        except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
+            log.exception("%s failed in the engine", name)
+            return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"), seq)
+        touched = isinstance(step, Abort) and self._loader.touched
+        return StepDone(step.round, name, seq, time.monotonic() - began, touched)
+
+    def forget(self) -> None:
+        """Forget an update that was not finished."""
+        self._update = None
+        self._loaded = 0
+        self._assembly.clear()
+
+    def _do(self, step: Step, slots: Slots) -> None:
+        match step:
+            case Pause():
+                self._loader.pause(step.deadline_seconds)
+            case Begin():
+                self.forget()
+                self._loader.begin()
+                self._update = step
+            case Load():
+                self._load(step, slots)
+            case Finish():
+                self._finish(step)
+            case Abort():
+                self.forget()
+            case Resume():
+                self._resume()
+
+    def _load(self, load: Load, slots: Slots) -> None:
+        if self._update is None or load.round != self._update.round:
+            raise EngineError(f"a bucket of round {load.round}, which was not begun here")
+        tensors = self._assembly.take(load.parts, slots.slot(load.slot))
+        self._loader.load(tensors)
+        self._loaded += len(tensors)
+
+    def _finish(self, finish: Finish) -> None:
+        begun = self._update
+        if begun is None or finish.round != begun.round:
+            raise EngineError(f"round {finish.round} was not begun here")
+        if self._loaded != begun.tensors:
+            raise EngineError(f"{self._loaded} of {begun.tensors} tensors came")
+        self._loader.finish(begun.version)
+        self.forget()
+
+    def _resume(self) -> None:
+        if self._loader.touched:
+            raise EngineError("the weights may be a mixture of versions; not resuming")
+        self._loader.resume()
