@@ -140,8 +140,17 @@ class Participant:
             if isinstance(answer, StepDone):
                 worker.touched = answer.touched
 
-    def report(self, outcome: str) -> EngineReport:
+    @property
+    def outcome(self) -> str:
+        """How the round ended for the engine: updated, kept (what it held, untouched), failed (in doubt), or lost."""
+        if self.alive:
+            return "updated"
+        if self.engine.state is EngineState.CURRENT:
+            return "kept"
+        return "failed" if self.engine.complete else "lost"
+
+    def report(self) -> EngineReport:
         """What the round did to the engine; the rate is over the loading of buckets."""
         error = ErrorInfo(self.error.code, self.error.message) if self.error else None
         nbytes, push = self.loaded_bytes, self.phases.get("push", 0.0)
-        return EngineReport(outcome, dict(self.phases), nbytes, nbytes / push / 1e9 if push else 0.0, error)
+        return EngineReport(self.outcome, dict(self.phases), nbytes, nbytes / push / 1e9 if push else 0.0, error)

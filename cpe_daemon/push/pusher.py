@@ -10,7 +10,7 @@ from dataclasses import replace
 import structlog
 
 from cpe_daemon.config import Config
-from cpe_daemon.core.lifecycle import EngineEvent, EngineState, VersionState
+from cpe_daemon.core.lifecycle import EngineEvent, VersionState
 from cpe_daemon.core.plan import make_plan
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
@@ -21,7 +21,7 @@ from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Catalogue, Version
-from cpe_daemon.wire.messages import EngineReport, VersionReport
+from cpe_daemon.wire.messages import VersionReport
 
 log = structlog.get_logger(__name__)
 
@@ -94,28 +94,25 @@ class Pusher:
     # --- a staged version --------------------------------------------------------------------------------------------
 
     async def _push(self, version: Version) -> None:
+        """Push a staged version: live if any engine took it, or if there is none; failed if all engines failed.
+
+        Engines that it left in doubt are restored afterwards: the others serve already, and the trainer is told so.
+        """
         began = self._clock()
         self._catalogue.begin_push(version)
         engines = [engine for engine in self._registry if engine.complete and engine.takes(version.id.model)]
-        with self._catalogue.lease(version):
-            participants = await self._round(version, engines)
-            updated = [p for p in participants if p.alive]
-            if participants and not updated:
-                error = EngineError(f"no engine took {version.id}: {'; '.join(str(p.error) for p in participants)}")
-                self._catalogue.fail(version, error)
-                self._metrics.failures.labels(code=error.code).inc()
-        if not participants:
-            log.warning("version.live_without_engines", version=str(version.id))
-        restored = {p.engine.name: await self._restore(p) for p in participants if not p.alive}
-        if updated or not participants:
-            reports = {p.engine.name: restored.get(p.engine.name) or p.report("updated") for p in participants}
-            self._go_live(version, self._clock() - began, reports)
-
-    def _go_live(self, version: Version, seconds: float, engines: dict[str, EngineReport]) -> None:
-        tensors = version.manifest.tensors if version.manifest else ()
-        nbytes = version.manifest.nbytes if version.manifest else 0
-        report = VersionReport(version.id, nbytes, len(tensors), version.stage_seconds, seconds, engines)
-        self._catalogue.go_live(version, report)
+        participants = await self._round(version, engines)
+        failed = [participant for participant in participants if not participant.alive]
+        if failed and len(failed) == len(participants):
+            error = EngineError(f"no engine took {version.id}: {'; '.join(str(p.error) for p in failed)}")
+            self._metrics.failures.labels(code=error.code).inc()
+            self._catalogue.fail(version, error)
+        else:
+            if not participants:
+                log.warning("version.live_without_engines", version=str(version.id))
+            self._catalogue.go_live(version, _report(version, participants, self._clock() - began))
+        for participant in failed:
+            await self._restore(participant)
 
     # --- engines in need ---------------------------------------------------------------------------------------------
 
@@ -136,21 +133,16 @@ class Pusher:
         except CpeError as error:
             log.warning("engine.resume_failed", engine=engine.name, error=error.message)
 
-    async def _restore(self, failed: Participant) -> EngineReport:
+    async def _restore(self, failed: Participant) -> None:
         """Give an engine that a round left in doubt what it held before, else what is live; else quarantine it."""
         engine = failed.engine
-        report = failed.report("kept" if engine.state is EngineState.CURRENT else "lost")
         version = self._held(failed.held) or self._catalogue.live(engine.model)
-        attempts = self._config.deadlines.restore_attempts
-        while version is not None and engine.in_doubt and attempts > 0:
-            attempts -= 1
-            if any(participant.alive for participant in await self._round(version, [engine])):
-                return _with_outcome(report, f"restored to {version.id}")
+        for _ in range(self._config.deadlines.restore_attempts):
+            if version is not None and engine.in_doubt:
+                await self._round(version, [engine])
         if engine.in_doubt:
             engine.change(EngineEvent.GIVE_UP, error=failed.error)
             log.error("engine.quarantined", engine=engine.name, error=str(failed.error))
-            return _with_outcome(report, "quarantined")
-        return report
 
     def _held(self, version: VersionId | None) -> Version | None:
         """The version, if its bytes can be pushed again."""
@@ -198,5 +190,8 @@ class Pusher:
         self._metrics.observe_phases(version.id.model, participant.engine.name, phases)
 
 
-def _with_outcome(report: EngineReport, outcome: str) -> EngineReport:
-    return EngineReport(outcome, report.phases, report.nbytes, report.gigabytes_per_second, report.error)
+def _report(version: Version, participants: Sequence[Participant], seconds: float) -> VersionReport:
+    tensors = version.manifest.tensors if version.manifest else ()
+    nbytes = version.manifest.nbytes if version.manifest else 0
+    engines = {participant.engine.name: participant.report() for participant in participants}
+    return VersionReport(version.id, nbytes, len(tensors), version.stage_seconds, seconds, engines)
