@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 
 _MAX_NAME_CHARS: Final = 256
 _MAX_WORKERS: Final = 4096
+_MAX_REMEMBERED: Final = 64
+"""Engines without workers that are kept, so that status can tell of their loss."""
 
 
 class Registry:
@@ -235,3 +237,6 @@ class Registry:
             self._device.withdraw(worker.slots)
         engine.incomplete_since = engine.incomplete_since or self._clock()
         engine.change(EngineEvent.LOSE, error=worker.gone)
+        empty = [known.name for known in self if not known.workers]
+        for name in empty[: max(0, len(empty) - _MAX_REMEMBERED)]:
+            del self._engines[name]
