@@ -26,6 +26,8 @@ _COUNTED_BYTES: Final = 4096
 """Headers up to this size are looked through for fields that we do not know; larger ones are our own bulk lists."""
 
 _encoder: Final = msgspec.msgpack.Encoder()
+_fields: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+"""Looks at a message's field names without looking into the fields: what we do not know may hold anything."""
 
 
 def encode(message: Message) -> bytes:
@@ -55,10 +57,10 @@ class Codec:
         body = self._open(memoryview(header))
         try:
             message: Message = self._decoder.decode(body)
+            if len(body) <= _COUNTED_BYTES:
+                self._count_unknown(body, message)
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"not a message that is accepted here: {error}") from None
-        if len(body) <= _COUNTED_BYTES:
-            self._count_unknown(body, message)
         return message
 
     def _open(self, header: memoryview) -> memoryview:
@@ -73,9 +75,8 @@ class Codec:
         return body
 
     def _count_unknown(self, body: memoryview, message: Message) -> None:
-        fields = msgspec.msgpack.decode(body)
         known = message.__struct_fields__
-        self.unknown_fields += sum(1 for field in fields if field != "type" and field not in known)
+        self.unknown_fields += sum(1 for field in _fields.decode(body) if field != "type" and field not in known)
 
 
 def only_frame(frames: Sequence[memoryview], nbytes: int) -> memoryview:
