@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import CpeError, DeadlineError, PeerError, PeerLostError, PublishError
+from cpe_daemon.errors import CpeError, DeadlineError, PeerError, PeerLostError, PublishError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.publisher.delivery import Bell
 from cpe_daemon.publisher.session import Session, greet
@@ -66,7 +66,7 @@ class Link:
             seen = self._refusals
             while self._session is None:
                 if self._refusals > seen and self._refusal is not None:
-                    raise self._refusal
+                    raise from_code(self._refusal.code, self._refusal.message)
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closing.is_set():
                     away = time.monotonic() - self._away_since
@@ -101,12 +101,12 @@ class Link:
             try:
                 session = self._greet()
             except PeerLostError as error:
-                log.warning("%s", error)
+                log.warning("%s", error.message)
                 self._greet_now.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             except CpeError as error:
-                log.warning("refused: %s", error)
+                log.warning("refused: %s", error.message)
                 self._refuse(error)
                 self._greet_now.wait(_REFUSED_PAUSE_SECONDS)
                 continue
@@ -153,8 +153,8 @@ class Link:
             session.sending.abandon_all(ended)
             session.fence(_FENCE_SECONDS)
         except PeerError as error:
-            log.warning("%s", error)
-            ended = error
+            log.warning("%s", error.message)
+            ended = from_code(error.code, error.message)  # without the traceback, which holds the session's memory
         except Exception as error:  # task boundary: what waits for this session must fail, not hang
             log.exception("the link to %s failed", self.endpoint)
             ended = CpeError(f"the link to {self.endpoint} failed: {error!r}")
@@ -166,6 +166,6 @@ class Link:
 
     def _refuse(self, error: CpeError) -> None:
         with self._bell.lock:
-            self._refusal = error
+            self._refusal = from_code(error.code, error.message)
             self._refusals += 1
             self._bell.ring()

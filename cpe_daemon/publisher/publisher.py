@@ -29,6 +29,8 @@ from cpe_daemon.wire.messages import PROTOCOL, TrainerHello
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 1.0
+"""How often a publish that waits for the one before it looks whether that moves."""
 
 
 class Publisher:
@@ -44,8 +46,8 @@ class Publisher:
         rank: which of the ranks that publish together this is.
         world_size: how many there are. A version is whole when all of them have contributed to it.
         connect_timeout: seconds that a publish waits for a daemon that has not answered yet.
-        send_timeout: seconds that a daemon may leave bytes unacknowledged, and that a publish waits for the one
-            before it.
+        send_timeout: seconds that a daemon may leave bytes unacknowledged before its publish fails, and with it the
+            wait of the next one.
 
     Raises:
         ConfigError: an endpoint is malformed.
@@ -92,9 +94,9 @@ class Publisher:
     ) -> None:
         if kind is None and not self._closed:
             try:
-                self._await_previous(time.monotonic() + self._send_timeout)
+                self._await_previous()
             except DeadlineError as late:
-                log.warning("%s", late)
+                log.warning("%s", late.message)
         self.close()
 
     def publish(self, source: Source, version: int, *, force: bool = False, progress: Progress | None = None) -> Handle:
@@ -118,13 +120,12 @@ class Publisher:
             CpeError: every daemon refuses this rank. What becomes of the version itself, the handle tells.
         """
         identity = VersionId(self._model, self._run, version)
-        deadline = time.monotonic() + self._send_timeout
         if version < 0:
             raise MisuseError(f"a version's number is 0 or higher, not {version}")
         if not self._turn.acquire(timeout=self._send_timeout):
             raise DeadlineError(f"{identity} waited {self._send_timeout:g} s for another thread's publish")
         try:
-            self._await_previous(deadline)
+            self._await_previous()
             reach = self._connect(identity)
             opened = open_source(source)
             staged: memoryview | None = None
@@ -159,17 +160,25 @@ class Publisher:
 
     # --- the steps of a publish --------------------------------------------------------------------------------------
 
-    def _await_previous(self, deadline: float) -> None:
-        """Wait until the bytes of the publish before are delivered everywhere, or have failed."""
+    def _await_previous(self) -> None:
+        """Wait until the bytes of the publish before are delivered everywhere, or have failed.
+
+        That takes as long as they move. If they do not, their link fails them after the send timeout.
+        """
+        seen: tuple[int, int] | None = None
+        deadline = 0.0
         with self._bell.lock:
             while pending := [delivery for delivery in self._previous if not delivery.settled]:
+                moved = len(pending), sum(delivery.sent_bytes for delivery in pending)
+                if moved != seen:
+                    seen, deadline = moved, time.monotonic() + self._send_timeout + MARGIN_SECONDS
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    where = ", ".join(f"{d.state} at {d.endpoint}" for d in pending)
+                    where = ", ".join(f"{delivery.state} at {delivery.endpoint}" for delivery in pending)
                     raise DeadlineError(f"{pending[0].version} is still on its way ({where})")
-                self._bell.changed.wait(left)
-        if self._follower is not None and not self._follower.join(deadline - time.monotonic()):
-            raise DeadlineError("the publish before this one is still reporting its progress")
+                self._bell.changed.wait(min(left, _LOOK_SECONDS))
+        if self._follower is not None and not self._follower.join(self._send_timeout):
+            raise DeadlineError(f"the publish before is still reporting its progress after {self._send_timeout:g} s")
         self._follower = None
 
     def _connect(self, version: VersionId) -> _Reach:

@@ -149,7 +149,7 @@ class Session:
         try:
             received = self._dealer.receive(timeout)
         except ProtocolError as error:
-            log.warning("ignored a message of %s: %s", self._dealer.endpoint, error)
+            log.warning("ignored a message of %s: %s", self._dealer.endpoint, error.message)
             return True
         if received is None:
             return False
@@ -232,13 +232,13 @@ def _land(endpoint: str, welcome: TrainerWelcome) -> Landing | None:
     try:
         fd, tether = claim(welcome.handoff, welcome.landing_token)
     except PeerLostError as error:
-        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error)
+        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error.message)
         return None
     try:
         ring = SharedMemory.attach(fd, welcome.credits * welcome.chunk_bytes, writable=True)
         ring.prefault(0, ring.nbytes)
     except (PeerError, ConfigError) as error:
         tether.close()
-        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error)
+        log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error.message)
         return None
     return Landing(ring, tether)

@@ -21,6 +21,7 @@ from cpe_daemon.publisher.sources import Contribution
 PIECE_BYTES: Final = 256 << 10
 """Copied and digested in one go."""
 
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZEROS: Final = bytes(ALIGNMENT_BYTES)
 
 
@@ -75,7 +76,7 @@ class HostBytes:
     def __init__(self, tensor: Tensor) -> None:
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             # A conjugated or negated view shares its base's memory, which holds other values than the tensor.
-            tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+            tensor = _contiguous(tensor.detach().resolve_conj().resolve_neg())
         self._tensor = tensor
         self.nbytes = tensor.numel() * tensor.element_size()
         self._device: Tensor | None = None
@@ -92,6 +93,12 @@ class HostBytes:
         else:
             target = torch.frombuffer(window.view[at : at + nbytes], dtype=torch.uint8)
             target.copy_(self._device[start : start + nbytes])
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Copy as plain bits: torch cannot copy all of the dtypes that it has, or warns of it."""
+    bits = _BITS.get(tensor.element_size())
+    return (tensor if bits is None else tensor.view(bits)).contiguous()
 
 
 class _Cutter:

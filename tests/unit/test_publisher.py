@@ -1,0 +1,583 @@
+"""The publisher against a scripted daemon, over real sockets and landing rings."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from torch import Tensor
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import (
+    ArenaFullError,
+    BusyError,
+    ConfigError,
+    CpeError,
+    DeadlineError,
+    DigestError,
+    ManifestError,
+    MisuseError,
+    PeerLostError,
+    ProtocolError,
+    PublishError,
+    VersionRefusedError,
+)
+from cpe_daemon.publisher import EndpointsFailedError, Publisher
+from cpe_daemon.wire.messages import (
+    Abandon,
+    Chunk,
+    ErrorInfo,
+    ErrorReply,
+    ManifestPart,
+    OpenVersion,
+    Pong,
+    Seal,
+    TrainerHello,
+    VersionStatus,
+)
+from tests.unit.fake_daemon import WAIT_SECONDS, FakeDaemon, failed
+from tests.unit.tensor_zoo import bytes_of, tensor_of, zoo
+
+# The first frame that is sent without a copy starts pyzmq's own thread, which stays: not a leak of ours.
+zmq.Frame(bytes(1 << 20), copy=False)
+
+leaves_nothing = pytest.mark.usefixtures("no_leaks")
+"""For one test of each kind: looking for leaks takes longer than what is looked at."""
+
+MakeDaemon = Callable[..., FakeDaemon]
+
+
+@pytest.fixture
+def make_daemon(runtime_dir: Path) -> Iterator[MakeDaemon]:
+    daemons: list[FakeDaemon] = []
+
+    def make(name: str = "front", **terms: Any) -> FakeDaemon:
+        daemons.append(FakeDaemon(runtime_dir, name, **terms))
+        return daemons[-1].start()
+
+    yield make
+    for daemon in daemons:
+        daemon.stop()
+    assert [violation for daemon in daemons for violation in daemon.violations] == []
+
+
+@pytest.fixture(params=["landing", "inline"])
+def daemon(request: pytest.FixtureRequest, make_daemon: MakeDaemon) -> FakeDaemon:
+    return make_daemon(landing=request.param == "landing")
+
+
+def publisher(*daemons: FakeDaemon, **options: Any) -> Publisher:
+    settings = {"model": "m", "run": "r", "connect_timeout": WAIT_SECONDS, "send_timeout": WAIT_SECONDS, **options}
+    return Publisher([daemon.endpoint for daemon in daemons], **settings)
+
+
+def some(chunks: int = 20, chunk_bytes: int = 4096, seed: int = 0) -> dict[str, Tensor]:
+    """A tensor that takes so many chunks, and a small one after it."""
+    return {"a": tensor_of("uint8", chunks * chunk_bytes - 100, seed=seed), "b": tensor_of("float32", 5, seed=seed + 1)}
+
+
+def content(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    return {name: bytes_of(tensor) for name, tensor in tensors.items()}
+
+
+# --- what arrives ----------------------------------------------------------------------------------------------------
+
+
+@leaves_nothing
+def test_publish_delivers_every_kind_of_tensor(daemon: FakeDaemon) -> None:
+    tensors = zoo()
+    with publisher(daemon) as pub:
+        pub.publish(tensors, version=1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(tensors)
+    assert [(shard.name, shard.dtype, shard.shape) for shard in daemon.last.shards] == [
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()
+    ]
+    assert (daemon.last.inline_chunks == 0) == daemon.landing
+
+
+def test_publish_pads_with_zeros(daemon: FakeDaemon) -> None:
+    with publisher(daemon) as pub:
+        pub.publish(some(2), 1).staged(WAIT_SECONDS)
+        pub.publish({"x": torch.ones(3, dtype=torch.uint8), "y": torch.ones(2, dtype=torch.uint8)}, 2).staged(
+            WAIT_SECONDS
+        )
+    assert bytes(daemon.last.content) == b"\1\1\1" + bytes(253) + b"\1\1" + bytes(254)
+
+
+def test_publish_delivers_an_iterator_whose_tensors_are_reused(daemon: FakeDaemon) -> None:
+    buffer = torch.empty(3000, dtype=torch.int32)
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for at in range(40):
+            yield f"t{at}", buffer.fill_(at)
+        buffer.fill_(-1)
+
+    with publisher(daemon) as pub:
+        pub.publish(pairs(), 1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == {f"t{at}": bytes_of(torch.full((3000,), at, dtype=torch.int32)) for at in range(40)}
+
+
+@pytest.mark.parametrize("chunk_bytes", [256, 1000, 4096, 1 << 20])
+def test_publish_keeps_to_the_chunk_size(make_daemon: MakeDaemon, chunk_bytes: int) -> None:
+    daemon = make_daemon(chunk_bytes=chunk_bytes)
+    tensors = some(3, 5000)
+    with publisher(daemon) as pub:
+        pub.publish(tensors, 1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(tensors)
+    assert daemon.last.chunks == -(-daemon.last.opened.nbytes // chunk_bytes)
+
+
+def test_publish_announces_a_large_manifest_in_parts(daemon: FakeDaemon) -> None:
+    tensors = {f"t{at}": torch.tensor([at]) for at in range(1300)}
+    with publisher(daemon) as pub:
+        pub.publish(tensors, 1).staged(WAIT_SECONDS)
+    parts = [message for message in daemon.messages if isinstance(message, ManifestPart)]
+    assert [len(part.shards) for part in parts] == [512, 512, 276]
+    assert daemon.last.tensors() == content(tensors)
+
+
+def test_publish_returns_when_tensors_may_change(daemon: FakeDaemon) -> None:
+    tensors = some()
+    expected = content(tensors)
+    with publisher(daemon) as pub:
+        handle = pub.publish(tensors, 1)
+        for tensor in tensors.values():
+            tensor.zero_()
+        handle.staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == expected
+
+
+def test_publish_overwrites_nothing_that_is_not_acknowledged(daemon: FakeDaemon) -> None:
+    daemon.script.keep_chunks = True
+    first, second = some(3), some(3, seed=5)
+    with publisher(daemon) as pub:
+        one = pub.publish(first, 1)
+        two: list[Any] = []
+        thread = threading.Thread(target=lambda: two.append(pub.publish(second, 2)))
+        thread.start()
+        daemon.wait_for_message(Seal)
+        assert one.state == "receiving"
+        daemon.give_back()
+        thread.join(WAIT_SECONDS)
+        two[0].staged(WAIT_SECONDS)
+        one.staged(WAIT_SECONDS)
+    assert [received.tensors() for received in daemon.received] == [content(first), content(second)]
+
+
+def test_publish_announces_rank_and_force(daemon: FakeDaemon) -> None:
+    with publisher(daemon, rank=2, world_size=4) as pub:
+        pub.publish({}, 7, force=True).staged(WAIT_SECONDS)
+    assert daemon.last.opened == OpenVersion(1, VersionId("m", "r", 7), 0, 0, True)
+    hello = next(message for message in daemon.messages if isinstance(message, TrainerHello))
+    assert (hello.model, hello.run, hello.rank, hello.world_size) == ("m", "r", 2, 4)
+
+
+def test_publish_tells_progress(daemon: FakeDaemon) -> None:
+    told: list[tuple[int, int]] = []
+    with publisher(daemon) as pub:
+        pub.publish(some(), 1, progress=lambda done, total: told.append((done, total))).live(WAIT_SECONDS)
+    total = daemon.last.opened.nbytes
+    assert told == sorted(told)
+    assert told[-1] == (total, total)
+    assert len(told) > 1
+
+
+def test_publish_uses_the_socket_if_the_ring_cannot_be_had(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon._handoff_path.unlink()
+    with publisher(daemon) as pub:
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+    assert daemon.last.inline_chunks == daemon.last.chunks > 0
+
+
+# --- what the handle tells -------------------------------------------------------------------------------------------
+
+
+def test_live_reports_every_engine(daemon: FakeDaemon) -> None:
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 3)
+        report = handle.live(WAIT_SECONDS)
+        assert handle.state == "live"
+        handle.staged(0)
+    assert report.version == VersionId("m", "r", 3)
+    assert report.nodes[daemon.endpoint].stage_seconds == report.stage_seconds == 0.5
+    assert report.push_seconds == 0.25
+    assert report.nbytes == daemon.last.opened.nbytes
+    engine = report.engines["e0"]
+    assert (engine.outcome, engine.phases["load"], engine.gigabytes_per_second) == ("updated", 0.2, 12.5)
+    assert "e0" in str(report)
+    assert "load 0.200 s" in str(report)
+
+
+def test_handle_follows_the_daemon(daemon: FakeDaemon) -> None:
+    daemon.script.after_seal = ()
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        daemon.wait_for_message(Seal)
+        with pytest.raises(DeadlineError, match=r"m@r#1 is not staged after 0.01 s: receiving at ipc"):
+            handle.staged(0.01)
+        daemon.say(VersionStatus(handle.version, "staged"))
+        handle.staged(WAIT_SECONDS)
+        with pytest.raises(DeadlineError, match="not live"):
+            handle.live(0.01)
+        daemon.say(VersionStatus(handle.version, "live"))
+        assert handle.live(WAIT_SECONDS).engines == {}
+
+
+def test_staged_holds_though_the_push_failed(daemon: FakeDaemon) -> None:
+    daemon.script.after_seal = ("staged", "pushing")
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        daemon.say(failed(handle.version, CpeError("no engine took it")))
+        with pytest.raises(CpeError, match=r"no engine took it \(m@r#1 at ipc"):
+            handle.live(WAIT_SECONDS)
+        handle.staged(WAIT_SECONDS)
+        assert handle.state == "failed"
+
+
+# --- what goes wrong with a version ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [VersionRefusedError("9 or higher"), ArenaFullError("no room"), BusyError("later"), ManifestError("no")]
+)
+def test_refused_version_raises_the_daemons_error(daemon: FakeDaemon, error: CpeError) -> None:
+    daemon.script.refuse_open = error
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 8)
+        with pytest.raises(type(error), match=error.message):
+            handle.staged(WAIT_SECONDS)
+        daemon.script.refuse_open = None
+        pub.publish(some(), 9).staged(WAIT_SECONDS)
+
+
+def test_failure_before_the_daemon_made_room_is_heard(daemon: FakeDaemon) -> None:
+    daemon.script.ignore_open = True
+    handles: list[Any] = []
+    with publisher(daemon) as pub:
+        thread = threading.Thread(target=lambda: handles.append(pub.publish(some(), 1)))
+        thread.start()
+        daemon.wait_for_message(ManifestPart)
+        daemon.say(failed(VersionId("m", "r", 1), ArenaFullError("no room")))
+        thread.join(WAIT_SECONDS)
+        with pytest.raises(ArenaFullError):
+            handles[0].staged(WAIT_SECONDS)
+
+
+@leaves_nothing
+def test_damaged_bytes_raise_digest_error(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    with publisher(daemon) as pub:
+        for module in ("stream", "staging"):
+            monkeypatch.setattr(f"cpe_daemon.publisher.{module}.xxh3_128_digest", lambda data: bytes(16))
+        handle = pub.publish(some(), 1)
+        with pytest.raises(DigestError, match="m@r#1"):
+            handle.live(WAIT_SECONDS)
+        monkeypatch.undo()
+        pub.publish(some(), 1).live(WAIT_SECONDS)  # the news of the first attempt's failure does not hit the second
+
+
+def test_failure_between_chunks_ends_a_publish(daemon: FakeDaemon) -> None:
+    daemon.script.refuse_chunk = ArenaFullError("no room")
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(50), 1)
+        with pytest.raises(ArenaFullError):
+            handle.staged(WAIT_SECONDS)
+        daemon.script.refuse_chunk = None
+        pub.publish(some(50), 1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(some(50))
+
+
+@leaves_nothing
+def test_protocol_error_raises_it_and_greets_again(daemon: FakeDaemon) -> None:
+    daemon.script.ignore_open = True
+    handles: list[Any] = []
+    with publisher(daemon) as pub:
+        thread = threading.Thread(target=lambda: handles.append(pub.publish(some(), 1)))
+        thread.start()
+        daemon.wait_for_message(ManifestPart)
+        daemon.say(ErrorReply(ErrorInfo("protocol", "what?"), stream=1))
+        thread.join(WAIT_SECONDS)
+        with pytest.raises(ProtocolError, match=r"what\?"):
+            handles[0].staged(WAIT_SECONDS)
+        daemon.script.ignore_open = False
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+    daemon.wait_for_message(TrainerHello, 2)
+
+
+def test_stalled_daemon_passes_the_deadline(daemon: FakeDaemon) -> None:
+    daemon.script.keep_chunks = True
+    with publisher(daemon, send_timeout=0.3) as pub:
+        handle = pub.publish(some(), 1)
+        with pytest.raises(DeadlineError, match="acknowledged no bytes of m@r#1"):
+            handle.staged(WAIT_SECONDS)
+        daemon.wait_for_message(Abandon)
+        daemon.give_back()
+        pub.publish(some(), 2).staged(WAIT_SECONDS)
+
+
+def test_daemon_without_room_passes_the_deadline(daemon: FakeDaemon) -> None:
+    daemon.script.ignore_open = True
+    with publisher(daemon, send_timeout=0.3) as pub, pytest.raises(DeadlineError, match="made no room for m@r#1"):
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+def test_publish_goes_on_when_the_one_before_it_stalls(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(credits=64)
+    daemon.script.keep_chunks = True
+    with publisher(daemon, send_timeout=0.3) as pub:
+        first = pub.publish(some(), 1)
+        started = time.monotonic()
+        pub.publish(some(), 2)
+        assert time.monotonic() - started < 5
+        with pytest.raises(DeadlineError):
+            first.staged(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("daemon", ["landing"], indirect=True)
+def test_source_that_raises_gives_the_version_up(daemon: FakeDaemon) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with publisher(daemon) as pub:
+        with pytest.raises(KeyboardInterrupt):
+            pub.publish(some(), 1, progress=stop)
+        daemon.wait_for_message(Abandon)
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("daemon", ["inline"], indirect=True)
+def test_progress_that_raises_in_the_background_gives_the_version_up(daemon: FakeDaemon) -> None:
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with publisher(daemon) as pub:
+        daemon.script.keep_chunks = True
+        handle = pub.publish(some(), 1, progress=stop)
+        with pytest.raises(PublishError, match="enough"):
+            handle.staged(WAIT_SECONDS)
+        daemon.wait_for_message(Abandon)
+        daemon.give_back()
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+def test_bad_source_is_refused_before_anything_is_announced(daemon: FakeDaemon) -> None:
+    with publisher(daemon) as pub:
+        for source in ({"a": 1}, {}, [("a", torch.ones(1)), ("a", torch.ones(1))], iter([("a", None)])):
+            with pytest.raises(ManifestError):
+                pub.publish(source, 1)  # type: ignore[arg-type]
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+    assert len(daemon.received) == 1
+
+
+# --- what goes wrong with a daemon -----------------------------------------------------------------------------------
+
+
+@leaves_nothing
+def test_refused_hello_is_raised_by_the_publish(daemon: FakeDaemon) -> None:
+    daemon.script.refuse_hello = VersionRefusedError("this run is over")
+    with publisher(daemon) as pub:
+        with pytest.raises(VersionRefusedError, match="this run is over"):
+            pub.publish(some(), 1)
+        daemon.script.refuse_hello = None
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+def test_publish_waits_for_a_daemon_that_starts_later(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.stop()
+    with publisher(daemon) as pub:
+        daemon.start()
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+def test_absent_daemon_passes_the_deadline(runtime_dir: Path) -> None:
+    nobody = FakeDaemon(runtime_dir)
+    with publisher(nobody, connect_timeout=0.2) as pub, pytest.raises(DeadlineError, match="no daemon answers at ipc"):
+        pub.publish(some(), 1)
+
+
+@leaves_nothing
+def test_daemon_that_ends_fails_the_publish_at_once(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(heartbeat_seconds=60.0)
+    daemon.script.keep_chunks = True
+    handles: list[Any] = []
+    with publisher(daemon) as pub:
+        thread = threading.Thread(target=lambda: handles.append(pub.publish(some(), 1)))
+        thread.start()
+        daemon.wait_for_message(Chunk, daemon.credits)
+        daemon.stop()
+        thread.join(WAIT_SECONDS)
+        with pytest.raises(PeerLostError, match=r"m@r#1|ended"):
+            handles[0].staged(WAIT_SECONDS)
+
+
+def test_silent_daemon_fails_the_publish(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(landing=False, heartbeat_seconds=0.05)
+    with publisher(daemon) as pub:
+        daemon.script.after_seal = ("staged",)
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        daemon.script.mute = True
+        with pytest.raises(PeerLostError, match="silent"):
+            handle.live(WAIT_SECONDS)
+        handle.staged(0)
+
+
+@leaves_nothing
+def test_restarted_daemon_fails_what_was_in_flight_and_takes_the_next(daemon: FakeDaemon) -> None:
+    daemon.script.after_seal = ("staged",)
+    daemon.heartbeat_seconds = 0.1
+    daemon.stop()
+    daemon.start()
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        daemon.stop()
+        daemon.start()
+        with pytest.raises(PeerLostError):
+            handle.live(WAIT_SECONDS)
+        pub.publish(some(), 2).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(some())
+
+
+def test_pong_of_another_generation_means_a_restart(daemon: FakeDaemon) -> None:
+    daemon.script.after_seal = ("staged",)
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        daemon.say(Pong("another"))
+        with pytest.raises(PeerLostError, match="restarted"):
+            handle.live(WAIT_SECONDS)
+        pub.publish(some(), 2).staged(WAIT_SECONDS)
+
+
+# --- several daemons -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, False)])
+def test_every_daemon_gets_every_byte(make_daemon: MakeDaemon, kinds: tuple[bool, bool]) -> None:
+    daemons = [make_daemon(f"d{at}", landing=landing) for at, landing in enumerate(kinds)]
+    tensors = zoo()
+    with publisher(*daemons) as pub:
+        report = pub.publish(tensors, 1).live(WAIT_SECONDS)
+    for daemon, landing in zip(daemons, kinds, strict=True):
+        assert daemon.last.tensors() == content(tensors)
+        assert (daemon.last.inline_chunks == 0) == landing
+    assert set(report.nodes) == {daemon.endpoint for daemon in daemons}
+    assert set(report.engines) == {f"e0@{daemon.endpoint}" for daemon in daemons}
+
+
+def test_daemons_may_differ_in_chunk_size(make_daemon: MakeDaemon) -> None:
+    daemons = [make_daemon("a", chunk_bytes=1024), make_daemon("b", chunk_bytes=4096), make_daemon("c", landing=False)]
+    with publisher(*daemons) as pub:
+        pub.publish(some(), 1).live(WAIT_SECONDS)
+    assert [daemon.last.tensors() for daemon in daemons] == [content(some())] * 3
+
+
+@pytest.mark.parametrize("landing", [True, False])
+def test_one_failure_does_not_stop_the_others(make_daemon: MakeDaemon, landing: bool) -> None:
+    good, bad = make_daemon("good", landing=landing), make_daemon("bad", landing=landing)
+    bad.script.refuse_chunk = ArenaFullError("no room")
+    with publisher(bad, good) as pub:
+        handle = pub.publish(some(50), 1)
+        with pytest.raises(EndpointsFailedError, match=r"failed at 1 of 2 daemons: ipc:.*bad.*no room") as raised:
+            handle.staged(WAIT_SECONDS)
+        assert isinstance(raised.value.failures[bad.endpoint], ArenaFullError)
+        assert handle.state == "failed"
+    assert good.last.tensors() == content(some(50))
+    assert good.last.sealed
+
+
+def test_absent_daemon_does_not_stop_the_others(make_daemon: MakeDaemon, runtime_dir: Path) -> None:
+    good, absent = make_daemon("good"), FakeDaemon(runtime_dir, "absent")
+    with publisher(good, absent, connect_timeout=0.2) as pub:
+        for version in (1, 2):
+            with pytest.raises(EndpointsFailedError, match=r"1 of 2 daemons: .*absent\.sock: no daemon answers"):
+                pub.publish(some(), version).live(WAIT_SECONDS)
+            assert good.last.opened.version.number == version
+            assert good.last.tensors() == content(some())
+
+
+@leaves_nothing
+def test_daemon_that_ends_midway_does_not_stop_the_others(make_daemon: MakeDaemon) -> None:
+    good, bad = make_daemon("good"), make_daemon("bad")
+    bad.script.keep_chunks = True
+    handles: list[Any] = []
+    with publisher(bad, good) as pub:
+        thread = threading.Thread(target=lambda: handles.append(pub.publish(some(50), 1)))
+        thread.start()
+        bad.wait_for_message(Chunk, bad.credits)
+        bad.stop()
+        thread.join(WAIT_SECONDS)
+        with pytest.raises(PublishError, match=r"bad"):
+            handles[0].staged(WAIT_SECONDS)
+    assert good.last.tensors() == content(some(50))
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@leaves_nothing
+def test_close_abandons_what_is_in_flight(daemon: FakeDaemon) -> None:
+    daemon.script.keep_chunks = True
+    errors: list[BaseException] = []
+
+    def publish() -> None:
+        try:
+            pub.publish(some(), 1).staged(WAIT_SECONDS)
+        except CpeError as error:
+            errors.append(error)
+
+    pub = publisher(daemon)
+    thread = threading.Thread(target=publish)
+    thread.start()
+    daemon.wait_for_message(Chunk, daemon.credits)
+    started = time.monotonic()
+    pub.close()
+    assert time.monotonic() - started < 6
+    thread.join(WAIT_SECONDS)
+    assert isinstance(errors[0], PublishError)
+    daemon.wait_for_message(Abandon)
+
+
+def test_close_returns_though_nobody_answers(runtime_dir: Path) -> None:
+    started = time.monotonic()
+    publisher(FakeDaemon(runtime_dir)).close()
+    assert time.monotonic() - started < 3
+
+
+def test_clean_exit_delivers_what_was_published(daemon: FakeDaemon) -> None:
+    with publisher(daemon) as pub:
+        pub.publish(some(), 1)
+    assert daemon.last.sealed
+    assert not any(isinstance(message, Abandon) for message in daemon.messages)
+
+
+def test_closed_publisher_publishes_no_more(daemon: FakeDaemon) -> None:
+    pub = publisher(daemon)
+    pub.close()
+    pub.close()
+    with pytest.raises(MisuseError, match="closed"):
+        pub.publish(some(), 1)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "options"),
+    [([], {}), (["ipc:///tmp/x", "ipc:///tmp/x"], {}), ("ipc:///tmp/x", {"rank": 1}), ("ipc:///tmp/x", {"model": ""})],
+)
+def test_senseless_arguments_are_refused(endpoints: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(MisuseError):
+        Publisher(endpoints, **{"model": "m", "run": "r", **options})
+
+
+@leaves_nothing
+def test_malformed_endpoint_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        Publisher(["ipc:///tmp/x", "nonsense"], model="m", run="r")
