@@ -1,0 +1,241 @@
+"""Filling an extent: whatever order and thread the chunks come by, the digests are those of the arena's whole bytes."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
+
+from cpe_daemon.core.manifest import DIGEST_BYTES, layout
+from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, align
+from cpe_daemon.devices.memory import address_of
+from cpe_daemon.errors import DigestError, ProtocolError
+from cpe_daemon.ingest.writer import ExtentWriter
+
+A = ALIGNMENT_BYTES
+
+
+def shards_of(sizes: Sequence[int]) -> list[Shard]:
+    return [Shard(f"t{index}", "uint8", (nbytes,)) for index, nbytes in enumerate(sizes)]
+
+
+@dataclass
+class Contribution:
+    """A rank's bytes at the sender's, and the extent that they go to, with some bytes around it."""
+
+    sizes: Sequence[int]
+    chunk_bytes: int
+    seed: int = 0
+    arena: bytearray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shards = shards_of(self.sizes)
+        self.layout = layout(self.shards)
+        self.source = bytearray(random.Random(self.seed).randbytes(self.layout.nbytes))
+        self.arena = bytearray(b"\xee" * (A + self.layout.nbytes + A))
+        view = memoryview(self.arena)[A : A + self.layout.nbytes]
+        address = address_of(memoryview(self.arena)) + A
+        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes)
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        total, step = self.layout.nbytes, self.chunk_bytes
+        return [(offset, min(step, total - offset)) for offset in range(0, total, step)]
+
+    @property
+    def digests(self) -> bytes:
+        """What the sender says: each shard hashed whole."""
+        return b"".join(
+            xxh3_128_digest(self.source[offset : offset + nbytes])
+            for offset, nbytes in zip(self.layout.offsets, self.sizes, strict=True)
+        )
+
+    def accept_all(self) -> None:
+        for offset, nbytes in self.chunks:
+            self.writer.accept(offset, nbytes)
+
+    def write(self, offset: int, nbytes: int) -> None:
+        self.writer.write(offset, address_of(memoryview(self.source)) + offset, nbytes)
+
+    def send_all(self) -> None:
+        self.accept_all()
+        for chunk in self.chunks:
+            self.write(*chunk)
+
+
+SIZES = st.lists(st.integers(0, 5 * A) | st.sampled_from([0, 1, A - 1, A, A + 1, 4 * A]), max_size=12)
+CHUNKS = st.integers(1, 7 * A)
+
+
+@given(sizes=SIZES, chunk_bytes=CHUNKS, data=st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_digests_equal_hashing_whole_in_any_order(sizes: list[int], chunk_bytes: int, data: st.DataObject) -> None:
+    sent = Contribution(sizes, max(chunk_bytes, sum(sizes) // 200 + 1))
+    for chunk in data.draw(st.permutations(sent.chunks)):
+        sent.writer.accept(*chunk)
+        sent.write(*chunk)
+    assert sent.writer.all_accepted
+    split = sent.writer.check(sent.digests)
+    assert b"".join(split) == sent.digests
+    assert [len(digest) for digest in split] == [DIGEST_BYTES] * len(sizes)
+    assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
+
+
+@given(sizes=SIZES, chunk_bytes=CHUNKS, seed=st.integers(0, 1 << 30), threads=st.integers(2, 5))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_digests_equal_hashing_whole_from_several_threads(
+    sizes: list[int], chunk_bytes: int, seed: int, threads: int
+) -> None:
+    sent = Contribution(sizes, max(chunk_bytes, sum(sizes) // 200 + 1), seed)
+    sent.accept_all()
+    order = list(sent.chunks)
+    random.Random(seed).shuffle(order)
+    together = threading.Barrier(threads)
+
+    def copy_share(share: int) -> None:
+        together.wait()
+        for chunk in order[share::threads]:
+            sent.write(*chunk)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(copy_share, share) for share in range(threads)]:
+            done.result()
+    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert sent.arena[A:-A] == sent.source
+
+
+def test_chunk_behind_a_gap_is_digested_when_the_gap_closes() -> None:
+    sent = Contribution([4 * A], A)
+    sent.accept_all()
+    for chunk in reversed(sent.chunks[1:]):
+        sent.write(*chunk)
+    sent.write(*sent.chunks[0])
+    assert sent.writer.check(sent.digests) == [sent.digests]
+
+
+def test_digest_is_of_what_the_arena_holds_not_of_what_was_sent() -> None:
+    """A trainer on this host may overwrite its landing ring after the copy; its digest must not follow."""
+    sent = Contribution([3 * A], A)
+    promised = sent.digests
+    sent.accept_all()
+    sent.write(*sent.chunks[0])
+    sent.source[A] ^= 1
+    for chunk in sent.chunks[1:]:
+        sent.write(*chunk)
+    assert sent.digests != promised
+    assert sent.writer.check(sent.digests) == [sent.digests]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])
+def test_contribution_without_bytes_is_whole_at_once(sizes: list[int]) -> None:
+    sent = Contribution(sizes, A)
+    assert sent.writer.all_accepted
+    assert sent.writer.check(sent.digests) == [xxh3_128_digest(b"")] * len(sizes)
+
+
+def test_empty_tensors_anywhere_have_the_digest_of_nothing() -> None:
+    sent = Contribution([0, 5, 0, 0, A, 0], A)
+    sent.send_all()
+    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+
+
+# --- misuse ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "why"),
+    [
+        (1, A, "off the grid"),
+        (A - 1, A, "off the grid"),
+        (-A, A, "off the grid"),
+        (3 * A, A, "off the grid"),
+        (1 << 63, A, "off the grid"),
+        (0, A - 1, "has"),
+        (0, A + 1, "has"),
+        (0, 0, "has"),
+        (0, -1, "has"),
+        (2 * A, 2 * A, "has"),
+        (0, 3 * A, "has"),
+    ],
+)
+def test_accept_refuses_a_chunk_off_the_grid_and_changes_nothing(offset: int, nbytes: int, why: str) -> None:
+    sent = Contribution([2 * A, 7], A)
+    with pytest.raises(ProtocolError, match=why):
+        sent.writer.accept(offset, nbytes)
+    sent.send_all()
+    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+
+
+def test_accept_refuses_a_chunk_that_came_before() -> None:
+    sent = Contribution([4 * A], 2 * A)
+    sent.writer.accept(0, 2 * A)
+    with pytest.raises(ProtocolError, match="twice"):
+        sent.writer.accept(0, 2 * A)
+    assert not sent.writer.all_accepted
+
+
+def test_accept_refuses_everything_of_an_empty_extent() -> None:
+    writer = Contribution([0], A).writer
+    for offset, nbytes in ((0, 0), (0, 1), (A, A)):
+        with pytest.raises(ProtocolError):
+            writer.accept(offset, nbytes)
+
+
+def test_last_chunk_reaches_to_the_aligned_end() -> None:
+    sent = Contribution([A + 1], A)
+    assert sent.layout.nbytes == align(A + 1) == 2 * A
+    sent.writer.accept(A, A)
+    with pytest.raises(ProtocolError):
+        Contribution([A + 1], A).writer.accept(A, 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_check_wants_one_digest_a_shard(count: int) -> None:
+    sent = Contribution([A, A], A)
+    sent.send_all()
+    with pytest.raises(ProtocolError, match="digests for 2 tensors"):
+        sent.writer.check(bytes(DIGEST_BYTES * count))
+    with pytest.raises(ProtocolError, match="digests"):
+        sent.writer.check(sent.digests[:-1])
+
+
+def test_check_names_the_tensors_that_differ() -> None:
+    sent = Contribution([A, 5, 3 * A], A)
+    digests = bytearray(sent.digests)
+    digests[DIGEST_BYTES] ^= 1
+    sent.send_all()
+    with pytest.raises(DigestError, match="the bytes of t1 differ"):
+        sent.writer.check(bytes(digests))
+
+
+@pytest.mark.parametrize("bit", [0, 8 * A + 3, 8 * (2 * A + 100), 8 * 4 * A - 1])
+def test_one_flipped_bit_on_the_way_names_its_tensor(bit: int) -> None:
+    sent = Contribution([A] * 4, 3 * A)
+    digests = sent.digests
+    sent.source[bit // 8] ^= 1 << bit % 8
+    sent.send_all()
+    with pytest.raises(DigestError, match=f"the bytes of t{bit // 8 // A} differ"):
+        sent.writer.check(digests)
+
+
+def test_check_names_ten_tensors_and_counts_the_rest() -> None:
+    sent = Contribution([1] * 14, A)
+    sent.send_all()
+    with pytest.raises(DigestError, match=r"t0, t1, .*, t9 and 4 more differ"):
+        sent.writer.check(bytes(DIGEST_BYTES * 14))
+
+
+def test_padding_between_tensors_belongs_to_no_digest() -> None:
+    sent = Contribution([10, 10], A)
+    digests = sent.digests
+    for at in (10, A - 1, A + 10, 2 * A - 1):
+        sent.source[at] ^= 0xFF
+    sent.send_all()
+    assert b"".join(sent.writer.check(digests)) == digests
