@@ -29,7 +29,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._mapping: mmap.mmap | None = None
-        self._view = memoryview(b"")
+        self._view = memoryview(bytearray())
         self._address = 0
 
     def stage(self, contribution: Contribution) -> memoryview:
@@ -75,7 +75,7 @@ class Staging:
 
     def close(self) -> None:
         """Let go of the memory; it is unmapped when nothing views it any more."""
-        self._view = memoryview(b"")
+        self._view = memoryview(bytearray())
         self._mapping = None
 
     def _reserve(self, nbytes: int, keep: int) -> None:

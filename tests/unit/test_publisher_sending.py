@@ -1,0 +1,289 @@
+"""The conversation about versions, without sockets: what is said when, and what is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.devices.memory import SharedMemory
+from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostError, PublishError
+from cpe_daemon.publisher.credits import Credits
+from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.handle import Handle
+from cpe_daemon.publisher.report import PublishReport
+from cpe_daemon.publisher.sending import Sending, Stream
+from cpe_daemon.wire.messages import (
+    Abandon,
+    Chunk,
+    ChunkDone,
+    EngineReport,
+    ErrorInfo,
+    ErrorReply,
+    ManifestPart,
+    Message,
+    OpenVersion,
+    Seal,
+    TrainerWelcome,
+    VersionOpened,
+    VersionReport,
+    VersionStatus,
+)
+
+VERSION = VersionId("m", "r", 1)
+SHARDS = [Shard("a", "uint8", (600,))]
+CONTENT = memoryview(bytearray(range(256)) * 3)
+FAILED = VersionStatus(VERSION, "failed", ErrorInfo("arena_full", "no room"))
+
+
+class Desk:
+    """A `Sending` with its messages and its clock in hand."""
+
+    def __init__(self, ring: SharedMemory | None = None, credits: int = 2) -> None:
+        self.said: list[Message] = []
+        self.frames: list[bytes] = []
+        self.now = 100.0
+        self.bell = Bell()
+        welcome = TrainerWelcome(1, "g", 1.0, credits, 256)
+        self.sending = Sending(self._send, welcome, ring, self.bell, send_timeout=60.0, clock=lambda: self.now)
+
+    def _send(self, message: Message, *frames: bytes | memoryview | zmq.Frame) -> None:
+        self.said.append(message)
+        self.frames += [bytes(memoryview(frame.buffer if isinstance(frame, zmq.Frame) else frame)) for frame in frames]
+
+    def begin(self, version: VersionId = VERSION) -> Stream:
+        stream = self.sending.begin(Delivery("here", version, 768, 1, self.bell))
+        self.sending.open(stream, SHARDS, False)
+        return stream
+
+    def opened(self) -> Stream:
+        stream = self.begin()
+        self.sending.take(VersionOpened(stream.number))
+        self.sending.feed(stream, CONTENT)
+        self.sending.pump()
+        return stream
+
+    def delivered(self, stream: Stream) -> bool:
+        return stream.delivery.delivered
+
+    def error(self, stream: Stream) -> CpeError | None:
+        return stream.delivery.error
+
+    def kinds(self) -> list[type[Message]]:
+        return [type(message) for message in self.said]
+
+    def handle(self, stream: Stream) -> Handle:
+        return Handle(stream.delivery.version, [stream.delivery], self.bell)
+
+
+def test_stream_opens_sends_seals_and_is_delivered() -> None:
+    desk = Desk()
+    stream = desk.begin()
+    desk.sending.feed(stream, CONTENT)
+    desk.sending.pump()
+    assert desk.kinds() == [OpenVersion, ManifestPart]
+    desk.sending.take(VersionOpened(stream.number))
+    desk.sending.pump()
+    desk.sending.seal(stream, b"d" * 16)
+    assert desk.said[2:] == [Chunk(1, 0, 256), Chunk(1, 256, 256)]
+    desk.sending.take(ChunkDone(1))
+    desk.sending.pump()
+    assert desk.said[4:] == [Chunk(1, 512, 256), Seal(1, b"d" * 16)]
+    assert not desk.delivered(stream)
+    desk.sending.take(ChunkDone(1))
+    desk.sending.take(ChunkDone(1))
+    assert desk.delivered(stream)
+    assert b"".join(desk.frames) == bytes(CONTENT)
+
+
+def test_acknowledgement_of_nothing_is_ignored() -> None:
+    desk = Desk()
+    stream = desk.opened()
+    for done in (ChunkDone(9), ChunkDone(1, 0), ChunkDone(1, 1 << 40)):
+        desk.sending.take(done)
+    assert stream.unacked == 2
+    desk.sending.pump()
+    assert desk.kinds().count(Chunk) == 2
+
+
+def test_credits_of_a_failed_stream_come_back_with_their_chunks() -> None:
+    desk = Desk()
+    stream = desk.opened()
+    desk.sending.take(ErrorReply(ErrorInfo("arena_full", "no room"), stream.number))
+    desk.sending.take(FAILED)
+    again = desk.opened()
+    assert desk.kinds().count(Chunk) == 2
+    desk.sending.take(ChunkDone(stream.number))
+    desk.sending.pump()
+    assert desk.said[-1] == Chunk(again.number, 0, 256)
+    with pytest.raises(ArenaFullError, match=r"no room \(m@r#1 at here\)"):
+        desk.handle(stream).staged(0)
+
+
+def test_late_news_of_an_earlier_attempt_is_not_taken_for_the_next() -> None:
+    desk = Desk()
+    stream = desk.opened()
+    desk.sending.abandon(stream, PublishError("changed my mind"))
+    assert desk.said[-1] == Abandon(stream.number, "changed my mind")
+    again = desk.begin()
+    desk.sending.take(FAILED)
+    assert desk.error(again) is None
+    desk.sending.take(VersionOpened(again.number))
+    desk.sending.take(FAILED)
+    assert isinstance(desk.error(again), ArenaFullError)
+
+
+def test_failure_of_a_version_that_is_not_opened_yet_is_believed() -> None:
+    desk = Desk()
+    stream = desk.begin()
+    desk.sending.take(FAILED)
+    assert isinstance(stream.delivery.error, ArenaFullError)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_stream_is_given_up_when_the_daemon_owes_an_answer_too_long(opened: bool) -> None:
+    desk = Desk()
+    stream = desk.opened() if opened else desk.begin()
+    desk.now += 60.0
+    desk.sending.give_up_stalled()
+    assert desk.error(stream) is None
+    desk.now += 1.0
+    desk.sending.give_up_stalled()
+    assert isinstance(desk.error(stream), DeadlineError)
+    assert desk.kinds()[-1] is Abandon
+
+
+def test_stream_is_not_given_up_while_the_trainer_is_slow() -> None:
+    desk = Desk()
+    stream = desk.begin()
+    desk.sending.take(VersionOpened(stream.number))
+    desk.now += 1000.0
+    desk.sending.give_up_stalled()
+    desk.sending.feed(stream, CONTENT)
+    desk.sending.pump()
+    desk.now += 59.0
+    desk.sending.give_up_stalled()
+    assert stream.delivery.error is None
+
+
+def test_end_fails_whatever_is_expected_even_if_it_was_not_sent_yet() -> None:
+    desk = Desk()
+    waiting = desk.sending.begin(Delivery("here", VersionId("m", "r", 3), 0, 0, desk.bell))
+    staged = desk.begin(VersionId("m", "r", 2))
+    staged.delivery.take(VersionStatus(staged.delivery.version, "staged"))
+    desk.sending.end(PeerLostError("gone"))
+    late = desk.sending.begin(Delivery("here", VERSION, 0, 0, desk.bell))
+    for stream in (waiting, staged, late):
+        assert isinstance(stream.delivery.error, PeerLostError)
+    assert staged.delivery.staged
+    assert desk.sending.credit(late) is None
+    said = len(desk.said)
+    desk.sending.open(late, SHARDS, False)
+    assert len(desk.said) == said
+
+
+@pytest.fixture
+def ring() -> Iterator[SharedMemory]:
+    memory = SharedMemory.create("ring", 512)
+    yield memory
+    memory.close()
+
+
+def test_staged_bytes_go_into_the_ring(ring: SharedMemory) -> None:
+    desk = Desk(ring)
+    desk.opened()
+    assert desk.said[2:] == [Chunk(1, 0, 256, 0), Chunk(1, 256, 256, 256)]
+    assert bytes(ring.view) == bytes(CONTENT[:512])
+    desk.sending.take(ChunkDone(1, 256))
+    desk.sending.pump()
+    assert desk.said[-1] == Chunk(1, 512, 256, 256)
+
+
+def test_window_outlives_its_session(ring: SharedMemory) -> None:
+    memory = SharedMemory.create("ring", 512)
+    desk = Desk(memory)
+    window = desk.sending.window(256, 256)
+    desk.sending.end(PeerLostError("gone"))
+    memory.close()
+    window.view[:] = bytes(256)
+    assert desk.sending.window(0, 256).view.nbytes == 256
+
+
+def test_chunk_of_a_failed_stream_gives_its_place_back(ring: SharedMemory) -> None:
+    desk = Desk(ring)
+    stream = desk.begin()
+    desk.sending.take(VersionOpened(stream.number))
+    places = [desk.sending.credit(stream), desk.sending.credit(stream)]
+    assert places == [0, 256]
+    desk.sending.take(FAILED)
+    assert desk.sending.credit(stream) is None
+    for place in places:
+        assert place is not None
+        desk.sending.chunk(stream, 0, 256, place)
+    assert Chunk not in desk.kinds()
+    again = desk.begin()
+    assert {desk.sending.credit(again), desk.sending.credit(again)} == {0, 256}
+
+
+def test_credits_are_never_handed_out_twice() -> None:
+    credits = Credits(3, 100, ring=True)
+    held = [credits.take(1), credits.take(1), credits.take(2)]
+    assert held == [0, 100, 200]
+    assert credits.take(1) is None
+    assert not credits.give_back(1, 200)
+    assert not credits.give_back(1, -1)
+    assert credits.give_back(1, 100)
+    assert not credits.give_back(1, 100)
+    assert credits.take(2) == 100
+    assert credits.take(2) is None
+
+
+@pytest.mark.parametrize(
+    ("states", "staged", "live"),
+    [
+        (["receiving"], False, False),
+        (["staged"], True, False),
+        (["pushing"], True, False),
+        (["live"], True, True),
+        (["staged", "live", "retained"], True, True),
+        (["retained"], True, True),
+        (["evicted"], True, True),
+        (["something new"], False, False),
+    ],
+)
+def test_later_states_imply_the_earlier(states: list[str], staged: bool, live: bool) -> None:
+    delivery = Delivery("here", VERSION, 5, 1, Bell())
+    for state in states:
+        delivery.take(VersionStatus(VERSION, state))
+    assert (delivery.staged, delivery.live) == (staged, live)
+
+
+def test_handle_tells_the_state_that_is_behind() -> None:
+    bell = Bell()
+    deliveries = [Delivery(name, VERSION, 5, 1, bell) for name in ("a", "b")]
+    handle = Handle(VERSION, deliveries, bell)
+    assert handle.state == "opening"
+    deliveries[0].take(VersionStatus(VERSION, "live"))
+    deliveries[1].take(VersionStatus(VERSION, "staged"))
+    assert handle.state == "staged"
+    handle.staged(0)
+    deliveries[1].fail(CpeError("no"))
+    assert handle.state == "failed"
+    with pytest.raises(PublishError, match=r"m@r#1 failed at 1 of 2 daemons: b: no"):
+        handle.live(float("inf"))
+
+
+def test_report_prints_a_line_an_engine() -> None:
+    engines = {
+        "e0": EngineReport("updated", {"pause": 0.001, "load": 0.25}, 2_000_000_000, 8.0),
+        "e1": EngineReport("failed", error=ErrorInfo("engine", "out of memory")),
+    }
+    report = PublishReport(VERSION, {"ipc:///x": VersionReport(VERSION, 2_000_000_000, 7, 1.5, 0.25, engines)})
+    assert str(report).splitlines() == [
+        "m@r#1 live at ipc:///x: 7 tensors, 2.000 GB, staged in 1.500 s, pushed in 0.250 s",
+        "engine  outcome  GB     GB/s  phases",
+        "e0      updated  2.000  8.0   pause 0.001 s, load 0.250 s",
+        "e1      failed   0.000  0.0   engine: out of memory",
+    ]
