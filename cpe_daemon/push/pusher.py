@@ -160,7 +160,7 @@ class Pusher:
             gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
             full = self._device.topology
             topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
-            tensors = version.tensors()
+            tensors = await asyncio.to_thread(version.tensors)
             plan = await asyncio.to_thread(make_plan, tensors, slot_bytes=self._device.slot_bytes, topology=topology)
             served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
             participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
