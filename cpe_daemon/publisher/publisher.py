@@ -48,6 +48,8 @@ class Publisher:
         connect_timeout: seconds that a publish waits for a daemon that has not answered yet.
         send_timeout: seconds that a daemon may leave bytes unacknowledged before its publish fails, and with it the
             wait of the next one.
+        landing: False sends the bytes through the socket even to a daemon of this host, with which a trainer shares
+            a landing ring otherwise: slower, and nothing of the daemon's is mapped here.
 
     Raises:
         ConfigError: an endpoint is malformed.
@@ -64,6 +66,7 @@ class Publisher:
         world_size: int = 1,
         connect_timeout: float = 30.0,
         send_timeout: float = 60.0,
+        landing: bool = True,
     ) -> None:
         names = [endpoints] if isinstance(endpoints, str) else list(endpoints)
         if not names or len(set(names)) != len(names):
@@ -78,7 +81,8 @@ class Publisher:
         self._follower: Follower | None = None
         self._previous: Sequence[Delivery] = ()
         self._closed = False
-        hello = TrainerHello(PROTOCOL, model, run, rank, world_size, _boot_id(), os.getpid())
+        boot_id = _boot_id() if landing else ""
+        hello = TrainerHello(PROTOCOL, model, run, rank, world_size, boot_id, os.getpid())
         self._links: list[Link] = []
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
