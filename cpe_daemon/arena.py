@@ -7,11 +7,12 @@ long, the catalogue (`cpe_daemon.versions`) knows. No trainer ever maps the regi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from cpe_daemon.core.extents import Extent, ExtentAllocator
+from cpe_daemon.core.types import align
 from cpe_daemon.devices.memory import SharedMemory
 
 _PREFAULT_BYTES: Final = 64 << 20
@@ -49,6 +50,15 @@ class Arena:
     def largest_free_bytes(self) -> int:
         """Bytes of the largest free run, the largest extent that fits."""
         return self._extents.largest_free_bytes
+
+    def largest_free_without(self, extents: Collection[Extent]) -> int:
+        """Bytes of the largest extent that would fit if these were released."""
+        largest = end = 0
+        for extent in self._extents.extents:
+            if extent not in extents:
+                largest = max(largest, extent.offset - end)
+                end = align(extent.end)
+        return max(largest, self._extents.capacity_bytes - end)
 
     async def prefault(self, threads: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Have the kernel provide every page, several ranges at a time, off the loop.

@@ -175,21 +175,22 @@ class Catalogue:
         while True:
             try:
                 return self._arena.reserve(nbytes)
-            except ArenaFullError:
+            except ArenaFullError as error:
                 spare = self._spare(version.model)
-                if spare is None:
-                    raise
+                extents = [part.extent for v in spare for part in v.contributions.values()]
+                if not spare or error.need_bytes > self._arena.largest_free_without(extents):
+                    raise  # a rollback is not given up for what does not fit even then
                 log.warning(
                     "version.evicted_for_room",
-                    version=str(spare.id),
+                    version=str(spare[0].id),
                     need_bytes=nbytes,
                     for_version=str(version),
                 )
-                self._change(spare, VersionEvent.EVICT)
+                self._change(spare[0], VersionEvent.EVICT)
 
-    def _spare(self, model: str) -> Version | None:
-        """The oldest retained version of a model that nobody reads."""
-        return next((v for v in self._retained(model) if not v.leases), None)
+    def _spare(self, model: str) -> list[Version]:
+        """A model's retained versions that nobody reads, the oldest first."""
+        return [version for version in self._retained(model) if not version.leases]
 
     # --- the life of a version ---------------------------------------------------------------------------------------
 
@@ -199,11 +200,12 @@ class Catalogue:
         Raises:
             VersionRefusedError: a later number of its run was staged meanwhile.
         """
-        admit(self._history.get(version.id.model, History()), version.id, force=True)
-        version.manifest = manifest
-        version.staged_at = self._clock()
-        self._history[version.id.model] = self._history.get(version.id.model, History()).after(version.id)
-        self._change(version, VersionEvent.STAGE)
+        history = self._history.get(version.id.model, History())
+        admit(history, version.id, force=True)
+        with self._changing(version, VersionEvent.STAGE):
+            version.manifest = manifest
+            version.staged_at = self._clock()
+            self._history[version.id.model] = history.after(version.id)
 
     def begin_push(self, version: Version) -> None:
         """A round for a staged version begins."""
@@ -211,9 +213,9 @@ class Catalogue:
 
     def go_live(self, version: Version, report: VersionReport) -> None:
         """The engines serve it; the version that was live is retained as far as the policy says."""
-        version.report = report
         previous = self.live(version.id.model)
-        self._change(version, VersionEvent.GO_LIVE)
+        with self._changing(version, VersionEvent.GO_LIVE):
+            version.report = report
         if previous is not None:
             self._change(previous, VersionEvent.SUPERSEDE)
         retained = self._retained(version.id.model)
@@ -222,8 +224,8 @@ class Catalogue:
 
     def fail(self, version: Version, error: CpeError) -> None:
         """Give a version up and let its bytes go."""
-        version.error = error
-        self._change(version, VersionEvent.FAIL)
+        with self._changing(version, VersionEvent.FAIL):
+            version.error = error
 
     @contextlib.contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
@@ -240,7 +242,19 @@ class Catalogue:
         return [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.RETAINED]
 
     def _change(self, version: Version, event: VersionEvent) -> None:
-        version.state = advance(VERSION_TABLE, version.state, event)
+        with self._changing(version, event):
+            pass
+
+    @contextlib.contextmanager
+    def _changing(self, version: Version, event: VersionEvent) -> Iterator[None]:
+        """Change a version's state; what goes with the change is written inside, and nothing if the event is illegal.
+
+        Raises:
+            LifecycleError: the event is illegal now.
+        """
+        state = advance(VERSION_TABLE, version.state, event)
+        yield
+        version.state = state
         error = version.error.message if version.error else None
         log.info(
             "version.changed", version=str(version.id), state=str(version.state), nbytes=version.nbytes, error=error
