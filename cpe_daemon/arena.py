@@ -71,15 +71,18 @@ class Arena:
             ConfigError: the host has not enough memory.
         """
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(threads, "cpe-prefault") as pool:
+        pool = ThreadPoolExecutor(threads, "cpe-prefault")
 
-            async def fault(offset: int) -> None:
-                nbytes = min(_PREFAULT_BYTES, self.nbytes - offset)
-                await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
-                self.prefaulted_bytes += nbytes
-                progress(self.prefaulted_bytes, self.nbytes)
+        async def fault(offset: int) -> None:
+            nbytes = min(_PREFAULT_BYTES, self.nbytes - offset)
+            await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
+            self.prefaulted_bytes += nbytes
+            progress(self.prefaulted_bytes, self.nbytes)
 
+        try:
             await asyncio.gather(*(fault(offset) for offset in range(0, self.nbytes, _PREFAULT_BYTES)))
+        finally:  # whoever gives up need not wait for a terabyte, only for the ranges in hand
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
     def reserve(self, nbytes: int) -> Extent:
         """Cut an extent.

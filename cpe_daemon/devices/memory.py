@@ -57,13 +57,15 @@ class SharedMemory:
         Raises:
             ConfigError: the kernel refuses; says why.
         """
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = -1
         try:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             return cls(fd, mmap.mmap(fd, nbytes))
-        except (OSError, ValueError) as error:
-            os.close(fd)
+        except (OSError, ValueError, OverflowError) as error:
+            if fd >= 0:
+                os.close(fd)
             raise ConfigError(f"cannot map {nbytes} bytes of memory for {name}: {error}") from None
 
     @classmethod
@@ -75,7 +77,7 @@ class SharedMemory:
         """
         try:
             seals = fcntl.fcntl(fd, _F_GET_SEALS)
-            if os.fstat(fd).st_size < nbytes or not seals & _F_SEAL_SHRINK:
+            if not 0 < nbytes <= os.fstat(fd).st_size or not seals & _F_SEAL_SHRINK:
                 raise PeerError(f"the memory handed over is not a sealed region of {nbytes} bytes")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             return cls(fd, mmap.mmap(fd, nbytes, prot=access))
@@ -87,8 +89,15 @@ class SharedMemory:
             raise
 
     def seal_writes(self) -> None:
-        """Let later mappings be read-only; this process's own mapping stays writable."""
-        fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
+        """Let later mappings be read-only; this process's own mapping stays writable.
+
+        Raises:
+            ConfigError: the kernel is older than 5.1, which introduced this.
+        """
+        try:
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
+        except OSError as error:
+            raise ConfigError(f"cannot keep other processes from writing to shared memory: {error}") from None
 
     def prefault(self, offset: int, nbytes: int) -> None:
         """Have the kernel provide the pages of a range now: a first touch later costs ten times a warm copy. Blocking.
@@ -103,11 +112,14 @@ class SharedMemory:
                 raise ConfigError(f"cannot provide {nbytes} bytes of memory: {os.strerror(code)}")
 
     def close(self) -> None:
-        """Unmap and close. Views that others still hold keep the mapping until they are gone."""
-        self.view.release()
+        """Unmap and close, once. Views that others still hold keep the mapping until they are gone."""
+        if self.fd < 0:
+            return
         try:
+            self.view.release()
             self._mapping.close()
         except BufferError:
             return  # a tensor still looks at it: unmapped with the last one
         finally:
             os.close(self.fd)
+            self.fd = -1
