@@ -124,6 +124,4 @@ def exchange(shares: Iterable[Share], count: int) -> tuple[tuple[PeerCopy, ...],
     held: list[list[PeerCopy]] = [[] for _ in range(count)]
     for start, end, gpu in shares:
         held[gpu].append(PeerCopy(gpu, start, end - start))
-    return tuple(
-        tuple([copy for others in held[gpu + 1 :] + held[:gpu] for copy in others]) for gpu in range(count)
-    )
+    return tuple(tuple([copy for others in held[gpu + 1 :] + held[:gpu] for copy in others]) for gpu in range(count))

@@ -148,9 +148,7 @@ def _check_covered(tensor: PlanTensor, nbytes: int) -> None:
         raise MisuseError(f"tensor {tensor.spec.name}: its segments cover {end} of {nbytes} bytes")
 
 
-def _bucket(
-    index: int, filling: Filling, segments: Sequence[Sequence[Segment]], topology: Topology
-) -> Bucket:
+def _bucket(index: int, filling: Filling, segments: Sequence[Sequence[Segment]], topology: Topology) -> Bucket:
     nbytes, parts = filling.nbytes, filling.parts
     copies = fill(parts, segments)
     count = len(topology.gpus)

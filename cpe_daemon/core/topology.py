@@ -100,9 +100,7 @@ def equal_shares(nbytes: int, count: int) -> tuple[Share, ...]:
     """
     quota = align(-(-nbytes // count))
     return tuple(
-        Share(start, min(start + quota, nbytes), gpu)
-        for gpu in range(count)
-        if (start := gpu * quota) < nbytes
+        Share(start, min(start + quota, nbytes), gpu) for gpu in range(count) if (start := gpu * quota) < nbytes
     )
 
 

@@ -36,9 +36,7 @@ def _fp8_linear(name: str, rows: int, columns: int) -> Tensors:
     yield TensorSpec(f"{name}.weight_scale_inv", "float32", scales)
 
 
-def _gated_mlp(
-    name: str, hidden: int, inner: int, linear: Callable[[str, int, int], Tensors] = _linear
-) -> Tensors:
+def _gated_mlp(name: str, hidden: int, inner: int, linear: Callable[[str, int, int], Tensors] = _linear) -> Tensors:
     yield from linear(f"{name}.gate_proj", inner, hidden)
     yield from linear(f"{name}.up_proj", inner, hidden)
     yield from linear(f"{name}.down_proj", hidden, inner)

@@ -260,6 +260,8 @@ def check_copies(bucket: Bucket, tensors: Sequence[PlanTensor], topology: Topolo
         for copy in bucket.pulls[gpu]:
             within = [r for r in readable if r[0] <= copy.address and copy.address + copy.nbytes <= r[1]]
             assert within, "a copy reads what no segment, nor the padding between two, holds"
+    for exchanges in bucket.exchanges:
+        assert all(copy.slot_offset % A == copy.nbytes % A == 0 for copy in exchanges)
     if topology.peer_access:
         quota = align(-(-bucket.nbytes // count))
         assert all(nbytes <= quota for nbytes in pulled_bytes(bucket))
@@ -478,6 +480,28 @@ def test_memory_outside_of_every_region_is_near_to_none() -> None:
         Copy("", 4 * A, 4 * A, 4 * A),
     )  # its near 2 blocks, and 2 of those that are near to none, in one copy
     assert pulled_bytes(plan.buckets[0]) == [4 * A] * 2
+
+
+def test_a_peers_bytes_are_near_to_no_gpu() -> None:
+    """Their addresses are in the peer's arena, not in this node's regions."""
+    topology = numa_topology(Region(0, 8 * A, 1), nodes=(0, 1))
+    for origin, first in (("", 4), ("node-7", 0)):
+        tensor = PlanTensor(spec_of("a", 8 * A), (Segment(0, 8 * A, 0, origin),))
+        plan = make_plan([tensor], slot_bytes=8 * A, topology=topology)
+        assert plan.buckets[0].pulls[0] == (Copy(origin, first * A, first * A, 4 * A),)
+
+
+@given(data=st.data(), address=st.integers(0, 60), nbytes=st.integers(1, 60))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_topology_knows_the_node_of_every_arena_byte(data: st.DataObject, address: int, nbytes: int) -> None:
+    regions = data.draw(topologies(100)).regions
+    walk = list(Topology((Gpu("GPU-0"),), True, regions[::-1]).nodes(address, nbytes))
+    assert [start for start, _ in walk] == sorted({start for start, _ in walk})
+    assert walk[0][0] == address
+    for byte in range(address, address + nbytes):
+        expected = [r.numa_node for r in regions if r.offset <= byte < r.offset + r.nbytes]
+        found = [node for start, node in walk if start <= byte][-1]
+        assert found == (expected[0] if expected else None)
 
 
 # --- misuse ------------------------------------------------------------------------------------------------------
