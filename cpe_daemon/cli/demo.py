@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 
@@ -25,19 +23,25 @@ from cpe_daemon.cli.failures import debug_option
     "--keep",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Leave logs and files there.",
+    help="Leave the checkpoint and the logs there.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
 @debug_option
 @click.pass_context
-def demo_command(ctx: click.Context, small: bool, scale: float, versions: int, keep: Path | None) -> None:
-    """Watch a live update: a trainer publishes versions of a model, and engines take them while they serve.
+def demo_command(
+    ctx: click.Context, small: bool, scale: float, versions: int, keep: Path | None, as_json: bool
+) -> None:
+    """Watch a live update: a trainer publishes versions of a model, and an engine takes them while it serves.
 
-    Needs no GPU and no network; everything is gone afterwards.
+    Each version's tensors are then compared, bit by bit, in the engine's own memory. The model has Qwen3-0.6B's
+    names and shapes (1.2 GB, about 8 GB of memory in all) and random weights. Needs no GPU and no network;
+    everything is gone afterwards.
 
     \b
     Examples:
       cpe demo --small
       cpe demo --versions 10 --keep ./demo
     """  # noqa: D301 - click wants the \b itself
-    demo = importlib.import_module("cpe_daemon.demo")
-    ctx.exit(demo.run(SimpleNamespace(small=small, scale=scale, versions=versions, keep=keep)))
+    from cpe_daemon.demo import Options, run
+
+    ctx.exit(run(Options(small=small, scale=scale, versions=versions, keep=keep, as_json=as_json)))
