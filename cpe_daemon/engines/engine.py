@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -15,6 +16,8 @@ from cpe_daemon.errors import CpeError, PeerLostError
 from cpe_daemon.wire.messages import Abort, Begin, Finish, Pause, Resume, StepDone, WorkerHello
 
 log = structlog.get_logger(__name__)
+
+_ANSWER_SECONDS: Final = 0.5
 
 
 class Engine:
@@ -96,8 +99,8 @@ class EngineWorkers:
         self._engine = engine
 
     async def pause(self, round: int, seconds: float) -> None:
-        """Stop serving."""
-        await self._all(Pause(round, seconds), seconds)
+        """Stop serving. A worker that cannot says why when its time is over, for which its answer gets a moment."""
+        await self._all(Pause(round, seconds), seconds + _ANSWER_SECONDS)
 
     async def begin(self, update: Update, seconds: float) -> None:
         """Make ready to load."""

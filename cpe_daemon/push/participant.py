@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import structlog
 
@@ -15,6 +16,8 @@ from cpe_daemon.errors import CpeError, DeadlineError
 from cpe_daemon.wire.messages import Abort, EngineReport, ErrorInfo, Load, StepDone
 
 log = structlog.get_logger(__name__)
+
+_MARGIN_SECONDS: Final = 1.0
 
 
 class Participant:
@@ -56,16 +59,20 @@ class Participant:
             log.warning("engine.dropped", engine=self.engine.name, round=self._round, error=error.message)
 
     async def step(self, phase: str, work: Awaitable[object], seconds: float) -> None:
-        """Carry out one phase, time it, and drop the engine if it fails or is late."""
+        """Carry out one phase, time it, and drop the engine if it fails or is late.
+
+        ``seconds`` is the workers' own deadline. A driver gets a little more, so that the error that arrives is the one
+        that names the worker.
+        """
         began = self._clock()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds + _MARGIN_SECONDS):
                 await work
             self._check_attached()
+        except CpeError as error:  # before TimeoutError: a DeadlineError is one too, and knows who was late
+            self.drop(error)
         except TimeoutError:
             self.drop(DeadlineError(f"engine {self.engine.name!r} did not {phase} within {seconds:g} s"))
-        except CpeError as error:
-            self.drop(error)
         finally:
             self.phases[phase] = self._clock() - began
 

@@ -121,12 +121,8 @@ class Round:
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
 
     async def _each(self, phase: str, work: Callable[[Participant], Awaitable[object]], seconds: float) -> None:
-        """One phase for all engines at once; the next begins when the last has done it or was dropped.
-
-        The workers' own deadline is ``seconds``; what waits for them is given a little more, so that the error that
-        arrives is the one that names the worker.
-        """
-        await asyncio.gather(*(p.step(phase, work(p), seconds + _MARGIN_SECONDS) for p in self.alive))
+        """One phase for all engines at once; the next begins when the last has done it or was dropped."""
+        await asyncio.gather(*(p.step(phase, work(p), seconds) for p in self.alive))
         self._check()
 
     async def _gathered(self, loads: Sequence[Awaitable[None]]) -> None:
@@ -152,9 +148,6 @@ class Round:
 
     def _names(self, *, alive: bool = True) -> list[str]:
         return [participant.engine.name for participant in self.participants if participant.alive == alive]
-
-
-_MARGIN_SECONDS = 1.0
 
 
 def _first(group: BaseExceptionGroup[CpeError]) -> CpeError:
