@@ -1,0 +1,122 @@
+"""An engine worker: attaches a target to the daemon, and tells what it holds. Commands come over its `Console`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference_plugins.torch import Attachment, attach
+from tests.integration import weights
+from tests.integration.console import Console
+
+
+class TiedModule(torch.nn.Module):
+    """Two names for one parameter, a buffer, and one that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(40, 16)
+        self.head = torch.nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("positions", torch.arange(40), persistent=False)
+
+
+class GatedStore:
+    """A callback that keeps what it is given, with the gate before every tensor."""
+
+    def __init__(self, console: Console, places: dict[str, Tensor]) -> None:
+        self.places = places
+        self._console = console
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        self._console.gate.pass_by()
+        self.places[name].copy_(tensor)
+
+
+class Worker:
+    """What the verbs of the console act upon."""
+
+    def __init__(self, console: Console, target: object, held: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._console = console
+        self._target: Any = target
+        self._held = held
+        self._attachment: Attachment | None = None
+
+    @property
+    def attachment(self) -> Attachment:
+        if self._attachment is None:
+            raise RuntimeError("not attached")
+        return self._attachment
+
+    def attach(self, **terms: Any) -> None:
+        self._attachment = attach(self._target, **terms)
+
+    def ready(self, timeout: float) -> None:
+        self.attachment.ready(timeout)
+
+    def state(self) -> dict[str, Any]:
+        attachment = self.attachment
+        return {
+            "version": str(attachment.version) if attachment.version else None,
+            "serving": attachment.serving,
+            "why": attachment.lock.shut_because,
+        }
+
+    def digests(self) -> dict[str, str]:
+        """Of what it holds at this moment, whether it serves or not."""
+        return weights.digests(self._held())
+
+    def forward(self, timeout: float = 0.0) -> dict[str, str]:
+        """Serve: `digests`, but under the lock."""
+        self.attachment.lock.acquire(timeout)
+        try:
+            return self.digests()
+        finally:
+            self.attachment.lock.release()
+
+    def acquire(self, timeout: float = 5.0) -> None:
+        self.attachment.lock.acquire(timeout)
+
+    def release(self) -> None:
+        self.attachment.lock.release()
+
+    def close(self) -> None:
+        self.attachment.close()
+
+
+def make_target(kind: str, console: Console, arguments: dict[str, Any]) -> tuple[object, Callable[[], Any]]:
+    """Return what is attached, and a function for the tensors in it by name."""
+    if kind == "module":
+        torch.manual_seed(0)
+        module = TiedModule()
+        return module, module.state_dict
+    slices = (arguments["rank"], arguments["world_size"]) if "slicing" in arguments else (0, 1)
+    places = weights.blank(weights.specs(arguments["recipe"]), *slices)
+    if kind == "callback":
+        store = GatedStore(console, places)
+        return store, lambda: store.places
+    return places, lambda: places
+
+
+def main(arguments: dict[str, Any]) -> None:
+    console = Console()
+    target, held = make_target(arguments.pop("target"), console, arguments)
+    arguments.pop("recipe", None)
+    if arguments.pop("slicing", None):
+        arguments["slicing"] = weights.slicing
+    worker = Worker(console, target, held)
+    verbs: list[Callable[..., object]] = [
+        worker.ready,
+        worker.state,
+        worker.digests,
+        worker.forward,
+        worker.acquire,
+        worker.release,
+        worker.close,
+    ]
+    console.tell("started")
+    console.serve({"attach": lambda: worker.attach(**arguments), **{verb.__name__: verb for verb in verbs}})
