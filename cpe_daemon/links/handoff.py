@@ -8,17 +8,17 @@ end, and the daemon knows within a moment, without waiting for heartbeats.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import socket
+import struct
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cpe_daemon.errors import ConfigError, PeerLostError, ProtocolError
+from cpe_daemon.errors import ConfigError, PeerLostError, ProtocolError, ResourceError
 
 # Not structlog: trainers and engines import this module for `claim`, and their environments do not have it.
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class HandoffServer:
         self._tasks = tasks
         self._on_protocol_error = on_protocol_error
         self._offers: dict[bytes, _Offer] = {}
-        self._claiming = 0
+        self._claiming = asyncio.Semaphore(_MAX_CLAIMING)
         self._running: set[asyncio.Task[None]] = set()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -85,9 +85,16 @@ class HandoffServer:
         self.path.unlink(missing_ok=True)
 
     def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
-        """Offer a duplicate of ``fd``, once; ``on_gone`` is called when the process that took it lets go or dies."""
+        """Offer a duplicate of ``fd``, once; ``on_gone`` is called when the process that took it lets go or dies.
+
+        Raises:
+            ResourceError: no descriptor is left.
+        """
         token = secrets.token_bytes(_TOKEN_BYTES)
-        self._offers[token] = _Offer(os.dup(fd), on_gone)
+        try:
+            self._offers[token] = _Offer(os.dup(fd), on_gone)
+        except OSError as error:
+            raise ResourceError(f"memory cannot be handed over: {error}; raise the limit of open files") from None
         return token
 
     def withdraw(self, token: bytes) -> None:
@@ -96,64 +103,73 @@ class HandoffServer:
         if offer is not None:
             os.close(offer.fd)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], after: Callable[[], None] = lambda: None) -> None:
+        """Run ``work``, and then ``after``, even if it is cancelled before it has begun."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._running.discard(task)
+            after()
+
         task = self._tasks.create_task(work)
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(done)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await self._claiming.acquire()
             try:
                 connection, _ = await loop.sock_accept(self._socket)
             except OSError as error:  # out of descriptors: those who wait are served when some come free
+                self._claiming.release()
                 log.warning("handoff.accept_failed: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            if self._claiming >= _MAX_CLAIMING:
-                connection.close()
-                continue
-            self._claiming += 1
-            self._spawn(self._serve(connection))
+            self._spawn(self._serve(connection), connection.close)
 
     async def _serve(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        offer: _Offer | None = None
         try:
-            try:
-                async with asyncio.timeout(_CLAIM_SECONDS):
-                    offer = await self._claim(connection)
-            finally:
-                self._claiming -= 1
-            with contextlib.suppress(OSError):
-                while await loop.sock_recv(connection, 64):
-                    continue  # nothing is said on a tether; only its end means something
+            offer = await self._claimed(connection)
         except (ProtocolError, TimeoutError, OSError) as error:
             self._on_protocol_error("handoff")
             log.debug("handoff.refused", extra={"reason": str(error)})
+            return
+        finally:
+            self._claiming.release()
+        try:
+            await self._tether(connection, offer)
+        except OSError as error:
+            log.debug("handoff.cut", extra={"reason": str(error)})
         finally:
             connection.close()
-            if offer is not None:
-                offer.on_gone()
+            offer.on_gone()
 
-    async def _claim(self, connection: socket.socket) -> _Offer:
+    async def _claimed(self, connection: socket.socket) -> _Offer:
+        """Read the token, and return what was offered under it."""
         loop = asyncio.get_running_loop()
         request = b""
-        while len(request) < _REQUEST_BYTES:
-            received = await loop.sock_recv(connection, _REQUEST_BYTES - len(request))
-            if not received:
-                raise ProtocolError("hand-off connection ended before its token")
-            request += received
-            if not request.startswith(_GREETING[: len(request)]):
-                raise ProtocolError("not a hand-off request")
+        async with asyncio.timeout(_CLAIM_SECONDS):
+            while len(request) < _REQUEST_BYTES:
+                received = await loop.sock_recv(connection, _REQUEST_BYTES - len(request))
+                if not received:
+                    raise ProtocolError("hand-off connection ended before its token")
+                request += received
+                if not request.startswith(_GREETING[: len(request)]):
+                    raise ProtocolError("not a hand-off request")
         offer = self._offers.pop(request[len(_GREETING) :], None)
         if offer is None:
             raise ProtocolError("hand-off token unknown or used")
+        return offer
+
+    async def _tether(self, connection: socket.socket, offer: _Offer) -> None:
+        """Hand the descriptor over, and return when the process that has it now lets go or dies."""
+        loop = asyncio.get_running_loop()
         try:
             socket.send_fds(connection, [_REPLY], [offer.fd])
         finally:
             os.close(offer.fd)
-        return offer
+        while await loop.sock_recv(connection, 64):
+            continue  # nothing is said on a tether; only its end means something
 
 
 class Tether:
@@ -188,13 +204,19 @@ def claim(path: str, token: bytes, timeout: float = _CLAIM_SECONDS) -> tuple[int
         PeerLostError: the daemon is not there, does not know the token, or does not answer in ``timeout`` seconds.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    connection.settimeout(timeout)
+    # The kernel's own deadlines: with Python's, connecting fails at once while others queue before the daemon.
+    limit = struct.pack("@ll", *divmod(max(1, int(timeout * 1_000_000)), 1_000_000))
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, limit)
     try:
         connection.connect(path)
         connection.sendall(_GREETING + token)
         reply, fds, _, _ = socket.recv_fds(connection, len(_REPLY), 1)
         if reply != _REPLY or len(fds) != 1:
             raise PeerLostError(f"the daemon at {path} did not hand its memory over; was it restarted?")
+    except BlockingIOError:
+        connection.close()
+        raise PeerLostError(f"the daemon at {path} handed no memory over within {timeout:g} s") from None
     except OSError as error:
         connection.close()
         raise PeerLostError(f"cannot fetch memory from the daemon at {path}: {error}") from error
