@@ -78,6 +78,8 @@ class Steps:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._update: Begin | None = None
+        self._before: tuple[int, VersionId | None] | None = None
+        """The last round that was begun here, and what the engine held before it."""
         self._assembly = Assembly()
         self._loaded = 0
 
@@ -92,7 +94,7 @@ class Steps:
         except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
             log.exception("%s failed in the engine", name)
             return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"), seq)
-        touched = isinstance(step, Abort) and self._loader.touched
+        touched = isinstance(step, Abort) and self._changed(step.round)
         return StepDone(step.round, name, seq, time.monotonic() - began, touched)
 
     def forget(self) -> None:
@@ -108,7 +110,7 @@ class Steps:
             case Begin():
                 self.forget()
                 self._loader.begin()
-                self._update = step
+                self._update, self._before = step, (step.round, self._loader.content)
             case Load():
                 self._load(step, slots)
             case Finish():
@@ -117,6 +119,11 @@ class Steps:
                 self.forget()
             case Resume():
                 self._resume()
+
+    def _changed(self, round: int) -> bool:
+        """Whether the weights are no longer what they were before a round: a mixture, or its version whole."""
+        begun, held = self._before or (0, None)
+        return self._loader.touched or (begun == round and held != self._loader.content)
 
     def _load(self, load: Load, slots: Slots) -> None:
         if self._update is None or load.round != self._update.round:

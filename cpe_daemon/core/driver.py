@@ -43,7 +43,7 @@ class Steps(Protocol):
         ...
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
-        """Forget the round; return whether the engine's weights may be a mixture now."""
+        """Forget the round; return whether the engine's weights may be others than before it."""
         ...
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:

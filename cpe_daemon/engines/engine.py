@@ -111,7 +111,7 @@ class EngineWorkers:
         await self._all(Finish(round), seconds)
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
-        """Forget the round; True if any worker's weights may be a mixture."""
+        """Forget the round; True if any worker's weights may be others than before it."""
         return any(done.touched for done in await self._all(Abort(round, reason), seconds))
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:

@@ -220,7 +220,7 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
 class StepDone(Message, frozen=True, tag="step_done"):
     """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
 
-    ``touched`` answers an `Abort`: the worker's weights may be a mixture now.
+    ``touched`` answers an `Abort`: the worker's weights may be others than before the round.
     """
 
     round: int

@@ -26,7 +26,7 @@ class TorchDriver:
         await self._workers.finish(round, seconds)
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
-        """Have every worker forget the round; True if any may hold a mixture."""
+        """Have every worker forget the round; True if any may hold other weights than before it."""
         return await self._workers.abort(round, reason, seconds)
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:

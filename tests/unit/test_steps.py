@@ -1,0 +1,136 @@
+"""A worker's part in a round, without a link: what it answers to the steps, and what it says of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import DeadlineError
+from cpe_daemon.wire.messages import Abort, Begin, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
+from inference_plugins.steps import Step, Steps
+
+OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
+LOAD = Load(7, 0, 0, [TensorPart("w", "float32", (2,), 0, 8, 0)])
+
+
+class FakeLoader:
+    """Notes what it is asked; raises ``error`` when loading."""
+
+    def __init__(self) -> None:
+        self.content: VersionId | None = OLD
+        self.touched = False
+        self.calls: list[str] = []
+        self.error: Exception | None = None
+
+    def pause(self, seconds: float) -> None:
+        self.calls.append("pause")
+        if seconds == 0:
+            raise DeadlineError("busy")
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.touched = True
+        if self.error is not None:
+            raise self.error
+        self.calls += [f"{name} {tensor.tolist()}" for name, tensor in tensors]
+
+    def finish(self, version: VersionId) -> None:
+        self.content, self.touched = version, False
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+
+class FakeSlots:
+    """One slot, which holds two floats."""
+
+    lost = False
+
+    def slot(self, index: int) -> torch.Tensor:
+        return torch.tensor([1.5, -2.0]).view(torch.uint8)
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def loader() -> FakeLoader:
+    return FakeLoader()
+
+
+@pytest.fixture
+def steps(loader: FakeLoader) -> Steps:
+    return Steps(loader)
+
+
+def do(steps: Steps, *todo: Step) -> StepDone:
+    """Carry steps out, and return the last answer; all have to succeed."""
+    answers = [steps.carry_out(step, FakeSlots()) for step in todo]
+    assert all(isinstance(answer, StepDone) for answer in answers), answers
+    assert isinstance(answers[-1], StepDone)
+    return answers[-1]
+
+
+def refused(steps: Steps, step: Step) -> str:
+    """The reason for which a step is refused."""
+    answer = steps.carry_out(step, FakeSlots())
+    assert isinstance(answer, StepFailed), answer
+    return answer.error.message
+
+
+def test_round_is_carried_out(steps: Steps, loader: FakeLoader) -> None:
+    done = do(steps, Pause(7, 1.0), Begin(7, NEW, 1, 8), LOAD, Finish(7), Resume(7, NEW))
+    assert (done.round, done.step) == (7, "resume")
+    assert loader.calls == ["pause", "begin", "w [1.5, -2.0]", "resume"]
+    assert loader.content == NEW
+
+
+def test_failure_is_answered_with_its_code(steps: Steps, loader: FakeLoader) -> None:
+    answer = steps.carry_out(Pause(7, 0.0), FakeSlots())
+    assert isinstance(answer, StepFailed)
+    assert (answer.step, answer.error.code) == ("pause", "deadline")
+    do(steps, Begin(7, NEW, 1, 8))
+    loader.error = ValueError("no such layer")
+    assert refused(steps, LOAD) == "ValueError: no such layer"
+
+
+def test_step_of_a_round_that_was_not_begun_is_refused(steps: Steps) -> None:
+    assert "not begun" in refused(steps, LOAD)
+    assert "not begun" in refused(steps, Finish(7))
+    do(steps, Begin(6, NEW, 1, 8))
+    assert "not begun" in refused(steps, LOAD)
+
+
+def test_finish_without_every_tensor_is_refused(steps: Steps, loader: FakeLoader) -> None:
+    do(steps, Begin(7, NEW, 2, 16), LOAD)
+    assert refused(steps, Finish(7)) == "1 of 2 tensors came"
+    assert loader.content == OLD
+
+
+def test_mixture_is_not_resumed(steps: Steps) -> None:
+    do(steps, Begin(7, NEW, 1, 8), LOAD)
+    assert "mixture" in refused(steps, Resume(7, OLD))
+
+
+@pytest.mark.parametrize(
+    ("before", "changed"),
+    [
+        pytest.param([], False, id="nothing"),
+        pytest.param([Pause(7, 1.0)], False, id="paused"),
+        pytest.param([Begin(7, NEW, 1, 8)], False, id="begun"),
+        pytest.param([Begin(7, NEW, 1, 8), LOAD], True, id="loading"),
+        # The daemon may not know that it has finished: the answer came too late, or a sibling failed.
+        pytest.param([Begin(7, NEW, 1, 8), LOAD, Finish(7)], True, id="finished"),
+        pytest.param([Begin(7, OLD, 1, 8), LOAD, Finish(7)], False, id="finished-with-the-same"),
+        pytest.param([Begin(6, NEW, 0, 0), Finish(6), Pause(7, 1.0)], False, id="finished-an-earlier-round"),
+    ],
+)
+def test_abort_tells_whether_the_weights_are_others_than_before(
+    steps: Steps, before: list[Step], changed: bool
+) -> None:
+    assert do(steps, *before, Abort(7, "a sibling failed")).touched is changed
