@@ -88,9 +88,14 @@ class Dealer:
         Raises:
             ProtocolError: the daemon sent something that is no message of this conversation.
         """
-        if not self._socket.poll(0, zmq.POLLIN):
-            self._poller.poll(int(max(timeout, 0.0) * 1000))
-            self._clear_wake()
+        if not self._readable():
+            if timeout <= 0:
+                return None
+            ready = dict(self._poller.poll(int(timeout * 1000)))
+            if self._wake_read in ready:
+                self._clear_wake()
+            if not self._readable():
+                return None
         try:
             parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -111,6 +116,10 @@ class Dealer:
         self._context.term()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def _readable(self) -> bool:
+        """Whether a message waits. Asks the socket itself: a poll costs ten times as much."""
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def _clear_wake(self) -> None:
         try:
