@@ -85,7 +85,7 @@ class Link:
             session = self._session
             self._bell.ring()
         if session is not None:
-            session.post(lambda: None)
+            session.hurry()
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread's end up to ``timeout`` seconds; False if it did not come."""

@@ -118,10 +118,17 @@ class Sending:
         delivery.fail(over)
         return stream
 
-    def credit(self, stream: Stream) -> int | None:
-        """Wait for a credit; return its offset in the ring, or None if the stream has failed."""
+    def credit(self, stream: Stream, before_waiting: Callable[[], None] = lambda: None) -> int | None:
+        """Wait for a credit; return its offset in the ring, or None if the stream has failed.
+
+        ``before_waiting`` is called if none is free.
+        """
         delivery = stream.delivery
         deadline = self._clock() + self._send_timeout + MARGIN_SECONDS
+        with self._bell.lock:
+            if delivery.error is None and (at := self._credits.take(stream.number)) is not None:
+                return at
+        before_waiting()
         with self._bell.lock:
             while delivery.error is None:
                 at = self._credits.take(stream.number)

@@ -88,12 +88,21 @@ class Session:
         """Whether bytes go through a landing ring."""
         return self._landing is not None
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Have ``command`` run by the link's thread; dropped if the session is over. Any thread."""
+    def post(self, command: Callable[[], None], *, hurry: bool = True) -> None:
+        """Have ``command`` run by the link's thread; dropped if the session is over. Any thread.
+
+        Without ``hurry`` it waits for the next one that does, or for the thread to wake by itself within a moment.
+        """
         with self._post_lock:
-            if not self._ended:
-                self._commands.append(command)
+            if self._ended:
+                return
+            self._commands.append(command)
+            if hurry:
                 self._dealer.wake()
+
+    def hurry(self) -> None:
+        """Have what was posted run now. Any thread."""
+        self.post(lambda: None)
 
     def turn(self) -> None:
         """Run what was posted, send what can be sent, take what has come, and wait for more for a moment.

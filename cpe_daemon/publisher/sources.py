@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from cpe_daemon.publisher.files import read_safetensors
 
 Source: TypeAlias = "Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | torch.nn.Module | str | os.PathLike[str]"
 """What `Publisher.publish` takes. A ``str`` is a path."""
+
+_DTYPES: Final = {getattr(torch, name): name for name in ITEMSIZE if hasattr(torch, name)}
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+"""Types that need no look at what kind of subclass they are: there may be a hundred thousand tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def open_source(source: Source) -> Contribution | Pairs:
 
 def shard_of(name: str, tensor: Tensor) -> Shard:
     """Describe a whole tensor."""
-    return Shard(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return Shard(name, _DTYPES[tensor.dtype], tuple(tensor.shape))
 
 
 def publishable(name: object, value: object) -> Tensor:
@@ -117,21 +121,27 @@ def publishable(name: object, value: object) -> Tensor:
         raise ManifestError(f"a tensor's name must be a str, not {name!r}")
     if not isinstance(value, Tensor):
         raise ManifestError(f"{name} is not a tensor but a {type(value).__name__}")
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        kind = type(value).__name__
-        advice = "publish its full_tensor()" if kind == "DTensor" else "give a plain tensor"
-        raise ManifestError(f"tensor {name} is a {kind}, which is not supported: {advice}")
-    if torch.nn.parameter.is_lazy(value):
-        raise ManifestError(f"tensor {name} is not initialised: run the module once before publishing it")
+    if type(value) not in _PLAIN:
+        _check_subclass(name, value)
     if value.is_meta:
         raise ManifestError(f"tensor {name} is on the meta device: it has no bytes")
     if value.layout is not torch.strided or value.is_nested:
         raise ManifestError(f"tensor {name} is {value.layout}, not dense: publish its to_dense()")
     if value.is_quantized:
         raise ManifestError(f"tensor {name} is a quantised tensor: publish its int_repr() and its scales")
-    if str(value.dtype).removeprefix("torch.") not in ITEMSIZE:
+    if value.dtype not in _DTYPES:
         raise ManifestError(f"tensor {name} has the dtype {value.dtype}, which is not supported")
     return value
+
+
+def _check_subclass(name: str, tensor: Tensor) -> None:
+    """Refuse what only looks like a tensor with bytes of its own."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        kind = type(tensor).__name__
+        advice = "publish its full_tensor()" if kind == "DTensor" else "give a plain tensor"
+        raise ManifestError(f"tensor {name} is a {kind}, which is not supported: {advice}")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ManifestError(f"tensor {name} is not initialised: run the module once before publishing it")
 
 
 def _pair(entry: object) -> tuple[object, object]:

@@ -74,11 +74,10 @@ class HostBytes:
     __slots__ = ("_address", "_device", "_tensor", "nbytes")
 
     def __init__(self, tensor: Tensor) -> None:
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            # A conjugated or negated view shares its base's memory, which holds other values than the tensor.
+        if not _is_plain(tensor):
             tensor = _contiguous(tensor.detach().resolve_conj().resolve_neg())
         self._tensor = tensor
-        self.nbytes = tensor.numel() * tensor.element_size()
+        self.nbytes = tensor.nbytes
         self._device: Tensor | None = None
         self._address = 0
         if tensor.is_cpu:
@@ -93,6 +92,14 @@ class HostBytes:
         else:
             target = torch.frombuffer(window.view[at : at + nbytes], dtype=torch.uint8)
             target.copy_(self._device[start : start + nbytes])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its values as they are.
+
+    A conjugated or negated view shares its base's memory, which holds other values than the tensor.
+    """
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -124,14 +131,14 @@ class _Cutter:
 
     def write(self, tensor: Tensor, digest: bool) -> bytes:
         """Write a tensor's bytes and return their digest."""
-        source = HostBytes(tensor)
-        nbytes = source.nbytes
-        if nbytes and nbytes <= min(self._room(), PIECE_BYTES):
-            at = self._at
-            source.copy(0, nbytes, self._window, at)
+        nbytes = tensor.nbytes
+        at = self._at
+        if 0 < nbytes <= min(self._size - at, PIECE_BYTES) and tensor.is_cpu and _is_plain(tensor):
+            copy(self._window.address + at, tensor.data_ptr(), nbytes)  # the way of small tensors: no objects made
             found = xxh3_128_digest(self._window.view[at : at + nbytes]) if digest else b""
             self._advance(nbytes)
             return found
+        source = HostBytes(tensor)
         hasher = xxh3_128()
         done = 0
         while done < nbytes:
