@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from cpe_daemon.core.dtypes import itemsize
 from cpe_daemon.core.types import Shard, TensorSpec, VersionId, align
@@ -32,7 +34,7 @@ class Layout:
     nbytes: int
 
 
-class Run(NamedTuple):
+class Run(msgspec.Struct, frozen=True, gc=False):
     """A contiguous run of a tensor's bytes and where it lies: at ``offset`` in the extent of ``rank``."""
 
     tensor_offset: int
@@ -41,8 +43,7 @@ class Run(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True, gc=False):
     """A tensor of a manifest with the runs that make it up, in order, and each run's digest."""
 
     spec: TensorSpec
@@ -112,8 +113,11 @@ def merge(
         digests: by rank, a digest a shard.
 
     Raises:
-        ManifestError: a tensor is described differently by two ranks, or is not covered exactly once.
+        ManifestError: a tensor is described differently by two ranks, or is not covered exactly once; or a rank's
+            shards and digests are not as many.
     """
+    if [len(shards) for shards in contributions] != [len(rank_digests) for rank_digests in digests]:
+        raise ManifestError(f"{version}: not a digest for each shard of each rank")
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, list[tuple[Run, bytes]]] = {}
     for rank, (shards, rank_digests) in enumerate(zip(contributions, digests, strict=True)):
@@ -126,24 +130,25 @@ def merge(
             run = Run(_tensor_offset(shard), shard.nbytes, rank, offset)
             pieces.setdefault(shard.name, []).append((run, digest))
     tensors = tuple(_whole(spec, pieces[name]) for name, spec in specs.items())
-    return Manifest(version, tensors, sum(tensor.spec.nbytes for tensor in tensors))
+    return Manifest(version, tensors, sum(run.nbytes for tensor in tensors for run in tensor.runs))
 
 
 def _whole(spec: TensorSpec, pieces: list[tuple[Run, bytes]]) -> Tensor:
     """Order a tensor's runs, and refuse a gap or an overlap."""
-    pieces.sort(key=lambda piece: (piece[0].tensor_offset, piece[0].nbytes, piece[0].rank))
-    end = 0
+    if len(pieces) > 1:
+        pieces.sort(key=lambda piece: (piece[0].tensor_offset, piece[0].nbytes, piece[0].rank))
+    end, nbytes = 0, spec.nbytes
     for position, (run, _) in enumerate(pieces):
-        repeated = position > 0 and spec.nbytes == 0
+        repeated = position > 0 and nbytes == 0
         if run.tensor_offset < end or repeated:
             ranks = sorted({piece[0].rank for piece in pieces})
             raise ManifestError(f"tensor {spec.name} is contributed more than once (by ranks {ranks})")
         if run.tensor_offset > end:
             break
         end += run.nbytes
-    if end != spec.nbytes:
-        raise ManifestError(f"tensor {spec.name}: no rank contributes bytes {end} onwards of {spec.nbytes}")
-    return Tensor(spec, tuple(run for run, _ in pieces), tuple(digest for _, digest in pieces))
+    if end != nbytes:
+        raise ManifestError(f"tensor {spec.name}: no rank contributes bytes {end} onwards of {nbytes}")
+    return Tensor(spec, tuple([run for run, _ in pieces]), tuple([digest for _, digest in pieces]))
 
 
 def _tensor_offset(shard: Shard) -> int:
@@ -152,6 +157,8 @@ def _tensor_offset(shard: Shard) -> int:
     Raises:
         ManifestError: the shard's bytes are not contiguous in the whole tensor (it splits an inner dimension).
     """
+    if shard.start is None and shard.local_shape is None:
+        return 0
     start, local = shard.box
     whole_behind = True
     for dim in reversed(range(len(local))):

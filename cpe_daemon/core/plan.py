@@ -94,9 +94,9 @@ def locate(manifest: Manifest, extent_offsets: Sequence[int]) -> tuple[PlanTenso
     located: list[PlanTensor] = []
     for tensor in manifest.tensors:
         segments = [
-            Segment(tensor_offset, nbytes, extent_offsets[rank] + offset)
-            for tensor_offset, nbytes, rank, offset in tensor.runs
-            if nbytes
+            Segment(run.tensor_offset, run.nbytes, extent_offsets[run.rank] + run.offset)
+            for run in tensor.runs
+            if run.nbytes
         ]
         located.append(PlanTensor(tensor.spec, tuple(segments)))
     return tuple(located)
