@@ -13,7 +13,8 @@ class Device(Protocol):
     """The slots of every GPU of a node, and the two kinds of copies that fill them.
 
     GPUs are named by their index in ``topology.gpus``. `fetch` and `exchange` may be called for several slots at once;
-    each GPU carries them out in the order of the calls, the two kinds beside each other.
+    each GPU carries them out in the order of the calls, the two kinds beside each other. Cancelled, they end only when
+    nothing of theirs is copied any more: to be told to stop is not to have stopped.
     """
 
     kind: str

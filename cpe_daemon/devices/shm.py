@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final, Protocol
 
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
@@ -72,11 +72,11 @@ class ShmDevice:
 
     async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         """Copy from the arena into a slot, on the GPU's fetching thread."""
-        await asyncio.get_running_loop().run_in_executor(self._fetchers[gpu], self._fetch, gpu, slot, copies)
+        await _run(self._fetchers[gpu], self._fetch, gpu, slot, copies)
 
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
         """Copy from the other sets' same slot, on the GPU's exchanging thread."""
-        await asyncio.get_running_loop().run_in_executor(self._exchangers[gpu], self._exchange, gpu, slot, copies)
+        await _run(self._exchangers[gpu], self._exchange, gpu, slot, copies)
 
     def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
         """Offer a set of slots to one worker."""
@@ -110,3 +110,15 @@ class ShmDevice:
         base = self._slot(gpu, slot)
         for item in copies:
             copy(base + item.slot_offset, self._slot(item.gpu, slot) + item.slot_offset, item.nbytes)
+
+
+async def _run(executor: Executor, work: Callable[..., None], *arguments: object) -> None:
+    """Run copies in a thread. When cancelled, end only once they have: their slot may be filled anew after that."""
+    copying = executor.submit(work, *arguments)
+    copied = asyncio.wrap_future(copying)
+    try:
+        await asyncio.shield(copied)
+    except asyncio.CancelledError:
+        if not copying.cancel():
+            await asyncio.gather(copied, return_exceptions=True)
+        raise
