@@ -11,7 +11,6 @@ import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import EngineEvent, VersionState
-from cpe_daemon.core.plan import make_plan
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
@@ -19,6 +18,7 @@ from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
+from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import VersionReport
@@ -52,6 +52,7 @@ class Pusher:
         self._catalogue = catalogue
         self._registry = registry
         self._device = device
+        self._planner = Planner(device.slot_bytes)
         self._metrics = metrics
         self._clock = clock
         self._due: deque[Version] = deque()
@@ -161,7 +162,7 @@ class Pusher:
             full = self._device.topology
             topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
             tensors = await asyncio.to_thread(version.tensors)
-            plan = await asyncio.to_thread(make_plan, tensors, slot_bytes=self._device.slot_bytes, topology=topology)
+            plan = await asyncio.to_thread(self._planner.plan, version.id.model, tensors, topology)
             served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
             participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
             if not participants:
