@@ -100,8 +100,8 @@ class Router:
     def start(self) -> None:
         """Begin to take messages, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, self._drain)
-        self._drain()
+        self._loop.add_reader(self._fd, self._schedule)
+        self._schedule()
 
     def close(self) -> None:
         """Stop, and remove the socket files."""
@@ -129,6 +129,7 @@ class Router:
         return True
 
     def _schedule(self) -> None:
+        """Drain soon, once: however often it is asked for, a flood of messages gets one turn of the loop's."""
         if self._loop is not None and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
@@ -164,6 +165,9 @@ class Router:
             self.refuse(peer, error, stream)
         except CpeError as error:
             self.refuse(peer, error, stream)
+        except Exception as error:  # task boundary: a bug met by one peer's message must not keep the others waiting
+            log.exception("message.failed", socket=self.name)
+            self.refuse(peer, CpeError(f"{type(error).__name__} in the daemon, whose log has more"), stream)
 
     def refuse(self, peer: bytes, error: CpeError, stream: int = 0) -> None:
         """Tell a peer why something of it was refused."""
