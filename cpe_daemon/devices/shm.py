@@ -6,11 +6,13 @@ A "GPU" here is a set of slots; a host may have several, which makes every path 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final, Protocol
 
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.devices.capacity import require_bytes
 from cpe_daemon.devices.memory import SharedMemory, copy
 from cpe_daemon.errors import ResourceError
 from cpe_daemon.wire.messages import SlotSet
@@ -62,10 +64,16 @@ class ShmDevice:
         self._exchangers = [ThreadPoolExecutor(1, f"cpe-peer-{index}") for index in range(gpus)]
 
     async def open(self) -> None:
-        """Allocate and prefault all slots, sealed so that workers can only read them."""
+        """Allocate and prefault all slots, sealed so that workers can only read them.
+
+        Raises:
+            ConfigError: the host has not enough memory, or its kernel is too old.
+        """
+        set_bytes = self.slot_count * self.slot_bytes
+        require_bytes(len(self.topology.gpus) * set_bytes, "slots (device.gpus × device.slots × device.slot_bytes)")
         loop = asyncio.get_running_loop()
         for gpu, fetcher in zip(self.topology.gpus, self._fetchers, strict=True):
-            memory = SharedMemory.create(f"cpe-slots-{gpu.uuid}", self.slot_count * self.slot_bytes)
+            memory = SharedMemory.create(f"cpe-slots-{gpu.uuid}", set_bytes)
             memory.seal_writes()
             self._sets.append(memory)
             await loop.run_in_executor(fetcher, memory.prefault, 0, memory.nbytes)
@@ -119,6 +127,10 @@ async def _run(executor: Executor, work: Callable[..., None], *arguments: object
     try:
         await asyncio.shield(copied)
     except asyncio.CancelledError:
-        if not copying.cancel():
-            await asyncio.gather(copied, return_exceptions=True)
+        copying.cancel()
+        while not copied.done():
+            with contextlib.suppress(asyncio.CancelledError):  # being told again changes nothing
+                await asyncio.wait([copied])
+        if not copied.cancelled():
+            copied.exception()  # nobody asks any more
         raise

@@ -62,7 +62,8 @@ class ShmSlots:
             raise
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self._bytes = torch.frombuffer(self._memory.view, dtype=torch.uint8)
+            # A view of its own: who keeps a tensor longer than allowed reads old bytes, and not unmapped memory.
+            self._bytes = torch.frombuffer(memoryview(self._memory.view), dtype=torch.uint8)
 
     @staticmethod
     def _claim(slots: SlotSet, handoff: str) -> tuple[int, Tether]:

@@ -1,82 +1,366 @@
-"""The device of a CPU host: copies into slots, and what becomes of them when a round is given up."""
+"""What every device has to do, over each that this host has; and what is particular to shared memory.
+
+`device_factory` makes one: a device that joins adds itself to `FACTORIES`, and passes the same tests.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import random
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from cpe_daemon.core.plan import Copy, PeerCopy
+from cpe_daemon.core.plan import HERE, Copy, PeerCopy, PlanTensor, Segment, make_plan
+from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.devices import shm
+from cpe_daemon.devices.device import Device
 from cpe_daemon.devices.memory import SharedMemory, copy
 from cpe_daemon.devices.shm import ShmDevice
-from cpe_daemon.errors import ResourceError
+from cpe_daemon.devices.slots import Slots, open_slots
+from cpe_daemon.errors import PeerError, ResourceError
+from cpe_daemon.links.handoff import HandoffServer, claim
+from cpe_daemon.wire.messages import SlotSet
 
-SLOT_BYTES = 4096
+A = ALIGNMENT_BYTES
+SLOT_BYTES = 16 * A
+ARENA_BYTES = 64 * A
+WAIT_SECONDS = 20.0
+
+DeviceFactory = Callable[[SharedMemory, int, int, HandoffServer], Device]
+"""Called as factory(arena, gpus, slots, handoff); slots have SLOT_BYTES."""
 
 
-class NoHandoff:
-    """Hands nothing over."""
+def shm_factory(arena: SharedMemory, gpus: int, slots: int, handoff: HandoffServer) -> Device:
+    return ShmDevice(gpus=gpus, slot_count=slots, slot_bytes=SLOT_BYTES, source=arena.address, handoff=handoff)
 
-    def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
-        raise NotImplementedError
 
-    def withdraw(self, token: bytes) -> None:
-        raise NotImplementedError
+FACTORIES: dict[str, DeviceFactory] = {"shm": shm_factory}
+
+
+@pytest.fixture(params=FACTORIES)
+def device_factory(request: pytest.FixtureRequest) -> DeviceFactory:
+    return FACTORIES[request.param]
 
 
 @pytest.fixture
-async def device(no_leaks: None) -> AsyncIterator[ShmDevice]:
-    """Two sets of two slots, over an arena with a byte pattern."""
-    arena = SharedMemory.create("test-arena", 4 * SLOT_BYTES)
-    arena.view[:] = bytes(index // SLOT_BYTES + 1 for index in range(4 * SLOT_BYTES))
-    made = ShmDevice(gpus=2, slot_count=2, slot_bytes=SLOT_BYTES, source=arena.address, handoff=NoHandoff())
-    await made.open()
+def arena() -> Iterator[SharedMemory]:
+    """Random bytes, to copy from."""
+    made = SharedMemory.create("cpe-test-arena", ARENA_BYTES)
+    made.view[:] = random.Random(7).randbytes(ARENA_BYTES)
     yield made
-    await made.close()
-    arena.close()
+    made.close()
 
 
-def held(device: ShmDevice, gpu: int, slot: int) -> bytes:
-    """A slot's bytes."""
-    return bytes(device._sets[gpu].view[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES])
+@dataclass
+class Node:
+    """A device, and a worker's view of each of its GPUs' slots."""
+
+    device: Device
+    handoff: HandoffServer
+    views: list[Slots]
+
+    def held(self, gpu: int, slot: int) -> bytes:
+        """What an engine finds in a slot."""
+        return self.views[gpu].slot(slot).cpu().numpy().tobytes()
+
+    async def opened(self, slots: SlotSet) -> Slots:
+        return await asyncio.to_thread(open_slots, slots, str(self.handoff.path))
 
 
-async def test_slots_are_fetched_and_exchanged(device: ShmDevice) -> None:
-    await device.fetch(0, 1, [Copy("", SLOT_BYTES, 0, 1024)])
-    await device.fetch(1, 1, [Copy("", 2 * SLOT_BYTES, 1024, 1024)])
-    await device.exchange(0, 1, [PeerCopy(1, 1024, 1024)])
-    await device.exchange(1, 1, [PeerCopy(0, 0, 1024)])
-    assert held(device, 0, 1) == held(device, 1, 1) == b"\2" * 1024 + b"\3" * 1024 + bytes(2048)
-    assert held(device, 0, 0) == bytes(SLOT_BYTES)
+Made = Callable[..., "contextlib.AbstractAsyncContextManager[Node]"]
 
 
-async def test_bytes_of_another_node_are_refused(device: ShmDevice) -> None:
-    with pytest.raises(ResourceError, match="node-7"):
-        await device.fetch(0, 0, [Copy("node-7", 0, 0, 8)])
+@pytest.fixture
+def node(no_leaks: None, runtime_dir: Path, arena: SharedMemory, device_factory: DeviceFactory) -> Made:
+    """Makes nodes: ``async with node(gpus=2, slots=3) as made``."""
+
+    @contextlib.asynccontextmanager
+    async def make(gpus: int = 1, slots: int = 2) -> AsyncIterator[Node]:
+        async with asyncio.TaskGroup() as tasks:
+            handoff = HandoffServer(runtime_dir / "handoff.sock", tasks)
+            handoff.start()
+            made = Node(device_factory(arena, gpus, slots, handoff), handoff, [])
+            await made.device.open()
+            for gpu in range(gpus):
+                made.views.append(await made.opened(made.device.export(gpu, lambda: None)))
+            try:
+                yield made
+            finally:
+                for view in made.views:
+                    view.close()
+                await made.device.close()
+                handoff.close()
+
+    return make
 
 
-async def test_cancelled_copy_has_ended_before_its_caller_goes_on(
-    device: ShmDevice, monkeypatch: pytest.MonkeyPatch
+def pull(address: int, slot_offset: int, nbytes: int) -> Copy:
+    return Copy(HERE, address, slot_offset, nbytes)
+
+
+async def happens(event: asyncio.Event) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        await event.wait()
+
+
+# --- every device ----------------------------------------------------------------------------------------------------
+
+
+async def test_device_says_what_it_has(node: Made) -> None:
+    async with node(gpus=3, slots=2) as made:
+        device = made.device
+        assert (device.slot_count, device.slot_bytes, len(device.topology.gpus)) == (2, SLOT_BYTES, 3)
+        exported = device.export(1, lambda: None)
+        assert (exported.count, exported.slot_bytes, exported.kind) == (2, SLOT_BYTES, device.kind)
+        assert exported.gpu == device.topology.gpus[1].uuid
+        device.withdraw(exported)
+
+
+async def test_fetch_brings_bytes_of_the_arena_into_one_slot(node: Made, arena: SharedMemory) -> None:
+    async with node(gpus=2, slots=2) as made:
+        await made.device.fetch(1, 1, [pull(3 * A, 0, A), pull(5, 2 * A, 7), pull(0, SLOT_BYTES - 1, 1)])
+        expected = bytearray(SLOT_BYTES)
+        expected[:A] = arena.view[3 * A : 4 * A]
+        expected[2 * A : 2 * A + 7] = arena.view[5:12]
+        expected[-1] = arena.view[0]
+        assert made.held(1, 1) == expected
+        for untouched in ((0, 0), (0, 1), (1, 0)):
+            assert made.held(*untouched) == bytes(SLOT_BYTES)
+
+
+async def test_fetch_of_nothing_is_nothing(node: Made) -> None:
+    async with node() as made:
+        await made.device.fetch(0, 0, [])
+        await made.device.exchange(0, 0, [])
+        assert made.held(0, 0) == bytes(SLOT_BYTES)
+
+
+async def test_exchange_completes_a_slot_from_the_same_slot_of_others(node: Made, arena: SharedMemory) -> None:
+    async with node(gpus=3, slots=2) as made:
+        for gpu in range(3):
+            await made.device.fetch(gpu, 1, [pull(gpu * A, gpu * A, A)])
+        for gpu in range(3):
+            others = [PeerCopy(other, other * A, A) for other in range(3) if other != gpu]
+            await made.device.exchange(gpu, 1, others)
+        for gpu in range(3):
+            assert made.held(gpu, 1) == bytes(arena.view[: 3 * A]) + bytes(SLOT_BYTES - 3 * A)
+            assert made.held(gpu, 0) == bytes(SLOT_BYTES)
+
+
+async def test_copies_of_one_gpu_are_carried_out_in_their_order(node: Made, arena: SharedMemory) -> None:
+    """What is asked for last stands, whatever is still in flight: a slot is filled anew as soon as it is free."""
+    async with node(slots=1) as made:
+        calls = [made.device.fetch(0, 0, [pull(n * A, 0, A)]) for n in range(30)]
+        await asyncio.gather(*calls)
+        assert made.held(0, 0)[:A] == bytes(arena.view[29 * A : 30 * A])
+
+
+async def test_several_slots_are_filled_at_once(node: Made, arena: SharedMemory) -> None:
+    async with node(gpus=2, slots=4) as made:
+        async with asyncio.TaskGroup() as tasks:
+            for gpu in range(2):
+                for slot in range(4):
+                    at = (gpu * 4 + slot) * 4 * A
+                    tasks.create_task(made.device.fetch(gpu, slot, [pull(at, 0, 4 * A)]))
+        for gpu in range(2):
+            for slot in range(4):
+                at = (gpu * 4 + slot) * 4 * A
+                assert made.held(gpu, slot)[: 4 * A] == bytes(arena.view[at : at + 4 * A])
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+async def test_planned_buckets_arrive_whole_at_every_gpu(gpus: int, node: Made, arena: SharedMemory) -> None:
+    sizes = [3 * A, 1, A - 1, 0, 20 * A + 3, 7, 4 * A]
+    at, tensors = 0, []
+    for index, nbytes in enumerate(sizes):
+        segments = (Segment(0, nbytes, at),) if nbytes else ()
+        tensors.append(PlanTensor(TensorSpec(f"layers.{index}.w", "uint8", (nbytes,)), segments))
+        at += align(nbytes)
+    async with node(gpus=gpus, slots=2) as made:
+        device = made.device
+        plan = make_plan(tensors, slot_bytes=SLOT_BYTES, topology=device.topology)
+        for bucket in plan.buckets:
+            slot = bucket.index % 2
+            await asyncio.gather(*(device.fetch(gpu, slot, bucket.pulls[gpu]) for gpu in range(gpus)))
+            await asyncio.gather(*(device.exchange(gpu, slot, bucket.exchanges[gpu]) for gpu in range(gpus)))
+            for gpu in range(gpus):
+                held = made.held(gpu, slot)
+                for part in bucket.parts:
+                    for segment in tensors[part.tensor].segments:
+                        source = segment.address + part.tensor_offset
+                        there = held[part.slot_offset : part.slot_offset + part.nbytes]
+                        assert there == bytes(arena.view[source : source + part.nbytes])
+
+
+async def test_bytes_that_a_peer_has_are_refused(node: Made) -> None:
+    async with node() as made:
+        with pytest.raises(ResourceError, match="node-7"):
+            await made.device.fetch(0, 0, [Copy("node-7", 0, 0, A)])
+
+
+async def test_worker_that_lets_go_is_noticed(node: Made) -> None:
+    async with node() as made:
+        gone, other_gone = asyncio.Event(), asyncio.Event()
+        worker = await made.opened(made.device.export(0, gone.set))
+        other = await made.opened(made.device.export(0, other_gone.set))
+        assert not worker.lost
+        worker.close()
+        await happens(gone)
+        assert not other_gone.is_set()
+        other.close()
+        await happens(other_gone)
+
+
+async def test_withdrawn_slots_cannot_be_opened(node: Made) -> None:
+    async with node() as made:
+        exported = made.device.export(0, lambda: None)
+        made.device.withdraw(exported)
+        made.device.withdraw(exported)
+        with pytest.raises(PeerError):
+            await made.opened(exported)
+
+
+async def test_slots_are_opened_once(node: Made) -> None:
+    async with node() as made:
+        exported = made.device.export(0, lambda: None)
+        worker = await made.opened(exported)
+        with pytest.raises(PeerError):
+            await made.opened(exported)
+        worker.close()
+
+
+async def test_worker_sees_that_the_daemon_is_gone(node: Made) -> None:
+    async with node() as made:
+        assert not made.views[0].lost
+        made.handoff.close()
+        for _ in range(3):
+            await asyncio.sleep(0)  # the tether's task ends
+        assert made.views[0].lost
+
+
+async def test_worker_keeps_reading_what_it_has_after_the_device_is_closed(node: Made, arena: SharedMemory) -> None:
+    async with node() as made:
+        await made.device.fetch(0, 0, [pull(0, 0, A)])
+        await made.device.close()
+        assert made.held(0, 0)[:A] == bytes(arena.view[:A])
+
+
+async def test_slots_of_an_unknown_device_are_refused(node: Made) -> None:
+    async with node() as made:
+        with pytest.raises(PeerError, match="'tpu'"):
+            open_slots(SlotSet("tpu", "TPU-0", 1, A, [b""]), str(made.handoff.path))
+
+
+# --- shared memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def shared(node: Made, device_factory: DeviceFactory) -> AsyncIterator[Node]:
+    """A node whose device is shared memory, with two sets of two slots."""
+    if device_factory is not shm_factory:
+        pytest.skip("particular to shared memory")
+    async with node(gpus=2, slots=2) as made:
+        yield made
+
+
+async def test_shm_slots_are_mapped_read_only(shared: Node) -> None:
+    """An engine cannot spoil its neighbours' bytes: its mapping has no write permission, and none can be made."""
+    exported = shared.device.export(0, lambda: None)
+    fd, tether = await asyncio.to_thread(claim, str(shared.handoff.path), exported.handles[0])
+    with pytest.raises(PeerError):
+        SharedMemory.attach(os.dup(fd), exported.count * SLOT_BYTES, writable=True)
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    os.close(fd)
+    tether.close()
+    permissions = [line.split()[1] for line in mappings() if "cpe-slots-shm-0" in line]
+    assert sorted(permissions) == ["r--s", "rw-s"]  # the worker's and the daemon's own
+
+
+def mappings() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
+async def test_shm_tensor_kept_too_long_still_has_memory_behind_it(shared: Node, arena: SharedMemory) -> None:
+    """A callback that keeps a view against the rules must not take its engine down with it."""
+    await shared.device.fetch(0, 0, [pull(0, 0, A)])
+    worker = await shared.opened(shared.device.export(0, lambda: None))
+    kept = worker.slot(0)
+    before = sum("cpe-slots-shm-0" in line for line in mappings())
+    worker.close()
+    assert sum("cpe-slots-shm-0" in line for line in mappings()) == before
+    assert kept[:A].numpy().tobytes() == bytes(arena.view[:A])
+    del kept, worker
+    assert sum("cpe-slots-shm-0" in line for line in mappings()) == before - 1
+
+
+@pytest.mark.parametrize("handles", [[], [bytes(32), bytes(32)], [bytes(32)]])
+async def test_shm_slots_with_wrong_handles_are_refused(handles: list[bytes], shared: Node) -> None:
+    with pytest.raises(PeerError):
+        await shared.opened(SlotSet("shm", "shm-0", 2, SLOT_BYTES, handles))
+
+
+async def test_shm_slots_larger_than_the_memory_are_refused(shared: Node) -> None:
+    gone = asyncio.Event()
+    exported = shared.device.export(0, gone.set)
+    with pytest.raises(PeerError, match="not a sealed region"):
+        await shared.opened(SlotSet("shm", "shm-0", 3, SLOT_BYTES, exported.handles))
+    await happens(gone)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_shm_copy_that_is_cancelled_has_ended_before_its_caller_goes_on(
+    times: int, shared: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that went on would fill the slot of the next round with the last one's bytes."""
     begun, go_on = threading.Event(), threading.Event()
+    copied: list[int] = []
 
     def slow_copy(destination: int, source: int, nbytes: int) -> None:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(WAIT_SECONDS)
         copy(destination, source, nbytes)
+        copied.append(nbytes)
 
     monkeypatch.setattr(shm, "copy", slow_copy)
-    running = asyncio.create_task(device.exchange(0, 0, [PeerCopy(1, 0, 64)]))
-    waiting = asyncio.create_task(device.exchange(0, 1, [PeerCopy(1, 0, 64)]))
-    await asyncio.to_thread(begun.wait, 10)
-    running.cancel()
+    running = asyncio.create_task(shared.device.exchange(0, 0, [PeerCopy(1, 0, 64)]))
+    waiting = asyncio.create_task(shared.device.exchange(0, 1, [PeerCopy(1, 0, 65)]))
+    assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
     waiting.cancel()
-    done, pending = await asyncio.wait([running, waiting], timeout=0.2)
-    assert (done, pending) == ({waiting}, {running})  # what had not begun never will
+    await asyncio.wait([waiting])
+    for _ in range(times):
+        running.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not running.done()
     go_on.set()
-    await asyncio.wait([running], timeout=10)
+    await asyncio.wait([running])
+    assert (running.cancelled(), waiting.cancelled()) == (True, True)
+    assert copied == [64]  # what had not begun never does
+
+
+async def test_shm_copy_that_fails_after_being_cancelled_is_nobodys_error(
+    shared: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(destination: int, source: int, nbytes: int) -> None:
+        begun.set()
+        assert go_on.wait(WAIT_SECONDS)
+        raise ResourceError("too late")
+
+    monkeypatch.setattr(shm, "copy", fail)
+    running = asyncio.create_task(shared.device.fetch(0, 0, [pull(0, 0, A)]))
+    assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+    running.cancel()
+    asyncio.get_running_loop().call_soon(go_on.set)
+    await asyncio.wait([running])
     assert running.cancelled()
