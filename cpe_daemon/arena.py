@@ -13,6 +13,7 @@ from typing import Final
 
 from cpe_daemon.core.extents import Extent, ExtentAllocator
 from cpe_daemon.core.types import align
+from cpe_daemon.devices.capacity import require_bytes
 from cpe_daemon.devices.memory import SharedMemory
 
 _PREFAULT_BYTES: Final = 64 << 20
@@ -70,6 +71,7 @@ class Arena:
         Raises:
             ConfigError: the host has not enough memory.
         """
+        require_bytes(self.nbytes, "the arena (arena.size_bytes)")
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(threads, "cpe-prefault")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Final
 from cpe_daemon.core.types import align
 from cpe_daemon.demo.architecture import QWEN3_600M, SMALL, Architecture
 from cpe_daemon.demo.options import Options
+from cpe_daemon.devices.capacity import available_bytes
 from cpe_daemon.errors import ResourceError
 
 _MIB: Final = 1 << 20
@@ -73,12 +73,6 @@ def choose(options: Options, ranks: int, directory: Path) -> tuple[Architecture,
     )
 
 
-def available_bytes() -> int:
-    """Memory that this process and its children can still take: of the host, and of the control groups it is in."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return min([int(meminfo["MemAvailable"].split()[0]) * 1024, *_left_in_groups()])
-
-
 def is_in_memory(directory: Path) -> bool:
     """Whether what is written to a directory takes memory."""
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
@@ -101,20 +95,3 @@ def _shrunk(wanted: Architecture, ranks: int, memory: int, disk: int) -> str:
         f"a smaller model than asked for: that one takes {needed_bytes(wanted, ranks) / 1e9:.1f} GB of memory and"
         f" {wanted.nbytes / 1e9:.1f} GB of disk, of which {memory / 1e9:.1f} and {disk / 1e9:.1f} GB are free"
     )
-
-
-def _left_in_groups() -> Iterator[int]:
-    """Of each control group (version 2) around this process: its limit, less what it cannot give back."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                group = Path("/sys/fs/cgroup") / line[3:].strip("/")
-                for directory in (group, *group.parents):
-                    yield from _left_in(directory)
-
-
-def _left_in(group: Path) -> Iterator[int]:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        yield max(0, limit - int((group / "memory.current").read_text()) + int(stat["inactive_file"]))

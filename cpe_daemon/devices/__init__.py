@@ -2,5 +2,5 @@
 
 `device` is the protocol, `shm` the CPU host's device, `slots` the worker's half.
 
-`memory` holds what all of them need of the kernel: shared, sealed, prefaulted memory.
+`memory` holds what all of them need of the kernel: shared, sealed, prefaulted memory; `capacity` asks how much there is.
 """
