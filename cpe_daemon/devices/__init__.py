@@ -2,5 +2,6 @@
 
 `device` is the protocol, `shm` the CPU host's device, `slots` the worker's half.
 
-`memory` holds what all of them need of the kernel: shared, sealed, prefaulted memory; `capacity` asks how much there is.
+`memory` holds what all of them need of the kernel: shared, sealed, prefaulted memory; `capacity` asks how much of it
+there is.
 """
