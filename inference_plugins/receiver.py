@@ -21,6 +21,8 @@ from cpe_daemon.wire.messages import (
     Message,
     Ping,
     Pong,
+    Resume,
+    StepDone,
     WorkerBye,
     WorkerCommand,
     WorkerHello,
@@ -32,6 +34,7 @@ log: Final = logging.getLogger(__name__)
 
 _HELLO_EVERY_SECONDS: Final = 1.0
 _SILENT_INTERVALS: Final = 5.0
+_GOODBYE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,11 @@ class Receiver:
         self._slots: Slots | None = None
         self._welcome: WorkerWelcome | None = None
         self._steps = Steps(loader)
+        self._held = False
+        """Whether the daemon said that what the engine holds must not be served, and has not resumed it since."""
         self._heard = 0.0
+        self._unanswered = 0
+        """Pongs that the daemon owes."""
 
     @property
     def attached(self) -> bool:
@@ -103,8 +110,9 @@ class Receiver:
             interval = self._welcome.heartbeat_seconds if self._welcome else _HELLO_EVERY_SECONDS
             try:
                 self._dealer.send(Ping(), timeout=interval)
+                self._unanswered += 1
                 self._listen(interval)
-            except PeerLostError as error:
+            except CpeError as error:
                 self._lose(str(error))
             if self._slots is not None and self._slots.lost:
                 self._lose("its process ended")
@@ -118,10 +126,7 @@ class Receiver:
     def close(self) -> None:
         """Detach for good; the engine keeps the weights that it has."""
         if self.attached:
-            try:
-                self._dealer.send(WorkerBye(), timeout=1.0)
-            except PeerLostError as error:
-                log.debug("could not say goodbye: %s", error)
+            self._say_goodbye()
         self._close_slots()
         self._dealer.close()
 
@@ -159,12 +164,27 @@ class Receiver:
             log.debug("hello to %s failed: %s", self.endpoint, error)
         return refused
 
+    def _say_goodbye(self) -> None:
+        """Have the daemon forget this worker before it sees the slots let go, which it would take for a death."""
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        try:
+            self._dealer.send(WorkerBye(), timeout=_GOODBYE_SECONDS)
+        except PeerLostError as error:
+            log.debug("could not say goodbye: %s", error)
+            return
+        self._unanswered += 1
+        while self._unanswered > 0 and (left := deadline - time.monotonic()) > 0:
+            if isinstance(self._receive(left), Pong):
+                self._unanswered -= 1
+
     def _take_in(self, welcome: WorkerWelcome) -> None:
         """The daemon knows this worker: open its slots, and serve or hold as it says."""
         self._close_slots()
         self._slots = open_slots(welcome.slots, welcome.handoff)
         self._welcome = welcome
         self._steps.forget()
+        self._unanswered = 0
+        self._held = welcome.hold
         if welcome.hold:
             self._hold()
         elif not self._loader.touched:
@@ -182,14 +202,17 @@ class Receiver:
             log.warning("still serving until the update's own pause: %s", error)
 
     def _lose(self, reason: str) -> None:
-        """The daemon is gone: an untouched engine serves on, a touched one stays paused until a daemon restores it."""
+        """The daemon is gone: an engine that was serving serves on, unless it is touched.
+
+        One that is touched, or was waiting for the live version, stays paused until a daemon says more.
+        """
         if not self.attached:
             return
         log.warning("lost the daemon at %s: %s", self.endpoint, reason)
         self._welcome = None
         self._steps.forget()
         self._close_slots()
-        if not self._loader.touched:
+        if not self._loader.touched and not self._held:
             self._loader.resume()
 
     def _listen(self, seconds: float) -> None:
@@ -200,11 +223,14 @@ class Receiver:
             if message is None:
                 return  # woken, or nothing came
             if isinstance(message, Pong):
+                self._unanswered -= 1
                 if self._welcome is not None and message.generation != self._welcome.generation:
                     self._lose("it was restarted")
             elif isinstance(message, ErrorReply):
                 self._lose(message.error.message)
-            elif not isinstance(message, WorkerWelcome):
+            elif isinstance(message, WorkerWelcome):
+                self._take_in(message)  # of a hello said twice: the daemon counts on its last answer
+            else:
                 self._carry_out(message)
                 self._heard = time.monotonic()  # a long step was no silence of the daemon's
 
@@ -226,5 +252,9 @@ class Receiver:
 
     def _carry_out(self, step: Message) -> None:
         """Do a step of a round, and answer."""
-        if self._slots is not None and isinstance(step, Step):
-            self._dealer.send(self._steps.carry_out(step, self._slots))
+        if self._slots is None or not isinstance(step, Step):
+            return
+        answer = self._steps.carry_out(step, self._slots)
+        if isinstance(step, Resume) and isinstance(answer, StepDone):
+            self._held = False
+        self._dealer.send(answer)

@@ -207,6 +207,9 @@ class Registry:
 
     def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
         self._worker(peer)
+        self._pong(peer)
+
+    def _pong(self, peer: bytes) -> None:
         if self._sender is not None:
             self._sender.send_encoded(peer, encode(Pong(self._generation)))
 
@@ -216,6 +219,7 @@ class Registry:
         engine = self._engines.get(worker.hello.engine)
         if engine is not None and not engine.workers:
             del self._engines[engine.name]
+        self._pong(peer)
 
     def _worker(self, peer: bytes) -> Worker:
         worker = self._workers.get(peer)

@@ -240,7 +240,7 @@ class StepFailed(Message, frozen=True, tag="step_failed"):
 
 
 class WorkerBye(Message, frozen=True, tag="worker_bye"):
-    """A worker detaches on purpose; its engine is forgotten with its last worker."""
+    """A worker detaches on purpose; its engine is forgotten with its last worker. Answered by a `Pong`."""
 
 
 # --- daemon -> engine worker -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ SOCKET_ENV: Final = "CPE_ENGINES_SOCKET"
 DEFAULT_SOCKET: Final = "ipc:///run/cpe/engines.sock"
 _CLOSE_SECONDS: Final = 10.0
 _NAMED: Final = 10
+_MIXED: Final = "an update was begun and is not finished: the weights may be a mixture of versions"
 
 
 class _TorchLoader:
@@ -40,7 +41,7 @@ class _TorchLoader:
         self._changed = changed
 
     def pause(self, seconds: float) -> None:
-        self._lock.shut("its weights are being updated", seconds)
+        self._lock.shut(_MIXED if self.touched else "its weights are being updated", seconds)
         self._tell(serving=False)
 
     def begin(self) -> None:
@@ -51,7 +52,7 @@ class _TorchLoader:
         self._target.check(tensors)
         if tensors and not self.touched:
             self.touched = True
-            self._lock.explain("an update was begun and is not finished: the weights may be a mixture of versions")
+            self._lock.explain(_MIXED)
         for name, tensor in tensors:
             self._target.write(name, tensor)
 
