@@ -88,6 +88,8 @@ class Ingest:
         self._metrics = metrics
         self._clock = clock
         self._progress: dict[VersionId, float] = {}
+        self._waiting: set[Stream] = set()
+        """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
         self._changed = asyncio.Event()
         catalogue.watch(self._on_version)
         trainers.on_lost(self._on_lost)
@@ -144,10 +146,13 @@ class Ingest:
         if plan.nbytes != stream.nbytes:
             raise ManifestError(f"the manifest takes {plan.nbytes} bytes, the trainer announced {stream.nbytes}")
         try:
+            self._waiting.add(stream)
             async with asyncio.timeout(self._config.deadlines.reserve_seconds):
                 stream.contribution = await self._reserve(stream, plan.nbytes)
         except TimeoutError:
             raise DeadlineError(f"no room for {plan.nbytes} bytes of {stream.version.id} came free in time") from None
+        finally:
+            self._waiting.discard(stream)
         extent = stream.contribution.extent
         view = self._arena.view[extent.offset : extent.offset + plan.nbytes]
         address = self._arena.address + extent.offset
@@ -163,7 +168,6 @@ class Ingest:
             except ArenaFullError:
                 if nbytes > self._arena.nbytes or not self._catalogue.may_make_room():
                     raise
-            self._touch(stream.version)
             await self._changed.wait()
 
     # --- bytes -------------------------------------------------------------------------------------------------------
@@ -302,6 +306,8 @@ class Ingest:
     def fail_stalled(self) -> None:
         """Fail every version that no rank has moved for too long, or that takes too long in all."""
         now, deadlines = self._clock(), self._config.deadlines
+        for stream in self._waiting:
+            self._touch(stream.version)
         for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:
             idle, total = now - self._progress.get(version.id, now), now - version.opened_at
             if idle > deadlines.receive_idle_seconds or total > deadlines.receive_total_seconds:
