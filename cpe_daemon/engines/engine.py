@@ -31,6 +31,8 @@ class Engine:
     def __init__(self, hello: WorkerHello, make_driver: Callable[[str, EngineWorkers], Driver]) -> None:
         self.name = hello.engine
         self.model = hello.model
+        self.serves = hello.model
+        """Whose versions it takes: as it said, else of the first version that it held; "" before that."""
         self.kind = hello.kind
         self.world_size = hello.world_size
         self.workers: dict[int, Worker] = {}
@@ -59,7 +61,7 @@ class Engine:
 
     def takes(self, model: str) -> bool:
         """Whether a model's versions are meant for it."""
-        return self.model in ("", model)
+        return self.serves in ("", model)
 
     def change(self, event: EngineEvent, *, content: VersionId | None = None, error: CpeError | None = None) -> None:
         """Apply an event; ``content`` is what it holds in a state that knows.
@@ -73,6 +75,7 @@ class Engine:
             self._mark(touched=True)
         elif self.state is EngineState.CURRENT:
             self.content = content
+            self.serves = self.serves or (content.model if content else "")
             self._mark(touched=False)
         else:
             self.content = None

@@ -119,7 +119,7 @@ class Pusher:
 
     async def _bring_up(self, engine: Engine) -> None:
         """Give an engine that has just become complete the live version, unless it holds that already."""
-        live = self._catalogue.live(engine.model)
+        live = self._catalogue.live(engine.serves)
         if engine.ready and (live is None or engine.content == live.id):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
@@ -137,7 +137,7 @@ class Pusher:
     async def _restore(self, failed: Participant) -> None:
         """Give an engine that a round left in doubt what it held before, else what is live; else quarantine it."""
         engine = failed.engine
-        version = self._held(failed.held) or self._catalogue.live(engine.model)
+        version = self._held(failed.held) or self._catalogue.live(engine.serves)
         for _ in range(self._config.deadlines.restore_attempts):
             if version is not None and engine.in_doubt:
                 await self._round(version, [engine])
