@@ -187,7 +187,7 @@ class Registry:
 
     def _must_hold(self, engine: Engine, hello: WorkerHello) -> bool:
         """Whether a worker must not serve what it holds: it is a mixture, not live, or not what its siblings hold."""
-        live = self._live(engine.model)
+        live = self._live(engine.serves)
         siblings = {(worker.content, worker.touched) for worker in engine.workers.values()}
         return hello.touched or len(siblings) > 1 or (live is not None and hello.content != live)
 
