@@ -214,11 +214,11 @@ class Daemon:
         self.trainers.close()
         self._front.close()
         self._engines.close()
-        self.handoff.close()
+        await asyncio.to_thread(self._context.term)
+        self.handoff.close()  # after the last messages: a client that sees its tether cut listens no more
         await asyncio.to_thread(self._pool.shutdown)
         await self.device.close()
         self.arena.close()
-        self._context.term()
         log.info("daemon.stopped")
 
     def status(self) -> dict[str, Any]:

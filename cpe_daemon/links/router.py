@@ -29,6 +29,7 @@ _TURN: Final = 64
 """Messages taken in one go before other tasks of the loop get their turn."""
 
 _SOCKET_MODE: Final = 0o660
+_LINGER_MILLISECONDS: Final = 500
 
 
 class Router:
@@ -104,11 +105,15 @@ class Router:
         self._schedule()
 
     def close(self) -> None:
-        """Stop, and remove the socket files."""
+        """Stop, and remove the socket files.
+
+        What was sent last still goes out while the context is terminated, to peers that take it soon: a trainer shall
+        hear that its version is live, even if the daemon stops right then.
+        """
         if self._loop is not None:
             self._loop.remove_reader(self._fd)
             self._loop = None
-        self._socket.close()
+        self._socket.close(linger=_LINGER_MILLISECONDS)
         for path in self._paths:
             path.unlink(missing_ok=True)
 

@@ -36,9 +36,11 @@ log = logging.getLogger(__name__)
 _WELCOME_SECONDS: Final = 5.0
 _SLICE_SECONDS: Final = 0.25
 """The longest that the link's thread looks at nothing but its socket."""
-_SEND_SECONDS: Final = 5.0
+_SEND_SECONDS: Final = 2.0
+"""Credits keep the socket's queue short: a message that cannot be sent has no connection to go over."""
 _TURN: Final = 64
 """Messages taken before commands get their turn."""
+_LAST_WORDS_SECONDS: Final = 0.1
 _MISSED: Final = 3
 _MARGIN_SECONDS: Final = 1.0
 """A daemon that leaves pings unanswered for ``_MISSED`` intervals and this is lost."""
@@ -189,6 +191,8 @@ class Session:
 
     def _check(self) -> None:
         if self._landing is not None and self._landing.tether.cut:
+            while self._receive(_LAST_WORDS_SECONDS):
+                continue  # said before it ended, perhaps that the version is live; a tether is faster than a message
             raise PeerLostError(f"the daemon at {self._dealer.endpoint} ended")
         limit = _MISSED * self.welcome.heartbeat_seconds + _MARGIN_SECONDS
         if self._unanswered_since is not None and time.monotonic() - self._unanswered_since > limit:
