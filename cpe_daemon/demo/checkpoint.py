@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +29,7 @@ def write_config(directory: Path, architecture: Architecture) -> None:
 
 
 def write_weights(directory: Path, architecture: Architecture, seed: int, progress: Callable[[int, int], None]) -> int:
-    """Write random weights; return how many shards they take.
+    """Write random weights; return how many shards they take. Draws them with as many threads as there are cores.
 
     Args:
         directory: where the shards and their index go.
@@ -35,20 +39,34 @@ def write_weights(directory: Path, architecture: Architecture, seed: int, progre
     """
     total, done = architecture.nbytes, 0
     shards = list(_shards(architecture.specs(), -(-total // _MOST_FILES)))
-    generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
-    for number, specs in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for spec in specs:
-            tensors[spec.name] = random_weight(spec.shape, generator)
-            weight_map[spec.name] = file
-            done += spec.nbytes
-            progress(done, total)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+    with contextlib.closing(_drawn(architecture, seed)) as drawn:
+        for number, specs in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors: dict[str, torch.Tensor] = {}
+            for spec in specs:
+                tensors[spec.name] = next(drawn)
+                weight_map[spec.name] = file
+                done += spec.nbytes
+                progress(done, total)
+            save_file(tensors, directory / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2))
     return len(shards)
+
+
+def _drawn(architecture: Architecture, seed: int) -> Generator[torch.Tensor, None, None]:
+    """Every tensor, in order; several are drawn at a time, each by a generator of its own."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "demo-draw") as pool:
+        try:
+            waiting = deque(
+                pool.submit(random_weight, spec.shape, torch.Generator().manual_seed(seed + index))
+                for index, spec in enumerate(architecture.specs())
+            )
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -93,18 +93,12 @@ class Talker(Process):
         self._unread = b""
         self._spoken = False
 
-    def ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Ask, and await the answer.
-
-        Raises:
-            PeerLostError: the process has ended.
-            DeadlineError: it did not answer within ``seconds``.
-        """
+    def tell(self, question: Mapping[str, Any]) -> None:
+        """Ask something; `hear` gives the answer."""
         if self._popen.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # it ended: `hear` says how
                 self._popen.stdin.write(json.dumps(question).encode() + b"\n")
                 self._popen.stdin.flush()
-        return self.hear(seconds)
 
     def hear(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Await a line; ``meanwhile`` is called now and then, and may raise.

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from cpe_daemon.demo.architecture import QWEN3_600M, Architecture, parameters
 from cpe_daemon.demo.memory import choose
 from cpe_daemon.demo.options import SABOTAGE_ENV, Options
@@ -34,6 +36,7 @@ def run_scenario(options: Options, check: Callable[[], None] = lambda: None) -> 
         CpeError: it could not be carried out.
     """
     began = time.monotonic()
+    torch.set_num_threads(1)  # the daemon and the engine need the cores
     screen = Screen(quiet=options.as_json)
     with _temporary_directory() as temporary, _files(options.keep, temporary) as files:
         architecture, why = choose(options, RANKS, files)

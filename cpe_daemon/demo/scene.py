@@ -87,7 +87,8 @@ class Scene:
             for process in self._ranks:
                 process.hear(_START_SECONDS, meanwhile=daemon.check)
             step.detail = f"arena {sizes.arena_bytes / 2**30:.2f} GiB, {RANKS} ranks serve weights of their own"
-        self._held = self._engine_digests(None)
+        self._ask("digests")
+        self._held = self._hear_digests(None)
         run = f"demo-{secrets.token_hex(3)}"
         self._publisher = undo.enter_context(
             Publisher(endpoint, model=_MODEL, run=run, connect_timeout=_CONNECT_SECONDS)
@@ -123,8 +124,10 @@ class Scene:
         with self._screen.step(f"version {number}: compare what the engine holds"):
             if number == 1:
                 self._trainer.load(self._checkpoint)
-            held, before = self._engine_digests(number), self._held
-            different, compared = compare(held, self._trainer.digests(RANKS))
+            self._ask("digests")
+            expected = self._trainer.digests(RANKS)
+            held, before = self._hear_digests(number), self._held
+            different, compared = compare(held, expected)
             self._held = held
         return Row(
             version=number,
@@ -150,11 +153,17 @@ class Scene:
 
     def _gap(self) -> float:
         """The longest time without a forward pass, on any rank, since the last call."""
-        answers = [rank.ask({"ask": "gap"}, _ANSWER_SECONDS) for rank in self._ranks]
+        self._ask("gap")
+        answers = [rank.hear(_ANSWER_SECONDS) for rank in self._ranks]
         self.passes = sum(int(answer["passes"]) for answer in answers)
         return max(float(answer["longest_gap_seconds"]) for answer in answers)
 
-    def _engine_digests(self, number: int | None) -> list[dict[str, str]]:
+    def _ask(self, question: str) -> None:
+        """Ask all ranks at once."""
+        for rank in self._ranks:
+            rank.tell({"ask": question})
+
+    def _hear_digests(self, number: int | None) -> list[dict[str, str]]:
         """By rank, the digests that the engine's processes computed of their own tensors.
 
         Raises:
@@ -162,7 +171,7 @@ class Scene:
         """
         digests: list[dict[str, str]] = []
         for rank, process in enumerate(self._ranks):
-            answer = process.ask({"ask": "digests"}, _ANSWER_SECONDS)
+            answer = process.hear(_ANSWER_SECONDS)
             if answer["version"] != number:
                 raise EngineError(f"rank {rank} says that it holds version {answer['version']}, not {number}")
             digests.append(answer["digests"])

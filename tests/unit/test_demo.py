@@ -248,8 +248,9 @@ def test_process_that_ended_is_reported_with_its_last_words(tmp_path: Path) -> N
             PeerLostError, match=r"the child ended with status 3; its last words:\n  one\n  no such luck"
         ):
             process.hear(30.0)
+        process.tell({"ask": "anything"})
         with pytest.raises(PeerLostError, match="no such luck"):
-            process.ask({}, 30.0)
+            process.hear(30.0)
 
 
 def test_process_that_says_nothing_is_given_up(tmp_path: Path) -> None:
