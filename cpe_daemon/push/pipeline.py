@@ -37,6 +37,8 @@ class Pipeline:
             self._free.put_nowait(slot)
         self._filled = 0
         self._primed = asyncio.Event()
+        if not buckets:
+            self._primed.set()
         self._opened = asyncio.Event()
         self._turn = 0
         self._next_turn = asyncio.Condition()
@@ -57,16 +59,13 @@ class Pipeline:
                 tasks.create_task(self._carry(bucket, slot))
 
     async def _carry(self, bucket: Bucket, slot: int) -> None:
-        await asyncio.gather(
-            *(self._device.fetch(gpu, slot, copies) for gpu, copies in zip(self._gpus, bucket.pulls, strict=True))
-        )
-        await asyncio.gather(
-            *(
-                self._device.exchange(gpu, slot, self._named_by_device(copies))
-                for gpu, copies in zip(self._gpus, bucket.exchanges, strict=True)
-                if copies
-            )
-        )
+        async with asyncio.TaskGroup() as fetching:  # a group, for if one GPU's copy fails the others' have to end too
+            for gpu, copies in zip(self._gpus, bucket.pulls, strict=True):
+                fetching.create_task(self._device.fetch(gpu, slot, copies))
+        async with asyncio.TaskGroup() as exchanging:
+            for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
+                if peer_copies:
+                    exchanging.create_task(self._device.exchange(gpu, slot, self._named_by_device(peer_copies)))
         self._count_filled()
         await self._opened.wait()
         async with self._next_turn:
