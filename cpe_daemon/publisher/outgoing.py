@@ -121,10 +121,10 @@ def stream_into_rings(
     Returns when the last chunk is written, or every daemon has failed. What the source or ``progress`` raises is
     raised, and the version is given up.
     """
-    _await_opened(lanes, timeout, bell)
     sink = RingSink(lanes, contribution.layout.nbytes, progress)
     complete = False
     try:
+        _await_opened(lanes, timeout, bell)
         digests = pour(contribution, sink, lanes[0].session.welcome.chunk_bytes)
         for lane in lanes:
             lane.seal(digests)

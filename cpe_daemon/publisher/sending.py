@@ -16,7 +16,7 @@ import zmq
 
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.devices.memory import SharedMemory, address_of, copy
-from cpe_daemon.errors import CpeError, DeadlineError
+from cpe_daemon.errors import CpeError, DeadlineError, from_code
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.stream import Window
@@ -216,6 +216,7 @@ class Sending:
             stream.moved_at = self._clock()
             self._stale.discard(stream.delivery.version)
             stream.delivery.mark_opened()
+            self._finish(stream)  # if there are no bytes, nothing else will
         elif isinstance(message, VersionStatus):
             self._on_status(message)
         elif isinstance(message, ErrorReply) and (stream := self._streams.get(message.stream)):
@@ -240,7 +241,8 @@ class Sending:
             self._begun.clear()
         for stream in expected:
             stream.staged = None
-            stream.delivery.fail(error)
+            delivery = stream.delivery
+            delivery.fail(from_code(error.code, f"{error.message} ({delivery.version} was {delivery.state})"))
         self._streams.clear()
         self._watched.clear()
 
@@ -278,7 +280,7 @@ class Sending:
         self._finish(stream)
 
     def _finish(self, stream: Stream) -> None:
-        if stream.number not in self._streams:
+        if stream.number not in self._streams or not stream.opened:
             return
         if not stream.sealed and stream.digests is not None and stream.sent_bytes == stream.delivery.nbytes:
             self._send(Seal(stream.number, stream.digests))

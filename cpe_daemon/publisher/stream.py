@@ -71,19 +71,21 @@ class HostBytes:
     A tensor on another device stays there: each piece is copied to the host by itself.
     """
 
-    __slots__ = ("_address", "_device", "_tensor", "nbytes")
+    __slots__ = ("_address", "_device", "_tensor", "nbytes", "piece_bytes")
 
     def __init__(self, tensor: Tensor) -> None:
         if not _is_plain(tensor):
             tensor = _contiguous(tensor.detach().resolve_conj().resolve_neg())
         self._tensor = tensor
         self.nbytes = tensor.nbytes
+        self.piece_bytes = PIECE_BYTES
         self._device: Tensor | None = None
         self._address = 0
         if tensor.is_cpu:
             self._address = tensor.data_ptr()
         elif self.nbytes:
             self._device = tensor.detach().reshape(-1).view(torch.uint8)
+            self.piece_bytes = self.nbytes  # a call costs more there than what the cache saves
 
     def copy(self, start: int, nbytes: int, window: Window, at: int) -> None:
         """Copy ``nbytes`` from ``start`` on to position ``at`` of a window. Releases the GIL."""
@@ -142,7 +144,7 @@ class _Cutter:
         hasher = xxh3_128()
         done = 0
         while done < nbytes:
-            step = min(nbytes - done, self._room(), PIECE_BYTES)
+            step = min(nbytes - done, self._room(), source.piece_bytes)
             at = self._at
             source.copy(done, step, self._window, at)
             if digest:

@@ -58,6 +58,7 @@ class Received:
     chunks: int = 0
     inline_chunks: int = 0
     digests: bytes = b""
+    admitted: bool = False
     sealed: bool = False
 
     def tensors(self) -> dict[str, bytes]:
@@ -266,6 +267,7 @@ class FakeDaemon:
         if nbytes != received.opened.nbytes:
             self.violations.append(f"announced {received.opened.nbytes} bytes, the manifest takes {nbytes}")
         received.content = bytearray(b"\xee" * nbytes)
+        received.admitted = True
         self._router.send(received.peer, VersionOpened(received.opened.stream))
 
     def _on_chunk(self, peer: bytes, chunk: Chunk, frames: Sequence[memoryview]) -> None:
@@ -318,6 +320,8 @@ class FakeDaemon:
         received = self._streams.get((peer, seal.stream))
         if received is None:
             return
+        if not received.admitted:
+            self.violations.append("sealed before it was opened")
         received.digests, received.sealed = seal.digests, True
         if not self._kept:
             self._verify(received)

@@ -98,6 +98,17 @@ def test_stream_opens_sends_seals_and_is_delivered() -> None:
     assert b"".join(desk.frames) == bytes(CONTENT)
 
 
+def test_contribution_without_bytes_is_sealed_when_it_is_opened() -> None:
+    desk = Desk()
+    stream = desk.sending.begin(Delivery("here", VERSION, 0, 0, desk.bell))
+    desk.sending.open(stream, [], False)
+    desk.sending.seal(stream, b"")
+    assert desk.kinds() == [OpenVersion]
+    desk.sending.take(VersionOpened(stream.number))
+    assert desk.kinds() == [OpenVersion, Seal]
+    assert desk.delivered(stream)
+
+
 def test_acknowledgement_of_nothing_is_ignored() -> None:
     desk = Desk()
     stream = desk.opened()
