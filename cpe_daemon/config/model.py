@@ -82,13 +82,16 @@ class IngestConfig(Section):
         description="Largest chunk over ZeroMQ. 1MiB to 4MiB is fastest.",
     )
     landing_credits: int = Field(
-        default=16,
+        default=8,
         ge=1,
         le=4096,
         description="Places in the landing ring, the shared memory of a trainer rank on the same host.",
     )
     landing_chunk_bytes: Bytes = Field(
-        default=4 * MIB, ge=4 * KIB, le=GIB, description="Size of one place in the landing ring."
+        default=16 * MIB,
+        ge=4 * KIB,
+        le=GIB,
+        description="Size of one place in the landing ring. Larger ones cost fewer wake-ups.",
     )
     copy_threads: int = Field(
         default=0,

@@ -29,7 +29,7 @@ class VersionId(msgspec.Struct, frozen=True, order=True):
         return f"{self.model}@{self.run}#{self.number}"
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A tensor without its bytes: name, torch dtype name, global shape."""
 
     name: str
@@ -45,7 +45,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.name} ({self.dtype}, {list(self.shape)})"
 
 
-class Shard(msgspec.Struct, frozen=True, array_like=True):
+class Shard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rank's part of a tensor: the box that begins at ``start`` and has ``local_shape``, in the global ``shape``.
 
     A whole tensor leaves ``start`` and ``local_shape`` as None.

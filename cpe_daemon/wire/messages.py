@@ -287,7 +287,7 @@ class Begin(Message, frozen=True, tag="begin"):
     nbytes: int
 
 
-class TensorPart(msgspec.Struct, frozen=True, array_like=True):
+class TensorPart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Bytes ``tensor_offset`` onwards of a tensor, ``nbytes`` of them, at ``slot_offset`` of the bucket's slot."""
 
     name: str
