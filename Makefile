@@ -13,7 +13,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test check check-format check-lint check-types check-imports format clean distclean
+.PHONY: help setup demo test check check-format check-lint check-types check-imports format docs clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +47,9 @@ check-imports: $(STAMP)
 format: $(STAMP) ## format the code, and fix what the linter can fix
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
+
+docs: $(STAMP) ## write the state diagrams of ARCHITECTURE.md anew, out of the transition tables
+	@$(BIN)/python docs/generate.py
 
 clean: ## remove caches and build products
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
