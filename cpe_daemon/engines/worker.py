@@ -78,36 +78,48 @@ class Worker:
         """Whether it is carrying out a step; it is silent meanwhile, and the step's deadline watches it."""
         return bool(self._waiting)
 
-    def post(self, step: Step, header: bytes | None = None) -> asyncio.Future[StepDone]:
-        """Send a step now; the answer comes with the future. ``header`` is the step encoded, if it is already."""
-        key = (step.round, step_name(step), getattr(step, "seq", 0))
-        future: asyncio.Future[StepDone] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: self._waiting.pop(key, None))
+    def post(self, step: Step, seconds: float, header: bytes | None = None) -> asyncio.Future[StepDone]:
+        """Send a step now; its answer, or what became of it, comes with the future, in ``seconds`` at the latest.
+
+        Whoever does not await the future any more need not tell the worker: nothing is kept longer than that.
+
+        Args:
+            step: what is to be done.
+            seconds: until its deadline.
+            header: the step encoded, if it is already.
+
+        Returns:
+            A future that ends in the answer, or in a DeadlineError, an EngineError if the worker could not do it, or a
+            PeerLostError.
+        """
+        name = step_name(step)
+        key = (step.round, name, getattr(step, "seq", 0))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepDone] = loop.create_future()
         if self.gone is not None:
             future.set_exception(self.gone)
-        elif self._sender.send_encoded(self.peer, header or encode(step)):
-            self._waiting[key] = future
-        else:
+        elif not self._sender.send_encoded(self.peer, header or encode(step)):
             future.set_exception(PeerLostError(f"{self.name} takes no messages"))
+        else:
+            late = loop.call_later(seconds, self._late, future, name, seconds)
+            self._waiting[key] = future
+
+            def over(done: asyncio.Future[StepDone]) -> None:
+                late.cancel()
+                if self._waiting.get(key) is done:
+                    del self._waiting[key]
+
+            future.add_done_callback(over)
         return future
 
-    async def answer(self, future: asyncio.Future[StepDone], what: str, seconds: float) -> StepDone:
-        """Await the answer to a posted step.
-
-        Raises:
-            DeadlineError: it did not come in ``seconds``.
-            EngineError: the worker could not do it.
-            PeerLostError: the worker is gone.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                return await future
-        except TimeoutError:
-            raise DeadlineError(f"{self.name} did not {what} within {seconds:g} s") from None
+    def _late(self, future: asyncio.Future[StepDone], name: str, seconds: float) -> None:
+        if not future.done():
+            what = "load a bucket" if name == "load" else name
+            future.set_exception(DeadlineError(f"{self.name} did not {what} within {seconds:g} s"))
 
     async def step(self, step: Step, seconds: float) -> StepDone:
-        """Send a step and await its answer; raises as `answer`."""
-        return await self.answer(self.post(step), step_name(step), seconds)
+        """Send a step and await its answer; raises as the future of `post`."""
+        return await self.post(step, seconds)
 
     def done(self, message: StepDone) -> None:
         """Take an answer; one that comes after its deadline is ignored."""

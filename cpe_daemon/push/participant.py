@@ -12,7 +12,7 @@ from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.lifecycle import EngineEvent, EngineState
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
-from cpe_daemon.errors import CpeError, DeadlineError
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError
 from cpe_daemon.wire.messages import Abort, EngineReport, ErrorInfo, Load, StepDone
 
 log = structlog.get_logger(__name__)
@@ -73,6 +73,9 @@ class Participant:
             self.drop(error)
         except TimeoutError:
             self.drop(DeadlineError(f"engine {self.engine.name!r} did not {phase} within {seconds:g} s"))
+        except Exception as error:  # task boundary: a plugin's bug ends its engine's part, and not the daemon
+            log.exception("engine.driver_failed", engine=self.engine.name, phase=phase)
+            self.drop(EngineError(f"engine {self.engine.name!r} could not {phase}: {type(error).__name__}: {error}"))
         finally:
             self.phases[phase] = self._clock() - began
 
@@ -88,13 +91,12 @@ class Participant:
 
     def post(self, load: Load, header: bytes) -> Awaitable[None]:
         """Send a bucket to all workers now; the result ends when the slot is theirs no more."""
-        answers = [(worker, worker.post(load, header)) for worker in self.workers]
         seconds = self._deadlines.bucket_seconds
-        waits = [worker.answer(future, "load a bucket", seconds) for worker, future in answers]
-        return self._loaded(waits, sum(part.nbytes for part in load.parts))
+        answers = asyncio.gather(*(w.post(load, seconds, header) for w in self.workers), return_exceptions=True)
+        return self._loaded(answers, sum(part.nbytes for part in load.parts))
 
-    async def _loaded(self, answers: Sequence[Awaitable[StepDone]], nbytes: int) -> None:
-        for result in await asyncio.gather(*answers, return_exceptions=True):
+    async def _loaded(self, answers: Awaitable[Sequence[StepDone | BaseException]], nbytes: int) -> None:
+        for result in await answers:
             if isinstance(result, CpeError):
                 self.drop(result)
             elif isinstance(result, BaseException):
@@ -132,8 +134,8 @@ class Participant:
                 if touched or not self._was_current:
                     return False
                 await self.engine.driver.resume(self._round, self.held, resume_seconds)
-        except (CpeError, TimeoutError) as error:
-            log.warning("engine.abort_failed", engine=self.engine.name, round=self._round, error=str(error))
+        except Exception as error:  # task boundary: whatever a plugin raises, the engine's content is unknown then
+            log.warning("engine.abort_failed", engine=self.engine.name, round=self._round, error=repr(error))
             return False
         return True
 

@@ -15,7 +15,7 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.errors import EngineError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
@@ -131,8 +131,8 @@ class Pusher:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
         try:
             await engine.driver.resume(self._rounds, engine.content, self._config.deadlines.resume_seconds)
-        except CpeError as error:
-            log.warning("engine.resume_failed", engine=engine.name, error=error.message)
+        except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
+            log.warning("engine.resume_failed", engine=engine.name, error=repr(error))
 
     async def _restore(self, failed: Participant) -> None:
         """Give an engine that a round left in doubt what it held before, else what is live; else quarantine it."""

@@ -26,10 +26,6 @@ from cpe_daemon.wire.messages import Load, TensorPart
 log = structlog.get_logger(__name__)
 
 
-class _NobodyLeftError(EngineError):
-    """Every engine has been dropped: there is no use in carrying on."""
-
-
 class Round:
     """One round. `run` never raises for a failing engine; look at the participants afterwards.
 
@@ -78,9 +74,7 @@ class Round:
         log.info("round.started", round=self._number, version=str(self._version), engines=self._names())
         try:
             await self._update()
-        except* _NobodyLeftError:
-            self._change(RoundEvent.ABANDON)
-        except* CpeError as group:
+        except* CpeError as group:  # nobody is left; or, beside that or alone, a copy failed
             for participant in self.alive:
                 participant.drop(_first(group))
             self._change(RoundEvent.ABANDON)
@@ -141,7 +135,7 @@ class Round:
 
     def _check(self) -> None:
         if not self.alive:
-            raise _NobodyLeftError(f"no engine is left in round {self._number}")
+            raise EngineError(f"no engine is left in round {self._number}")
 
     def _change(self, event: RoundEvent) -> None:
         self.state = advance(ROUND_TABLE, self.state, event)

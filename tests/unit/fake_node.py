@@ -1,0 +1,327 @@
+"""A node without processes: the real catalogue, registry and pusher over a device without bytes and scripted workers.
+
+A `FakeWorker` behaves as one that loads instantly, unless its script says otherwise, and notes whatever no daemon may
+ask of a worker: to serve a mixture, or a version under another's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpe_daemon.arena import Arena
+from cpe_daemon.config import Config
+from cpe_daemon.core.driver import Driver
+from cpe_daemon.core.lifecycle import EngineState
+from cpe_daemon.core.manifest import layout, merge
+from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.registry import Registry
+from cpe_daemon.errors import CpeError
+from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.versions import Catalogue, Version
+from cpe_daemon.wire.codec import Codec
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    ErrorInfo,
+    Finish,
+    Load,
+    Message,
+    Pause,
+    Ping,
+    Pong,
+    Resume,
+    SlotSet,
+    StepDone,
+    StepFailed,
+    WorkerBye,
+    WorkerCommand,
+    WorkerHello,
+    WorkerWelcome,
+)
+from inference_plugins.torch.driver import TorchDriver
+
+WAIT_SECONDS = 20.0
+SLOT_BYTES = 1024
+TENSORS = 6
+TENSOR_BYTES = 512
+"""A version's: three buckets of two tensors."""
+
+Answer = Message | CpeError | BaseException | None
+Script = Callable[[Any], Answer]
+"""Called with a step; returns what to answer, an error to answer with, or None to say nothing."""
+
+
+def number(n: int, model: str = "m") -> VersionId:
+    return VersionId(model, "r", n)
+
+
+class Clock:
+    """Stands still unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class StillDevice:
+    """Slots without bytes; ``error`` fails the next fetch."""
+
+    kind = "shm"
+
+    def __init__(self, gpus: int = 1, slot_count: int = 2) -> None:
+        self.topology = Topology(tuple(Gpu(f"gpu-{index}") for index in range(gpus)), peer_access=True)
+        self.slot_count = slot_count
+        self.slot_bytes = SLOT_BYTES
+        self.error: Exception | None = None
+        self.withdrawn: list[SlotSet] = []
+        self.on_gone: list[Callable[[], None]] = []
+        """Of each export, in their order: call one, and that worker's process has ended."""
+
+    async def open(self) -> None:
+        """Nothing to allocate."""
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+    async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+        """No bytes."""
+
+    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
+        self.on_gone.append(on_gone)
+        token = len(self.on_gone).to_bytes(32, "little")
+        return SlotSet("shm", self.topology.gpus[gpu].uuid, self.slot_count, SLOT_BYTES, [token])
+
+    def withdraw(self, slots: SlotSet) -> None:
+        self.withdrawn.append(slots)
+
+
+class FakeWorker:
+    """One engine process.
+
+    Args:
+        node: whose daemon it talks to.
+        engine: its engine's name.
+        hello: further fields of its hello.
+    """
+
+    def __init__(self, node: FakeNode, engine: str, **hello: Any) -> None:
+        fields: dict[str, Any] = {"protocol": 1, "rank": 0, "world_size": 1, "kind": "torch"}
+        fields["incarnation"] = f"{engine}/{hello.get('rank', 0)}"
+        self.hello = WorkerHello(engine=engine, **(fields | hello))
+        self.peer = f"{engine}/{self.hello.rank}/{len(node.workers)}".encode()
+        self.content = self.hello.content
+        self.touched = self.hello.touched
+        self.paused = False
+        self.serving_wrong: list[str] = []
+        self.steps: list[str] = []
+        self.commands: list[Message] = []
+        self.welcome: WorkerWelcome | None = None
+        self.script: dict[str, Script] = {}
+        self.takes_messages = True
+        self._node = node
+        self._before: tuple[int, VersionId | None] | None = None
+        self._loaded = 0
+        node.workers[self.peer] = self
+
+    def say(self, message: Message) -> None:
+        """Send the daemon a message, which is handled at once; raises what the daemon refuses it with."""
+        self._node.registry.handlers()[type(message)](self.peer, message, ())
+
+    def attach(self) -> FakeWorker:
+        self.say(self.hello)
+        return self
+
+    def die(self) -> None:
+        """Its process ends: the kernel cuts its tether."""
+        self._node.device.on_gone[self.export]()
+
+    @property
+    def export(self) -> int:
+        """Which of the device's exports it has."""
+        if self.welcome is None:
+            raise LookupError("it was not welcomed")
+        return int.from_bytes(self.welcome.slots.handles[0], "little") - 1
+
+    def hang(self, *steps: str) -> None:
+        """Say nothing to these."""
+        for step in steps:
+            self.script[step] = lambda _: None
+
+    def fail(self, step: str, why: str = "no such layer") -> None:
+        """Do nothing of a step but answer that it failed."""
+        self.script[step] = lambda _: CpeError(why)
+
+    def receive(self, message: Message) -> None:
+        self.commands.append(message)
+        if isinstance(message, WorkerWelcome):
+            self.welcome = message
+            self.paused = message.hold or self.touched
+        elif isinstance(message, Pause | Begin | Load | Finish | Abort | Resume):
+            name = str(message.__struct_config__.tag)
+            self.steps.append(name)
+            asyncio.get_running_loop().call_soon(self._answer, name, message)
+
+    def _answer(self, name: str, step: Any) -> None:
+        seq = getattr(step, "seq", 0)
+        answer: Answer = self.script[name](step) if name in self.script else self.do(step)
+        if isinstance(answer, CpeError):
+            answer = StepFailed(step.round, name, ErrorInfo(answer.code, answer.message), seq)
+        if isinstance(answer, Message) and self._node.registry_knows(self.peer):
+            self.say(answer)
+
+    def do(self, step: Any) -> StepDone:
+        """Carry a step out as a worker does that loads instantly."""
+        name, touched = str(step.__struct_config__.tag), False
+        match step:
+            case Pause():
+                self.paused = True
+            case Begin():
+                self._before, self._loaded = (step.round, self.content), 0
+            case Load():
+                if not self.paused:
+                    self.serving_wrong.append("loading while it serves")
+                self.touched = True
+                self._loaded += sum(1 for part in step.parts if part.tensor_offset == 0)
+            case Finish():
+                if self._loaded != TENSORS:
+                    self.serving_wrong.append(f"{self._loaded} tensors")
+                update = next(c for c in reversed(self.commands) if isinstance(c, Begin))
+                self.content, self.touched = update.version, False
+            case Abort():
+                begun, held = self._before or (0, None)
+                touched = self.touched or (begun == step.round and held != self.content)
+            case Resume():
+                if self.touched or step.content != self.content:
+                    self.serving_wrong.append(f"resumed as {step.content}, holds {self.content}, {self.touched=}")
+                self.paused = False
+        return StepDone(step.round, name, getattr(step, "seq", 0), 0.0, touched)
+
+
+class FakeNode:
+    """Everything but sockets, memory for slots, and processes."""
+
+    def __init__(self, *, gpus: int = 1, retain: int = 1, deadlines: dict[str, float] | None = None) -> None:
+        self.clock = Clock()
+        self.config = Config.model_validate(
+            {"runtime_dir": Path("/tmp/cpe-fake-node"), "deadlines": deadlines or {}, "retention": {"versions": retain}}
+        )
+        self.arena = Arena(1 << 20)
+        self.device = StillDevice(gpus)
+        self.metrics = Metrics()
+        self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock)
+        self.workers: dict[bytes, FakeWorker] = {}
+        self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
+        self._codec = Codec(WorkerCommand)
+        self.registry = Registry(
+            config=self.config,
+            generation="g",
+            device=self.device,
+            handoff="/nowhere",
+            drivers=self.drivers,
+            live=self._live,
+            clock=self.clock,
+        )
+        self.registry.connect(self)
+        self.pusher = Pusher(
+            config=self.config,
+            catalogue=self.catalogue,
+            registry=self.registry,
+            device=self.device,
+            metrics=self.metrics,
+            clock=self.clock,
+        )
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, **settings: Any) -> AsyncIterator[FakeNode]:
+        """A node whose pusher runs."""
+        node = cls(**settings)
+        running = asyncio.create_task(node.pusher.run())
+        try:
+            yield node
+            if running.done():
+                running.result()
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+            node.arena.close()
+        wrong = {worker.peer: worker.serving_wrong for worker in node.workers.values() if worker.serving_wrong}
+        assert not wrong, wrong
+
+    def send_encoded(self, peer: bytes, header: bytes, *frames: bytes | memoryview) -> bool:
+        """The socket's part (`cpe_daemon.engines.worker.Sender`)."""
+        worker = self.workers.get(peer)
+        if worker is None or not worker.takes_messages:
+            return False
+        message = self._codec.decode(header)
+        if not isinstance(message, Pong):
+            worker.receive(message)
+        return True
+
+    def registry_knows(self, peer: bytes) -> bool:
+        return any(worker.peer == peer for engine in self.registry for worker in engine.workers.values())
+
+    def engine(self, name: str) -> Engine:
+        return next(engine for engine in self.registry if engine.name == name)
+
+    def worker(self, engine: str, **hello: Any) -> FakeWorker:
+        """A new worker that has attached."""
+        return FakeWorker(self, engine, **hello).attach()
+
+    def ping(self, worker: FakeWorker) -> None:
+        worker.say(Ping())
+
+    def bye(self, worker: FakeWorker) -> None:
+        worker.say(WorkerBye())
+
+    def stage(self, version: VersionId) -> Version:
+        """Put a version into the catalogue, whole."""
+        shards = [Shard(f"layers.{index}.w", "uint8", (TENSOR_BYTES,)) for index in range(TENSORS)]
+        record = self.catalogue.open(version, 1)
+        part = self.catalogue.contribute(record, 0, shards, layout(shards).nbytes)
+        part.digests = [bytes(16)] * TENSORS
+        self.catalogue.stage(record, merge(version, [shards], [part.digests]))
+        return record
+
+    async def publish(self, version: VersionId) -> Version:
+        """Stage a version, and wait until it is live or has failed, and all that follows is done."""
+        record = self.stage(version)
+        await self.until(lambda: record.state not in ("staged", "pushing"))
+        await self.idle()
+        return record
+
+    async def idle(self) -> None:
+        """Wait until the pusher has nothing left to do."""
+        pusher = self.pusher
+        await self.until(lambda: pusher._idle.is_set() and not (pusher._wake.is_set() or pusher._due or pusher._joined))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the loop's own progress brings about."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not condition():  # noqa: ASYNC110 - of no event: it is about turns of the loop
+                await asyncio.sleep(0)
+
+    def states(self) -> dict[str, tuple[str, VersionId | None]]:
+        return {engine.name: (engine.state.value, engine.content) for engine in self.registry}
+
+    def _live(self, model: str) -> VersionId | None:
+        live = self.catalogue.live(model)
+        return live.id if live else None
+
+
+CURRENT, UNKNOWN, QUARANTINED = (
+    state.value for state in (EngineState.CURRENT, EngineState.UNKNOWN, EngineState.QUARANTINED)
+)
