@@ -133,7 +133,11 @@ class Receiver:
     # --- the link ----------------------------------------------------------------------------------------------------
 
     def _say_hello(self, seconds: float) -> CpeError | None:
-        """Say hello once and await the welcome for ``seconds``; return the daemon's refusal, if that is what came."""
+        """Say hello once and await the welcome for ``seconds``; return why this worker is not in, if that is known.
+
+        All that time is spent on waiting, whatever comes: hellos in quick succession overtake one another's welcomes,
+        each of which the next one makes void.
+        """
         who = self._identity
         hello = WorkerHello(
             protocol=PROTOCOL,
@@ -154,14 +158,18 @@ class Receiver:
         refused: CpeError | None = None
         try:
             self._dealer.send(hello, timeout=seconds)
-            while not self.attached and (left := deadline - time.monotonic()) > 0:
-                message = self._receive(left)
-                if isinstance(message, ErrorReply):
-                    refused = from_code(message.error.code, message.error.message)
-                elif isinstance(message, WorkerWelcome):
+        except PeerLostError as error:
+            log.debug("no hello to %s: %s", self.endpoint, error)
+        while not self.attached and (left := deadline - time.monotonic()) > 0:
+            message = self._receive(left)
+            if isinstance(message, ErrorReply):
+                refused = from_code(message.error.code, message.error.message)
+            elif isinstance(message, WorkerWelcome):
+                try:
                     self._take_in(message)
-        except CpeError as error:
-            log.debug("hello to %s failed: %s", self.endpoint, error)
+                except CpeError as error:
+                    log.debug("a welcome of %s is void: %s", self.endpoint, error)
+                    refused = error
         return refused
 
     def _say_goodbye(self) -> None:

@@ -1,0 +1,285 @@
+"""A worker's link to a scripted daemon: hellos, welcomes, holding, and parting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import BusyError, PeerLostError
+from cpe_daemon.wire.codec import Codec, encode
+from cpe_daemon.wire.messages import (
+    PROTOCOL,
+    ErrorInfo,
+    ErrorReply,
+    Message,
+    Ping,
+    Pong,
+    Resume,
+    SlotSet,
+    StepDone,
+    WorkerBye,
+    WorkerHello,
+    WorkerMessage,
+    WorkerWelcome,
+)
+from inference_plugins import receiver as module
+from inference_plugins.receiver import Identity, Receiver
+
+STALE, FRESH = b"stale", b"fresh"
+_SECONDS = 10.0
+
+
+class FakeSlots:
+    """Slots of a daemon that lives until it is said to be lost."""
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def slot(self, index: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class FakeLoader:
+    """Notes whether it serves."""
+
+    def __init__(self) -> None:
+        self.content: VersionId | None = None
+        self.touched = False
+        self.serving = False
+        self.changed = threading.Event()
+
+    def pause(self, seconds: float) -> None:
+        self.serving = False
+        self.changed.set()
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        raise NotImplementedError
+
+    def finish(self, version: VersionId) -> None:
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        self.serving = True
+        self.changed.set()
+
+
+class FakeDaemon:
+    """A ROUTER that says what the test wants."""
+
+    def __init__(self, path: Path) -> None:
+        self.endpoint = f"ipc://{path}"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self.endpoint)
+        self._codec = Codec(WorkerMessage)
+        self._peer = b""
+
+    def expect(self, kind: type[Message], seconds: float = _SECONDS) -> Message | None:
+        """The next message of a kind, pings left out unless it is one; None if none comes."""
+        while self._socket.poll(int(seconds * 1000)):
+            self._peer, header = self._socket.recv_multipart()
+            message = self._codec.decode(header)
+            if isinstance(message, kind):
+                return message
+            assert isinstance(message, Ping), message
+        return None
+
+    def welcome(self, token: bytes = FRESH, *, hold: bool = False) -> None:
+        slots = SlotSet("shm", "shm-0", 1, 4096, [token])
+        self.say(WorkerWelcome(PROTOCOL, "generation", 0.1, slots, "nowhere", hold))
+
+    def say(self, message: Message) -> None:
+        self._socket.send_multipart([self._peer, encode(message)])
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+@pytest.fixture
+def daemon(no_leaks: None, runtime_dir: Path) -> Iterator[FakeDaemon]:
+    started = FakeDaemon(runtime_dir / "engines.sock")
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> list[FakeSlots]:
+    """The slots that were opened; a stale token opens none."""
+    opened: list[FakeSlots] = []
+
+    def open_slots(described: SlotSet, handoff: str) -> FakeSlots:
+        if described.handles == [STALE]:
+            raise PeerLostError("the token is void")
+        opened.append(FakeSlots())
+        return opened[-1]
+
+    monkeypatch.setattr(module, "open_slots", open_slots)
+    return opened
+
+
+@pytest.fixture
+def loader() -> FakeLoader:
+    return FakeLoader()
+
+
+@pytest.fixture
+def receiver(
+    daemon: FakeDaemon, slots: list[FakeSlots], loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Receiver]:
+    """Not attached yet; it says hello once a minute, so that no test meets a hello that it does not expect."""
+    monkeypatch.setattr(module, "_HELLO_EVERY_SECONDS", 60.0)
+    made = Receiver(daemon.endpoint, Identity("e", "torch", 0, 1, "i"), loader)
+    yield made
+    made.close()
+
+
+class Running:
+    """A receiver's thread."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._receiver.attach(_SECONDS)
+        self._receiver.run(self._stop)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._receiver.wake()
+        self._thread.join(_SECONDS)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def running(receiver: Receiver) -> Iterator[Running]:
+    """The receiver, attaching and then serving the daemon in a thread."""
+    started = Running(receiver)
+    yield started
+    started.stop()
+
+
+def until(daemon: FakeDaemon, look: Callable[[], bool]) -> None:
+    """Take pings until something is so."""
+    for _ in range(100):
+        if look():
+            return
+        daemon.expect(Ping)
+    pytest.fail("it never was so")
+
+
+def test_void_welcome_is_passed_over_without_another_hello(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+) -> None:
+    """Another hello at once would make the welcome void that is on its way, and so on for ever."""
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(STALE)
+    assert daemon.expect(WorkerHello, 0.3) is None
+    daemon.welcome(FRESH)
+    assert daemon.expect(Ping)
+    assert len(slots) == 1
+
+
+def test_why_a_welcome_was_void_is_told(daemon: FakeDaemon, receiver: Receiver) -> None:
+    outcome: list[Exception] = []
+
+    def attach() -> None:
+        try:
+            receiver.attach(0.3)
+        except PeerLostError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=attach)
+    thread.start()
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(STALE)
+    thread.join(_SECONDS)
+    assert [str(error) for error in outcome] == ["the token is void"]
+
+
+def test_last_welcome_counts(daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    daemon.welcome(hold=True)
+    until(daemon, lambda: not loader.serving)
+    assert len(slots) == 2
+
+
+@pytest.mark.parametrize(
+    ("hold", "resumed", "serves"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_lost_daemon_leaves_a_held_engine_paused(
+    daemon: FakeDaemon,
+    running: Running,
+    slots: list[FakeSlots],
+    loader: FakeLoader,
+    hold: bool,
+    resumed: bool,
+    serves: bool,
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(hold=hold)
+    assert daemon.expect(Ping)
+    if resumed:
+        daemon.say(Resume(1))
+        assert daemon.expect(StepDone)
+    slots[-1].lost = True
+    assert daemon.expect(WorkerHello)
+    assert loader.serving is serves
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+
+
+def test_refusal_is_raised(daemon: FakeDaemon, receiver: Receiver) -> None:
+    refused = threading.Event()
+
+    def attach() -> None:
+        with pytest.raises(BusyError, match="taken"):
+            receiver.attach(0.3)
+        refused.set()
+
+    thread = threading.Thread(target=attach)
+    thread.start()
+    assert daemon.expect(WorkerHello)
+    daemon.say(ErrorReply(ErrorInfo("busy", "the rank is taken")))
+    thread.join(_SECONDS)
+    assert refused.is_set()
+
+
+def test_goodbye_is_answered_before_the_slots_are_let_go(
+    daemon: FakeDaemon, receiver: Receiver, slots: list[FakeSlots], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr(FakeSlots, "close", lambda self: closed.set())
+
+    def attach_and_close() -> None:
+        receiver.attach(_SECONDS)
+        receiver.close()
+
+    thread = threading.Thread(target=attach_and_close)
+    thread.start()
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(WorkerBye)
+    assert not closed.is_set()
+    daemon.say(Pong("generation"))
+    thread.join(_SECONDS)
+    assert closed.is_set()
+    monkeypatch.setattr(receiver, "close", lambda: None)  # it is closed
