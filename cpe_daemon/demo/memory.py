@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cpe_daemon.config import IngestConfig
 from cpe_daemon.core.types import align
 from cpe_daemon.demo.architecture import QWEN3_600M, SMALL, Architecture
 from cpe_daemon.demo.options import Options
@@ -19,6 +20,7 @@ _GIB: Final = 1 << 30
 _FULL_SLOT_BYTES: Final = 64 * _MIB
 _SMALLEST_SLOT_BYTES: Final = 256 << 10
 _BUCKETS: Final = 17
+_RING_BYTES: Final = IngestConfig().landing_credits * IngestConfig().landing_chunk_bytes
 _PROCESS_BYTES: Final = 400 * _MIB
 """Of a Python process that imported torch."""
 
@@ -44,7 +46,7 @@ def needed_bytes(architecture: Architecture, ranks: int) -> int:
     """Memory that the demo takes at its peak: arena, slots, the trainer, the engine, and the processes themselves."""
     sizes = Sizes.of(architecture)
     split = architecture.largest_nbytes if architecture.largest_nbytes > sizes.slot_bytes else 0
-    daemon = sizes.arena_bytes + sizes.slots * sizes.slot_bytes + 64 * _MIB
+    daemon = sizes.arena_bytes + sizes.slots * sizes.slot_bytes + _RING_BYTES
     return daemon + 2 * architecture.nbytes + ranks * split + (ranks + 1) * _PROCESS_BYTES
 
 

@@ -215,7 +215,7 @@ def test_daemon_has_room_for_two_versions_and_several_buckets(architecture: Arch
 
 def test_model_shrinks_to_what_the_host_bears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "is_in_memory", lambda directory: False)
-    for free in (64e9, 8e9, 4e9, 2.2e9, 1.4e9):
+    for free in (64e9, 8e9, 4e9, 2.2e9, 1.5e9):
         monkeypatch.setattr(memory, "available_bytes", lambda free=free: int(free))
         chosen, why = choose(Options(), 2, tmp_path)
         assert needed_bytes(chosen, 2) <= free
