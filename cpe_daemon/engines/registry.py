@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final
 
 import structlog
@@ -116,18 +116,18 @@ class Registry:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _on_hello(self, peer: bytes, hello: WorkerHello, _: object) -> None:
-        self._check(hello)
-        gpu = self._gpu(hello)
-        self._make_place(peer, hello)
-        engine = self._engines.get(hello.engine)
-        if engine is None:
-            engine = self._engines[hello.engine] = Engine(hello, self._drivers[hello.kind])
-            engine.incomplete_since = self._clock()
         if self._sender is None:
             return
+        self._check(hello)
+        gpu = self._gpu(hello)
+        leaving = self._leaving(peer, hello)
+        engine = self._engine(hello, leaving)
         name = self._device.topology.gpus[gpu].uuid
         worker = Worker(peer, hello, gpu, name, self._sender, self._clock())
         slots = worker.slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
+        for old in leaving:  # from here on nothing is refused any more
+            self._lose(old, "it said hello again")
+        self._engines[hello.engine] = engine
         self._workers[peer] = engine.workers[hello.rank] = worker
         log.info("worker.attached", worker=worker.name, content=str(hello.content), touched=hello.touched)
         welcome = WorkerWelcome(
@@ -165,25 +165,39 @@ class Registry:
             )
         return uuids.index(hello.gpu)
 
-    def _make_place(self, peer: bytes, hello: WorkerHello) -> None:
-        """See that a worker's rank is free: a returning process takes its own place, nobody else's."""
+    def _leaving(self, peer: bytes, hello: WorkerHello) -> list[Worker]:
+        """Whose places a worker takes: a returning process its own, nobody else's.
+
+        Raises:
+            BusyError: another process has its rank.
+        """
+        leaving = [self._workers[peer]] if peer in self._workers else []
         engine = self._engines.get(hello.engine)
-        if peer in self._workers:
-            self._lose(self._workers[peer], "said hello again")
-        if engine is None:
-            return
-        known = engine.workers.get(hello.rank)
-        if known is not None and known.hello.incarnation != hello.incarnation:
-            raise BusyError(f"{known.name} is attached already; detach it before another takes its rank")
-        if known is not None:
-            self._lose(known, "attached anew")
-        if (engine.world_size, engine.model, engine.kind) != (hello.world_size, hello.model, hello.kind):
-            if engine.workers:
+        known = engine.workers.get(hello.rank) if engine is not None else None
+        if known is not None and known not in leaving:
+            if known.hello.incarnation != hello.incarnation:
+                raise BusyError(f"{known.name} is attached already; detach it before another takes its rank")
+            leaving.append(known)
+        return leaving
+
+    def _engine(self, hello: WorkerHello, leaving: Collection[Worker]) -> Engine:
+        """The engine that a worker belongs to; a new one if none is known, or only one that has nobody left.
+
+        Raises:
+            MisuseError: the engine's other workers say something else of it.
+        """
+        engine = self._engines.get(hello.engine)
+        if engine is not None:
+            if (engine.world_size, engine.model, engine.kind) == (hello.world_size, hello.model, hello.kind):
+                return engine
+            if any(worker not in leaving for worker in engine.workers.values()):
                 raise MisuseError(
                     f"engine {hello.engine!r} has {engine.world_size} ranks of kind {engine.kind} for model"
                     f" {engine.model!r}; rank {hello.rank} says {hello.world_size}, {hello.kind}, {hello.model!r}"
                 )
-            del self._engines[hello.engine]
+        engine = Engine(hello, self._drivers[hello.kind])
+        engine.incomplete_since = self._clock()
+        return engine
 
     def _must_hold(self, engine: Engine, hello: WorkerHello) -> bool:
         """Whether a worker must not serve what it holds: it is a mixture, not live, or not what its siblings hold."""
