@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +38,34 @@ class GatedStore:
         self.places[name].copy_(tensor)
 
 
+class Engine(NamedTuple):
+    """What is attached, a function for the tensors in it by name, and what it computes if it is a real model."""
+
+    target: Any
+    held: Callable[[], Mapping[str, Tensor]]
+    embed: Callable[[list[str]], list[list[float]]] | None = None
+
+
+def make_engine(kind: str, console: Console, arguments: dict[str, Any]) -> Engine:
+    """Make an engine with weights to begin with: random ones in a real model, the same ones or zeros in others."""
+    if kind == "minilm":
+        embedder = importlib.import_module("tests.integration.minilm").Embedder(real=False)
+        return Engine(embedder.model, embedder.model.state_dict, embedder.embed)
+    if kind == "module":
+        torch.manual_seed(0)
+        module = TiedModule()
+        return Engine(module, module.state_dict)
+    slices = (arguments["rank"], arguments["world_size"]) if "slicing" in arguments else (0, 1)
+    places = weights.blank(weights.specs(arguments["recipe"]), *slices)
+    return Engine(GatedStore(console, places) if kind == "callback" else places, lambda: places)
+
+
 class Worker:
     """What the verbs of the console act upon."""
 
-    def __init__(self, console: Console, target: object, held: Callable[[], Mapping[str, Tensor]]) -> None:
-        self._console = console
-        self._target: Any = target
-        self._held = held
+    def __init__(self, engine: Engine, terms: dict[str, Any]) -> None:
+        self._engine = engine
+        self._terms = terms
         self._attachment: Attachment | None = None
 
     @property
@@ -52,8 +74,8 @@ class Worker:
             raise RuntimeError("not attached")
         return self._attachment
 
-    def attach(self, **terms: Any) -> None:
-        self._attachment = attach(self._target, **terms)
+    def attach(self) -> None:
+        self._attachment = attach(self._engine.target, **self._terms)
 
     def ready(self, timeout: float) -> None:
         self.attachment.ready(timeout)
@@ -68,7 +90,7 @@ class Worker:
 
     def digests(self) -> dict[str, str]:
         """Of what it holds at this moment, whether it serves or not."""
-        return weights.digests(self._held())
+        return weights.digests(self._engine.held())
 
     def forward(self, timeout: float = 0.0) -> dict[str, str]:
         """Serve: `digests`, but under the lock."""
@@ -77,6 +99,13 @@ class Worker:
             return self.digests()
         finally:
             self.attachment.lock.release()
+
+    def embed(self, sentences: list[str]) -> list[list[float]]:
+        """Serve: what a real model computes, under the lock."""
+        if self._engine.embed is None:
+            raise RuntimeError("this engine computes nothing")
+        with self.attachment.lock:
+            return self._engine.embed(sentences)
 
     def acquire(self, timeout: float = 5.0) -> None:
         self.attachment.lock.acquire(timeout)
@@ -88,35 +117,22 @@ class Worker:
         self.attachment.close()
 
 
-def make_target(kind: str, console: Console, arguments: dict[str, Any]) -> tuple[object, Callable[[], Any]]:
-    """Return what is attached, and a function for the tensors in it by name."""
-    if kind == "module":
-        torch.manual_seed(0)
-        module = TiedModule()
-        return module, module.state_dict
-    slices = (arguments["rank"], arguments["world_size"]) if "slicing" in arguments else (0, 1)
-    places = weights.blank(weights.specs(arguments["recipe"]), *slices)
-    if kind == "callback":
-        store = GatedStore(console, places)
-        return store, lambda: store.places
-    return places, lambda: places
-
-
 def main(arguments: dict[str, Any]) -> None:
     console = Console()
-    target, held = make_target(arguments.pop("target"), console, arguments)
+    engine = make_engine(arguments.pop("target"), console, arguments)
     arguments.pop("recipe", None)
     if arguments.pop("slicing", None):
         arguments["slicing"] = weights.slicing
-    worker = Worker(console, target, held)
+    worker = Worker(engine, arguments)
     verbs: list[Callable[..., object]] = [
+        worker.attach,
         worker.ready,
         worker.state,
         worker.digests,
         worker.forward,
+        worker.embed,
         worker.acquire,
         worker.release,
         worker.close,
     ]
-    console.tell("started")
-    console.serve({"attach": lambda: worker.attach(**arguments), **{verb.__name__: verb for verb in verbs}})
+    console.serve({verb.__name__: verb for verb in verbs})

@@ -255,6 +255,14 @@ class Node:
             worker.result(number)
         return workers
 
+    def preload(self, module: str) -> None:
+        """Import a module that is slow to import before the processes that need it start."""
+        self._zygote.preload(module)
+
+    def reference(self) -> Child:
+        """Start a process that has the real model, and no daemon; see `tests.integration.minilm`."""
+        return self._fork(Child, "reference", "minilm", {})
+
     def close(self, *, gracefully: bool) -> None:
         """End everything, and show what it said. ``gracefully``: a daemon that lives has to end well."""
         wrong: list[str] = []

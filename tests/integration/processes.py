@@ -197,9 +197,14 @@ class Zygote:
                 stderr=err,
             )
         self._channel = ours
-        self._channel.settimeout(60)
-        if self._channel.recv(16) != b"ready":
-            pytest.fail(f"the zygote did not start: {log.read_text()}")
+        self._channel.settimeout(90)
+        self._log = log
+        self._await_ready()
+
+    def preload(self, module: str) -> None:
+        """Import a module that children to come will need, once for all of them."""
+        self._channel.send(json.dumps({"preload": module}).encode())
+        self._await_ready()
 
     def start(self, kind: type[C], name: str, module: str, arguments: Mapping[str, Any], log: Path) -> C:
         """Fork a child that runs ``main(arguments)`` of a module, with a console."""
@@ -226,6 +231,10 @@ class Zygote:
         reply, received, _, _ = socket.recv_fds(self._channel, 32, 1)
         os.set_inheritable(received[0], False)
         return int(reply), received[0]
+
+    def _await_ready(self) -> None:
+        if self._channel.recv(16) != b"ready":
+            pytest.fail(f"the zygote ended: {self._log.read_text()}")
 
     def close(self) -> None:
         """End it, and with it every child that is left."""

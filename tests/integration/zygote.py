@@ -32,7 +32,7 @@ def main(channel: socket.socket) -> None:
     """Fork a child for every request, which comes with three descriptors for its 0, 1 and 2.
 
     A request is ``{"module": ..., "arguments": {...}, "status": path}``; the file gets the exit status of a child that
-    is not killed.
+    is not killed. One with ``preload`` has the zygote import a module that children to come will need.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for children; the kernel reaps them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -41,9 +41,14 @@ def main(channel: socket.socket) -> None:
         request, fds, _, _ = socket.recv_fds(channel, _REQUEST_BYTES, 3)
         if not request:
             return
+        wanted = json.loads(request)
+        if "preload" in wanted:
+            importlib.import_module(wanted["preload"])
+            channel.send(b"ready")
+            continue
         pid = os.fork()
         if pid == 0:
-            _become(json.loads(request), fds)
+            _become(wanted, fds)
         pidfd = os.pidfd_open(pid)
         socket.send_fds(channel, [str(pid).encode()], [pidfd])
         for fd in (*fds, pidfd):

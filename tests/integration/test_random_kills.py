@@ -1,0 +1,106 @@
+"""Whatever is killed, and at whatever moment of a publish: what is served is whole, and the next publish works."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from typing import Any
+
+import pytest
+
+from cpe_daemon.errors import CpeError
+from tests.integration.harness import Node, Trainer, Worker
+from tests.integration.processes import Child, until
+
+RECIPE = {"plain": 12, "nbytes": 512 << 10}
+TENSORS, CHUNKS = 12, 24
+KILLS = 4
+SEEDS = int(os.environ.get("CPE_TEST_SEEDS", "2"))
+
+
+class Scene:
+    """A daemon, a trainer, an engine that can be stopped at a tensor, and one of two ranks; each can be replaced."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.version = 0
+        self.node.start_daemon()
+        self.trainer = self._trainer()
+        self.gated = self._gated()
+        self.pair = node.engine("pair", world_size=2, recipe=RECIPE)
+
+    def publish(self) -> dict[str, str]:
+        """Publish a version undisturbed; every engine has to take it."""
+        self.version += 1
+        self.trainer.ask("build", recipe=RECIPE, seed=self.version)
+        assert self.trainer.publish_live(self.version) == {"gated": "updated", "pair": "updated"}
+        expected: dict[str, str] = self.trainer.ask("digests")
+        for worker in (self.gated, *self.pair):
+            assert worker.ask("forward") == expected
+        return expected
+
+    def kill(self, victim: str, stage: str, at: int) -> None:
+        """Kill a process when a publish has come to a chunk or a tensor, and replace it."""
+        self.version += 1
+        stopped: Child = self.trainer if stage == "chunk" else self.gated
+        stopped.ask("arm", at=at)
+        self.trainer.ask("build", recipe=RECIPE, seed=self.version)
+        self.trainer.begin("publish", version=self.version)
+        stopped.event("reached")
+        doomed = {"trainer": self.trainer, "gated": self.gated, "pair": self.pair[at % 2], "daemon": self.node.daemon}
+        doomed[victim].kill()
+        if doomed[victim] is not stopped:
+            stopped.ask("go")
+        self._replace(victim, at)
+        self._check_whole()
+
+    def _replace(self, victim: str, at: int) -> None:
+        if victim == "trainer":
+            self.trainer = self._trainer()
+        elif victim == "gated":
+            self.gated = self._gated()
+        elif victim == "pair":
+            rank = at % 2
+            self.pair[rank] = self.node.worker("pair", rank, 2, recipe=RECIPE)
+            self.pair[rank].ask("attach")
+        else:
+            self.node.start_daemon()
+            until(lambda: self.node.daemon.status()["trainers"], "the trainer has found the new daemon")
+        until(lambda: sum(w["present"] for e in self._engines() for w in e["workers"]) == 3, "all workers are back")
+
+    def _check_whole(self) -> None:
+        """An engine that serves serves a version whole, and all its ranks the same."""
+        for group in ([self.gated], self.pair):
+            states = [worker.state() for worker in group]
+            if all(state["serving"] for state in states):
+                versions = {state["version"] for state in states}
+                assert len(versions) == 1
+                assert len({tuple(worker.ask("digests").items()) for worker in group}) == 1
+
+    def _engines(self) -> list[dict[str, Any]]:
+        engines: list[dict[str, Any]] = self.node.daemon.status()["engines"]
+        return engines
+
+    def _trainer(self) -> Trainer:
+        return self.node.trainer(gate_chunks=True)
+
+    def _gated(self) -> Worker:
+        worker = self.node.worker("gated", target="callback", recipe=RECIPE)
+        with contextlib.suppress(CpeError):
+            worker.ask("attach")
+        return worker
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_next_publish_works_whatever_was_killed(node: Node, seed: int) -> None:
+    chance = random.Random(seed)
+    scene = Scene(node)
+    scene.publish()
+    for _ in range(KILLS):
+        stage = chance.choice(["chunk", "tensor"])
+        at = chance.randint(1, CHUNKS if stage == "chunk" else TENSORS)
+        victim = chance.choice(["trainer", "gated", "pair", "daemon"])
+        print(f"kill {victim} at {stage} {at}")
+        scene.kill(victim, stage, at)
+        scene.publish()
