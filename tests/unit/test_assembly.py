@@ -1,0 +1,135 @@
+"""Tensors out of buckets: whole ones are views of the slot, split ones are put together, and order matters."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpe_daemon.core.dtypes import ITEMSIZE
+from cpe_daemon.core.plan import PlanTensor, Segment, Topology, make_plan
+from cpe_daemon.core.topology import Gpu
+from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
+from cpe_daemon.errors import EngineError, ProtocolError
+from cpe_daemon.wire.messages import TensorPart
+from inference_plugins.assembly import Assembly, dtype_of
+from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
+
+A = ALIGNMENT_BYTES
+
+
+def slot_of(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def part(name: str, nbytes: int, offset: int, count: int, slot_offset: int = 0) -> TensorPart:
+    return TensorPart(name, "uint8", (nbytes,), offset, count, slot_offset)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (0,), (0, 7), (2, 1, 2)], ids=str)
+def test_whole_tensor_is_a_view_of_the_slot(dtype: str, shape: tuple[int, ...]) -> None:
+    tensor = tensor_of(dtype, *shape)
+    content = bytes_of(tensor)
+    slot = slot_of(bytes(A) + content + bytes(A))
+    ((name, got),) = Assembly().take([TensorPart("w", dtype, shape, 0, len(content), A)], slot)
+    assert (name, got.dtype, tuple(got.shape)) == ("w", tensor.dtype, shape)
+    assert bytes_of(got) == content
+    assert got.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr()
+
+
+def test_dtype_that_this_torch_has_not_is_an_engine_error() -> None:
+    for name in ("float3", "nn", "float32.x", "", "Tensor", "frombuffer"):
+        with pytest.raises(EngineError, match="no dtype"):
+            dtype_of(name)
+    assert all(dtype_of(name).itemsize == ITEMSIZE[name] for name in DTYPES)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_planned_buckets_become_the_tensors_that_were_planned(data: st.DataObject) -> None:
+    """Through a plan's own buckets, with slots that are too small for some of the tensors."""
+    slot_bytes = A * data.draw(st.integers(1, 6))
+    sizes = data.draw(st.lists(st.integers(0, 20 * A), min_size=1, max_size=8))
+    rng = random.Random(data.draw(st.integers(0, 1 << 30)))
+    arena = rng.randbytes(sum(align(nbytes) for nbytes in sizes))
+    at, tensors = 0, []
+    for index, nbytes in enumerate(sizes):
+        spec = TensorSpec(f"layers.{index // 2}.w{index}", "uint8", (nbytes,))
+        tensors.append(PlanTensor(spec, (Segment(0, nbytes, at),) if nbytes else ()))
+        at += align(nbytes)
+    plan = make_plan(tensors, slot_bytes=slot_bytes, topology=Topology((Gpu("g"),), peer_access=False))
+    assembly, got = Assembly(), dict[str, bytes]()
+    for bucket in plan.buckets:
+        slot = bytearray(slot_bytes)
+        for item in bucket.pulls[0]:
+            slot[item.slot_offset : item.slot_offset + item.nbytes] = arena[item.address : item.address + item.nbytes]
+        specs = [tensors[p.tensor].spec for p in bucket.parts]
+        parts = [
+            TensorPart(spec.name, spec.dtype, spec.shape, p.tensor_offset, p.nbytes, p.slot_offset)
+            for p, spec in zip(bucket.parts, specs, strict=True)
+        ]
+        for name, tensor in assembly.take(parts, slot_of(bytes(slot))):
+            assert name not in got
+            got[name] = bytes_of(tensor)
+    expected = {
+        tensor.spec.name: b"".join(arena[s.address : s.address + s.nbytes] for s in tensor.segments)
+        for tensor in tensors
+    }
+    assert got == expected
+
+
+def test_split_tensor_comes_with_its_last_part() -> None:
+    assembly, slot = Assembly(), slot_of(b"abcdef")
+    assert assembly.take([part("w", 10, 0, 6)], slot) == []
+    taken = assembly.take([part("w", 10, 6, 4), part("v", 2, 0, 2, 4)], slot_of(b"ghijkl"))
+    assert [(name, bytes_of(tensor)) for name, tensor in taken] == [("w", b"abcdefghij"), ("v", b"kl")]
+
+
+def test_split_tensor_does_not_change_when_the_slot_is_filled_anew() -> None:
+    assembly, slot = Assembly(), slot_of(b"abcd")
+    assembly.take([part("w", 6, 0, 4)], slot)
+    slot[:] = torch.frombuffer(bytearray(b"efgh"), dtype=torch.uint8)
+    ((_, tensor),) = assembly.take([part("w", 6, 4, 2)], slot)
+    slot.zero_()
+    assert bytes_of(tensor) == b"abcdef"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [part("w", 10, 4, 4)],
+        [part("w", 10, 0, 4), part("w", 10, 6, 4)],
+        [part("w", 10, 0, 4), part("w", 10, 2, 4)],
+        [part("w", 10, 0, 4), part("v", 10, 4, 4)],
+        [part("w", 10, 0, 4), part("v", 10, 0, 4), part("w", 10, 4, 4)],
+        [part("w", 10, 0, 4), part("w", 10, 4, 6), part("w", 10, 4, 6)],
+    ],
+    ids=["no beginning", "a gap", "an overlap", "another", "interrupted", "once more"],
+)
+def test_parts_that_do_not_follow_one_another_are_refused(parts: list[TensorPart]) -> None:
+    assembly, slot = Assembly(), slot_of(bytes(16))
+    for one in parts[:-1]:
+        assembly.take([one], slot)
+    with pytest.raises(ProtocolError, match="follows nothing"):
+        assembly.take([parts[-1]], slot)
+
+
+def test_cleared_assembly_has_forgotten_what_was_begun() -> None:
+    assembly, slot = Assembly(), slot_of(bytes(16))
+    assembly.take([part("w", 10, 0, 4)], slot)
+    assembly.clear()
+    with pytest.raises(ProtocolError):
+        assembly.take([part("w", 10, 4, 6)], slot)
+    assembly.take([part("w", 10, 0, 4)], slot)
+    assert len(assembly.take([part("w", 10, 4, 6)], slot)) == 1
+
+
+@pytest.mark.parametrize("bad", [part("w", 4, 0, 4, 14), part("w", 4, 0, 4, -1), part("w", 99, 0, 99)])
+def test_part_outside_the_slot_raises(bad: TensorPart) -> None:
+    with pytest.raises((RuntimeError, IndexError)):
+        Assembly().take([bad], slot_of(bytes(16)))
