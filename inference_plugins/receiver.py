@@ -265,4 +265,6 @@ class Receiver:
         answer = self._steps.carry_out(step, self._slots)
         if isinstance(step, Resume) and isinstance(answer, StepDone):
             self._held = False
+        if self._slots.lost:
+            raise PeerLostError("its process ended")  # sending would wait some seconds for it, and for nothing
         self._dealer.send(answer)
