@@ -102,6 +102,14 @@ def test_second_daemon_refuses_and_the_first_is_unharmed(node: Node, trainer: Tr
     second.log.write_text("")  # it has nothing more to tell
 
 
+def test_daemon_without_the_memory_that_it_is_told_to_take_says_so(node: Node) -> None:
+    daemon = node.launch_daemon(fresh=True, arena__size_bytes="60TiB")
+    daemon.wait()
+    assert daemon.exit_status == 2
+    assert "arena" in daemon.said
+    assert not SOCKETS & {path.name for path in node.runtime_dir.iterdir()}
+
+
 def test_sockets_of_a_killed_daemon_are_replaced_and_those_of_a_stopped_one_removed(node: Node) -> None:
     node.start_daemon().kill()
     assert {path.name for path in node.runtime_dir.iterdir()} >= SOCKETS

@@ -17,7 +17,7 @@ TIED = {"plain": 0, "add": ["embed.weight", "head.weight", "scale"]}
 @pytest.fixture
 def trainer(node: Node) -> Trainer:
     """A trainer, and a daemon."""
-    node.start_daemon(deadlines__pause_seconds=2)
+    node.start_daemon(deadlines__pause_seconds=2, deadlines__hello_seconds=0.5)
     return node.trainer()
 
 
@@ -70,6 +70,8 @@ def test_engine_with_a_missing_rank_waits_for_it(node: Node, trainer: Trainer) -
     first.ask("attach")
     expected = publish(trainer, 1)
     assert node.daemon.engine("pair")["ready"] is False
+    until(lambda: node.daemon.engine("pair")["error"], "somebody complains")
+    assert "rank" in node.daemon.engine("pair")["error"]
     second = node.worker("pair", 1, 2, recipe=RECIPE)
     second.ask("attach")
     for worker in (first, second):

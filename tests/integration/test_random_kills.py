@@ -25,7 +25,7 @@ class Scene:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.version = 0
-        self.node.start_daemon()
+        self._start_daemon()
         self.trainer = self._trainer()
         self.gated = self._gated()
         self.pair = node.engine("pair", world_size=2, recipe=RECIPE)
@@ -55,6 +55,9 @@ class Scene:
         self._replace(victim, at)
         self._check_whole()
 
+    def _start_daemon(self) -> None:
+        self.node.start_daemon(device__gpus=2, device__slots=2)
+
     def _replace(self, victim: str, at: int) -> None:
         if victim == "trainer":
             self.trainer = self._trainer()
@@ -65,7 +68,7 @@ class Scene:
             self.pair[rank] = self.node.worker("pair", rank, 2, recipe=RECIPE)
             self.pair[rank].ask("attach")
         else:
-            self.node.start_daemon()
+            self._start_daemon()
             until(lambda: self.node.daemon.status()["trainers"], "the trainer has found the new daemon")
         until(lambda: sum(w["present"] for e in self._engines() for w in e["workers"]) == 3, "all workers are back")
 

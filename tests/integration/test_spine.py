@@ -40,9 +40,12 @@ def usage(daemon: Daemon, trainers: list[Trainer], workers: list[Worker]) -> dic
     return {process.name: process.usage() for process in (daemon, *trainers, *workers)}
 
 
-@pytest.mark.parametrize("way", ["landing", "ipc", "tcp"])
-def test_every_byte_of_every_kind_of_tensor_arrives(node: Node, way: str) -> None:
-    daemon = node.start_daemon(ingest__insecure=True, ingest__listen=["tcp://127.0.0.1:0"])
+@pytest.mark.parametrize(("way", "gpus", "slots"), [("landing", 1, 3), ("ipc", 2, 2), ("tcp", 3, 1)])
+def test_every_byte_of_every_kind_of_tensor_arrives(node: Node, way: str, gpus: int, slots: int) -> None:
+    """With several sets of slots each fetches its share of a bucket and gets the rest from the others."""
+    daemon = node.start_daemon(
+        device__gpus=gpus, device__slots=slots, ingest__insecure=True, ingest__listen=["tcp://127.0.0.1:0"]
+    )
     endpoint = daemon.tcp_endpoint() if way == "tcp" else daemon.front
     trainers = node.trainers(RANKS, endpoint=endpoint, landing=way == "landing")
     workers = node.engine("tp", world_size=2, recipe=ZOO, slicing=True)

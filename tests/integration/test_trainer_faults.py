@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
+import zmq
 
 from cpe_daemon.core.types import Shard
 from cpe_daemon.errors import (
@@ -15,7 +17,7 @@ from cpe_daemon.errors import (
     PeerLostError,
     VersionRefusedError,
 )
-from tests.integration.harness import MODEL, Node, Trainer, Worker
+from tests.integration.harness import MODEL, Daemon, Node, Trainer, Worker
 from tests.integration.processes import ChildError, until
 from tests.integration.raw import RawTrainer
 
@@ -42,6 +44,12 @@ def publish(trainer: Trainer, worker: Worker, version: int) -> dict[str, str]:
     digests: dict[str, str] = trainer.ask("digests")
     assert worker.ask("forward") == digests
     return digests
+
+
+def protocol_errors(daemon: Daemon) -> int:
+    """How many messages it has refused."""
+    counters = daemon.status()["counters"].items()
+    return int(sum(value for name, value in counters if name.startswith("cpe_protocol_errors_total")))
 
 
 @pytest.mark.parametrize("landing", [True, False], ids=["landing", "inline"])
@@ -114,6 +122,61 @@ def test_missing_rank_is_named(node: Node, worker: Worker) -> None:
             trainer.ask("staged", version=1, timeout=15)
     size = node.daemon.status()["arena"]["size_bytes"]
     until(lambda: node.daemon.free_bytes == size, "their bytes are free again")
+
+
+def test_killed_rank_fails_the_version_of_all(node: Node, worker: Worker) -> None:
+    survivor, doomed = node.trainer(0, 2), node.trainer(1, 2, gate_chunks=True)
+    doomed.ask("arm", at=2)
+    for trainer in (survivor, doomed):
+        trainer.ask("build", recipe=RECIPE, seed=1)
+        trainer.begin("publish", version=1)
+    doomed.event("reached")
+    doomed.kill()
+    with pytest.raises(PeerLostError, match=r"trainer rank 1/2 of policy .* is gone"):
+        survivor.ask("live", version=1, timeout=15)
+    successor = node.trainer(1, 2)
+    successor.ask("build", recipe=RECIPE, seed=1)
+    for trainer in (survivor, successor):
+        trainer.ask("publish", version=1)
+    assert survivor.ask("live", version=1, timeout=15) == {"e": "updated"}
+    assert worker.ask("forward") == survivor.ask("digests")
+
+
+def test_absent_daemon_is_named(node: Node, worker: Worker) -> None:
+    trainer = node.trainer(endpoint=f"ipc://{node.runtime_dir}/nobody.sock", connect_timeout=0.5)
+    trainer.ask("build", recipe=RECIPE, seed=1)
+    with pytest.raises(DeadlineError, match=r"no daemon answers at ipc://.*/nobody\.sock"):
+        trainer.ask("publish", version=1)
+
+
+def test_garbage_at_every_socket_changes_nothing(node: Node, worker: Worker) -> None:
+    daemon = node.daemon
+    trainer = node.trainer()
+    held = publish(trainer, worker, 1)
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    trainer.ask("arm", at=5)
+    publishing = trainer.begin("publish", version=2, watched=True)
+    trainer.event("reached")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    for endpoint in (daemon.front, daemon.engines):
+        with context.socket(zmq.DEALER) as stranger:
+            stranger.setsockopt(zmq.LINGER, 1000)
+            stranger.connect(endpoint)
+            for frames in ([b""], [b"cpe1"], [b"\x80\x04}."], [b"x" * 5000] * 3, [bytes(17 << 20)]):
+                stranger.send_multipart(frames)
+    context.term()
+    for request in (b"GET / HTTP/1.0\r\n\r\n", b"cpe-fd1:" + bytes(32)):
+        with socket.socket(socket.AF_UNIX) as stranger_at_the_handoff:
+            stranger_at_the_handoff.connect(str(node.runtime_dir / "handoff.sock"))
+            stranger_at_the_handoff.sendall(request)
+            stranger_at_the_handoff.settimeout(10)
+            assert stranger_at_the_handoff.recv(64) == b""
+    until(lambda: protocol_errors(daemon) == 10, "all but the oversized ones, which are cut off, are counted")
+    assert worker.ask("forward") == held
+    trainer.ask("go")
+    trainer.result(publishing)
+    assert trainer.ask("live", version=2, timeout=15) == {"e": "updated"}
+    assert worker.ask("forward") == trainer.ask("digests")
 
 
 def test_trainer_that_gives_up_says_so(node: Node, worker: Worker) -> None:
