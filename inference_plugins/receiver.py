@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.wire.messages import (
     PROTOCOL,
     ErrorReply,
+    Expect,
     Message,
     Ping,
     Pong,
@@ -194,20 +196,23 @@ class Receiver:
         self._unanswered = 0
         self._held = welcome.hold
         if welcome.hold:
-            self._hold()
+            self._try("pause", lambda: self._loader.pause(_HELLO_EVERY_SECONDS))  # an update comes with its own pause
         elif not self._loader.touched:
-            self._loader.resume()
+            self._try("resume", self._loader.resume)
         log.info(
             "attached to the daemon at %s%s",
             self.endpoint,
             ", awaiting the live version" if welcome.hold else "",
         )
 
-    def _hold(self) -> None:
+    def _try(self, what: str, work: Callable[[], None]) -> None:
+        """Have the engine do something that the daemon does not await an answer to."""
         try:
-            self._loader.pause(_HELLO_EVERY_SECONDS)
+            work()
         except CpeError as error:
-            log.warning("still serving until the update's own pause: %s", error)
+            log.warning("the engine did not %s: %s", what, error)
+        except Exception:  # task boundary: what the engine raises must not end the link, its only way back
+            log.exception("the engine could not %s", what)
 
     def _lose(self, reason: str) -> None:
         """The daemon is gone: an engine that was serving serves on, unless it is touched.
@@ -221,7 +226,7 @@ class Receiver:
         self._steps.forget()
         self._close_slots()
         if not self._loader.touched and not self._held:
-            self._loader.resume()
+            self._try("resume", self._loader.resume)
 
     def _listen(self, seconds: float) -> None:
         """Carry out what the daemon asks for, for ``seconds``."""
@@ -238,6 +243,8 @@ class Receiver:
                 self._lose(message.error.message)
             elif isinstance(message, WorkerWelcome):
                 self._take_in(message)  # of a hello said twice: the daemon counts on its last answer
+            elif isinstance(message, Expect):
+                self._steps.expect(message)
             else:
                 self._carry_out(message)
                 self._heard = time.monotonic()  # a long step was no silence of the daemon's

@@ -12,13 +12,14 @@ from typing import Final, Protocol
 
 import torch
 
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Slots
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
     ErrorInfo,
+    Expect,
     Finish,
     Load,
     Pause,
@@ -51,6 +52,14 @@ class Loader(Protocol):
         """
         ...
 
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """Raise if a version of these tensors cannot be loaded; called while the engine may serve, changes nothing.
+
+        Raises:
+            ManifestError: says which tensors are missing, unknown, or of another dtype or shape.
+        """
+        ...
+
     def begin(self) -> None:
         """Make ready for the tensors of a version; forget an update that was not finished."""
         ...
@@ -80,8 +89,27 @@ class Steps:
         self._update: Begin | None = None
         self._before: tuple[int, VersionId | None] | None = None
         """The last round that was begun here, and what the engine held before it."""
+        self._expected: list[TensorSpec] = []
+        self._misfit: tuple[int, CpeError] | None = None
+        """The last round whose version does not fit this engine, and why."""
         self._assembly = Assembly()
         self._loaded = 0
+
+    def expect(self, message: Expect) -> None:
+        """Compare what is to come with what the engine holds, as soon as all of it is announced."""
+        if message.first == 0:
+            self._expected = []
+        self._expected += message.tensors
+        if len(self._expected) < message.total:
+            return
+        expected, self._expected = self._expected, []
+        try:
+            self._loader.expect(expected)
+        except CpeError as error:
+            self._misfit = (message.round, error)
+        except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
+            log.exception("expect failed in the engine")
+            self._misfit = (message.round, EngineError(f"{type(error).__name__}: {error}"))
 
     def carry_out(self, step: Step, slots: Slots) -> StepDone | StepFailed:
         """Do one step, and return what is to be answered, whatever happens."""
@@ -109,6 +137,8 @@ class Steps:
                 self._loader.pause(step.deadline_seconds)
             case Begin():
                 self.forget()
+                if self._misfit is not None and self._misfit[0] == step.round:
+                    raise self._misfit[1]
                 self._loader.begin()
                 self._update, self._before = step, (step.round, self._loader.content)
             case Load():
@@ -118,7 +148,7 @@ class Steps:
             case Abort():
                 self.forget()
             case Resume():
-                self._resume()
+                self._resume(step)
 
     def _changed(self, round: int) -> bool:
         """Whether the weights are no longer what they were before a round: a mixture, or its version whole."""
@@ -141,7 +171,10 @@ class Steps:
         self._loader.finish(begun.version)
         self.forget()
 
-    def _resume(self) -> None:
+    def _resume(self, resume: Resume) -> None:
         if self._loader.touched:
             raise EngineError("the weights may be a mixture of versions; not resuming")
+        if resume.content != self._loader.content:
+            held, named = self._loader.content or "no version", resume.content or "no version"
+            raise EngineError(f"the weights are {held}, not {named}; not resuming")
         self._loader.resume()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
+from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
@@ -63,6 +65,8 @@ class Worker:
         """The version that it holds whole, if any."""
         self.touched = hello.touched
         """Whether its weights may be a mixture."""
+        self.loaded: Sequence[TensorSpec] | None = None
+        """The tensors of the version that it loaded last in this attachment."""
         self.gone: PeerLostError | None = None
         self._sender = sender
         self._waiting: dict[tuple[int, str, int], asyncio.Future[StepDone]] = {}
@@ -77,6 +81,11 @@ class Worker:
     def busy(self) -> bool:
         """Whether it is carrying out a step; it is silent meanwhile, and the step's deadline watches it."""
         return bool(self._waiting)
+
+    def tell(self, header: bytes) -> None:
+        """Send an encoded message that is not answered; if it does not arrive, the next step fails by itself."""
+        if self.gone is None:
+            self._sender.send_encoded(self.peer, header)
 
     def post(self, step: Step, seconds: float, header: bytes | None = None) -> asyncio.Future[StepDone]:
         """Send a step now; its answer, or what became of it, comes with the future, in ``seconds`` at the latest.

@@ -10,7 +10,7 @@ import structlog
 
 from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.lifecycle import EngineEvent, EngineState
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError
 from cpe_daemon.wire.messages import Abort, EngineReport, ErrorInfo, Load, StepDone
@@ -89,6 +89,15 @@ class Participant:
             if worker.gone is not None:
                 raise worker.gone
 
+    def knows(self, specs: Sequence[TensorSpec]) -> bool:
+        """Whether all its workers have loaded a version of these very tensors."""
+        return all(worker.loaded is specs for worker in self.workers)
+
+    def tell(self, header: bytes) -> None:
+        """Send a message that is not answered to all workers."""
+        for worker in self.workers:
+            worker.tell(header)
+
     def post(self, load: Load, header: bytes) -> Awaitable[None]:
         """Send a bucket to all workers now; the result ends when the slot is theirs no more."""
         seconds = self._deadlines.bucket_seconds
@@ -104,8 +113,10 @@ class Participant:
         if self.alive:
             self.loaded_bytes += nbytes
 
-    async def resume(self, content: VersionId) -> None:
-        """The engine holds ``content`` whole: let it serve."""
+    async def resume(self, content: VersionId, specs: Sequence[TensorSpec]) -> None:
+        """The engine holds ``content``, of the tensors ``specs``, whole: let it serve."""
+        for worker in self.workers:
+            worker.loaded = specs
         await self.step(
             "resume",
             self.engine.driver.resume(self._round, content, self._deadlines.resume_seconds),

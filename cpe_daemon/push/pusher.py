@@ -162,7 +162,7 @@ class Pusher:
             full = self._device.topology
             topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
             tensors = await asyncio.to_thread(version.tensors)
-            plan = await asyncio.to_thread(self._planner.plan, version.id.model, tensors, topology)
+            specs, plan = await asyncio.to_thread(self._planner.plan, version.id.model, tensors, topology)
             served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
             participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
             if not participants:
@@ -170,7 +170,7 @@ class Pusher:
             current = Round(
                 number=self._rounds,
                 version=version.id,
-                tensors=tensors,
+                specs=specs,
                 plan=plan,
                 gpus=gpus,
                 device=self._device,

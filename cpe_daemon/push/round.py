@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import structlog
 
 from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.driver import Update
 from cpe_daemon.core.lifecycle import ROUND_TABLE, RoundEvent, RoundState, advance
-from cpe_daemon.core.plan import Bucket, Plan, PlanTensor
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.plan import Bucket, Plan
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.pipeline import Pipeline
 from cpe_daemon.wire.codec import encode
-from cpe_daemon.wire.messages import Load, TensorPart
+from cpe_daemon.wire.messages import Expect, Load, TensorPart
 
 log = structlog.get_logger(__name__)
+
+_SPECS_A_MESSAGE: Final = 4096
 
 
 class Round:
@@ -32,7 +35,7 @@ class Round:
     Args:
         number: of the round, growing within the daemon's process.
         version: what is pushed.
-        tensors: its tensors, as planned.
+        specs: its tensors, as planned; the same object as long as they are the same.
         plan: its buckets.
         gpus: indices at the device, in the plan's order.
         device: whose slots are used.
@@ -46,7 +49,7 @@ class Round:
         *,
         number: int,
         version: VersionId,
-        tensors: Sequence[PlanTensor],
+        specs: Sequence[TensorSpec],
         plan: Plan,
         gpus: Sequence[int],
         device: Device,
@@ -58,7 +61,7 @@ class Round:
         self.participants = participants
         self._number = number
         self._version = version
-        self._tensors = tensors
+        self._specs = specs
         self._nbytes = plan.nbytes
         self._deadlines = deadlines
         self._clock = clock
@@ -87,6 +90,7 @@ class Round:
             tasks.create_task(self._pipeline.run())
             await self._pipeline.primed()
             prefetched = self._clock() - began
+            self._announce()
             self._change(RoundEvent.SLOTS_FULL)
             limits = self._deadlines
             await self._each(
@@ -94,7 +98,7 @@ class Round:
                 lambda p: p.engine.driver.pause(self._number, limits.pause_seconds),
                 limits.pause_seconds,
             )
-            update = Update(self._number, self._version, len(self._tensors), self._nbytes)
+            update = Update(self._number, self._version, len(self._specs), self._nbytes)
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
             )
@@ -111,8 +115,19 @@ class Round:
             limits.finish_seconds,
         )
         self._change(RoundEvent.FINISHED)
-        await asyncio.gather(*(participant.resume(self._version) for participant in self.alive))
+        await asyncio.gather(*(participant.resume(self._version, self._specs) for participant in self.alive))
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
+
+    def _announce(self) -> None:
+        """Tell the workers that have not loaded such a version before what it will bring, while they serve."""
+        waiting = [participant for participant in self.alive if not participant.knows(self._specs)]
+        if not waiting:
+            return
+        for first in range(0, len(self._specs), _SPECS_A_MESSAGE):
+            part = list(self._specs[first : first + _SPECS_A_MESSAGE])
+            header = encode(Expect(self._number, first, len(self._specs), part))
+            for participant in waiting:
+                participant.tell(header)
 
     async def _each(self, phase: str, work: Callable[[Participant], Awaitable[object]], seconds: float) -> None:
         """One phase for all engines at once; the next begins when the last has done it or was dropped."""
@@ -127,7 +142,7 @@ class Round:
         """Stage 3: tell every worker what lies in a slot."""
         parts = [
             TensorPart(spec.name, spec.dtype, spec.shape, part.tensor_offset, part.nbytes, part.slot_offset)
-            for part, spec in ((part, self._tensors[part.tensor].spec) for part in bucket.parts)
+            for part, spec in ((part, self._specs[part.tensor]) for part in bucket.parts)
         ]
         load = Load(self._number, bucket.index, slot, parts)
         header = encode(load)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.core.types import Shard, TensorSpec, VersionId
 
 PROTOCOL: Final = 1
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 1)
@@ -278,6 +278,19 @@ class Pause(Message, frozen=True, tag="pause"):
     deadline_seconds: float
 
 
+class Expect(Message, frozen=True, tag="expect"):
+    """What the round's version brings: tensors ``first`` onwards of ``total``. Sent before the pause, not answered.
+
+    A worker compares it with what it holds while it still serves; `Begin` then fails if they differ, and no weight has
+    been touched. Left out when the worker has loaded a version of these very tensors before.
+    """
+
+    round: int
+    first: int
+    total: int
+    tensors: list[TensorSpec]
+
+
 class Begin(Message, frozen=True, tag="begin"):
     """A version's buckets are about to come: ``tensors`` tensors of ``nbytes`` in all."""
 
@@ -336,5 +349,5 @@ FrontReply = TrainerWelcome | VersionOpened | ChunkDone | VersionStatus | Status
 WorkerMessage = WorkerHello | StepDone | StepFailed | WorkerBye | Ping
 """What engine workers send."""
 
-WorkerCommand = WorkerWelcome | Pause | Begin | Load | Finish | Abort | Resume | Pong | ErrorReply
+WorkerCommand = WorkerWelcome | Expect | Pause | Begin | Load | Finish | Abort | Resume | Pong | ErrorReply
 """What engine workers get."""

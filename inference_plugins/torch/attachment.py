@@ -14,8 +14,9 @@ from typing import Final
 
 import torch
 
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, MisuseError
+from inference_plugins.assembly import dtype_of
 from inference_plugins.receiver import Identity, Receiver
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Callback, Slicer, Slicing, Target, make_target
@@ -43,6 +44,9 @@ class _TorchLoader:
     def pause(self, seconds: float) -> None:
         self._lock.shut(_MIXED if self.touched else "its weights are being updated", seconds)
         self._tell(serving=False)
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        self._target.expect([(t.name, torch.empty(t.shape, dtype=dtype_of(t.dtype), device="meta")) for t in tensors])
 
     def begin(self) -> None:
         self._target.begin()

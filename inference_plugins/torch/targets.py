@@ -20,6 +20,10 @@ _NAMED: Final = 10
 class Target(Protocol):
     """Where an update's tensors go. Used by one thread."""
 
+    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Raise unless an update by these, given as meta tensors, can be written and leaves nothing out."""
+        ...
+
     def begin(self) -> None:
         """An update begins: nothing has come yet."""
         ...
@@ -89,6 +93,20 @@ class TensorTarget:
         self._places: dict[str, torch.Tensor] = {}
         self._written: set[int] = set()
 
+    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse what `check` would refuse, and a version that brings nothing for a tensor here.
+
+        Raises:
+            ManifestError: names the first ten of each kind.
+        """
+        self.begin()
+        self.check(tensors)
+        self._written = {id(self._places[name]) for name, _ in tensors if name in self._places}
+        missing = self.missing()
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise ManifestError(f"the version brings nothing for {', '.join(missing[:_NAMED])}{more}")
+
     def begin(self) -> None:
         """Look the tensors up anew."""
         self._places = {n: t for n, t in self._tensors().items() if isinstance(t, torch.Tensor)}
@@ -135,6 +153,10 @@ class CallbackTarget:
     def __init__(self, callback: Callback, slicer: Slicer) -> None:
         self._callback = callback
         self._slicer = slicer
+
+    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse what cannot be sliced; the function alone knows more."""
+        self.check(tensors)
 
     def begin(self) -> None:
         """Nothing to prepare."""

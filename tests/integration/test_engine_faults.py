@@ -160,7 +160,7 @@ def test_loader_that_always_raises_stays_paused_and_says_so(node: Node, trainer:
         ({"retype": {"layers.9.weight": "int32"}}, r"layers\.9\.weight is torch\.float32 here, torch\.int32"),
         ({"reshape": {"layers.9.weight": [512, 256]}}, r"layers\.9\.weight is \[131072\] here, \[512, 256\]"),
         ({"add": ["layers.9.bias"]}, r"no tensor here is called layers\.9\.bias"),
-        ({"drop": ["layers.9.weight"]}, r"brought nothing for layers\.9\.weight"),
+        ({"drop": ["layers.9.weight"]}, r"brings nothing for layers\.9\.weight"),
         ({"drop": ["layers.9.weight"], "add": ["layers.9.wieght"]}, r"no tensor here is called layers\.9\.wieght"),
     ],
     ids=["dtype", "shape", "extra", "missing", "misspelt"],
@@ -181,6 +181,17 @@ def test_version_that_does_not_fit_fails_and_the_engine_keeps_what_it_had(
     trainer.publish_live(3)
     for worker in workers:
         assert worker.ask("forward") == expected
+
+
+def test_first_version_that_does_not_fit_touches_nothing(node: Node, trainer: Trainer) -> None:
+    (worker,) = node.engine(recipe=RECIPE)
+    before = worker.ask("forward")
+    build(trainer, 1, reshape={"layers.9.weight": [512, 256]})  # the last tensor: what comes before it would fit
+    with pytest.raises(EngineError, match=r"layers\.9\.weight is \[131072\] here, \[512, 256\]"):
+        trainer.publish_live(1)
+    assert worker.state()["serving"]
+    assert worker.ask("forward") == before
+    assert node.daemon.engine("e")["state"] == "current"
 
 
 def test_forward_pass_that_never_ends_keeps_its_version(node: Node, trainer: Trainer) -> None:

@@ -10,19 +10,26 @@ import pytest
 import torch
 import zmq
 
-from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import BusyError, PeerLostError
+from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.errors import BusyError, DeadlineError, EngineError, PeerLostError
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import (
     PROTOCOL,
+    Abort,
+    Begin,
     ErrorInfo,
     ErrorReply,
+    Finish,
+    Load,
     Message,
+    Pause,
     Ping,
     Pong,
     Resume,
     SlotSet,
     StepDone,
+    StepFailed,
+    TensorPart,
     WorkerBye,
     WorkerHello,
     WorkerMessage,
@@ -42,7 +49,7 @@ class FakeSlots:
         self.lost = False
 
     def slot(self, index: int) -> torch.Tensor:
-        raise NotImplementedError
+        return torch.zeros(4096, dtype=torch.uint8)
 
     def close(self) -> None:
         pass
@@ -55,24 +62,34 @@ class FakeLoader:
         self.content: VersionId | None = None
         self.touched = False
         self.serving = False
-        self.changed = threading.Event()
+        self.broken: dict[str, BaseException] = {}
+        """What to raise, by method."""
 
     def pause(self, seconds: float) -> None:
+        self._maybe_break("pause")
         self.serving = False
-        self.changed.set()
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        self._maybe_break("expect")
 
     def begin(self) -> None:
-        raise NotImplementedError
+        self._maybe_break("begin")
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        raise NotImplementedError
+        self.touched = True
+        self._maybe_break("load")
 
     def finish(self, version: VersionId) -> None:
-        raise NotImplementedError
+        self._maybe_break("finish")
+        self.content, self.touched = version, False
 
     def resume(self) -> None:
+        self._maybe_break("resume")
         self.serving = True
-        self.changed.set()
+
+    def _maybe_break(self, method: str) -> None:
+        if method in self.broken:
+            raise self.broken[method]
 
 
 class FakeDaemon:
@@ -102,7 +119,10 @@ class FakeDaemon:
         self.say(WorkerWelcome(PROTOCOL, "generation", 0.1, slots, "nowhere", hold))
 
     def say(self, message: Message) -> None:
-        self._socket.send_multipart([self._peer, encode(message)])
+        self.say_raw(encode(message))
+
+    def say_raw(self, header: bytes) -> None:
+        self._socket.send_multipart([self._peer, header])
 
     def close(self) -> None:
         self._socket.close()
@@ -142,6 +162,7 @@ def receiver(
 ) -> Iterator[Receiver]:
     """Not attached yet; it says hello once a minute, so that no test meets a hello that it does not expect."""
     monkeypatch.setattr(module, "_HELLO_EVERY_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_GOODBYE_SECONDS", 0.05)
     made = Receiver(daemon.endpoint, Identity("e", "torch", 0, 1, "i"), loader)
     yield made
     made.close()
@@ -283,3 +304,156 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
     thread.join(_SECONDS)
     assert closed.is_set()
     monkeypatch.setattr(receiver, "close", lambda: None)  # it is closed
+
+
+# --- an engine that raises -------------------------------------------------------------------------------------------
+
+NEW = VersionId("m", "r", 2)
+LOAD = Load(1, 0, 0, [TensorPart("w", "uint8", (4,), 0, 4, 0)])
+ROUND: dict[str, Message] = {
+    "pause": Pause(1, 1.0),
+    "begin": Begin(1, NEW, 1, 4),
+    "load": LOAD,
+    "finish": Finish(1),
+    "resume": Resume(1, NEW),
+}
+
+
+@pytest.mark.parametrize("error", [ValueError("no such layer"), EngineError("no such layer"), MemoryError()], ids=repr)
+@pytest.mark.parametrize("broken", ROUND)
+def test_what_the_engine_raises_is_answered_and_goes_no_further(
+    broken: str, error: Exception, daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    loader.broken[broken] = error
+    for name, step in ROUND.items():
+        daemon.say(step)
+        if name == broken:
+            break
+        assert daemon.expect(StepDone)
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert (failed.step, failed.error.code) == (broken, "engine")
+    assert failed.error.message.endswith(str(error))
+    loader.broken.clear()
+    daemon.say(Abort(1, "a worker failed"))
+    assert daemon.expect(StepDone)
+    assert daemon.expect(Ping)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), DeadlineError("a forward pass is running")], ids=repr)
+def test_engine_that_cannot_hold_is_still_attached(
+    error: Exception, daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    loader.broken["pause"] = error
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(hold=True)
+    assert daemon.expect(Ping)
+    daemon.say(Pause(1, 1.0))
+    assert daemon.expect(StepFailed)
+
+
+def test_engine_that_cannot_resume_is_still_attached(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    loader.broken["resume"] = RuntimeError("CUDA error")
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    slots[-1].lost = True
+    assert daemon.expect(WorkerHello)
+    loader.broken.clear()
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+
+
+# --- a daemon that comes back ----------------------------------------------------------------------------------------
+
+
+def test_other_generation_means_another_daemon(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    """It knows nothing of this worker, and its slots are not those that are open here."""
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    daemon.say(Pong("generation"))
+    assert daemon.expect(Ping)
+    daemon.say(Pong("another"))
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    assert len(slots) == 2
+    assert loader.serving
+
+
+def test_daemon_that_does_not_know_this_worker_hears_hello(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    daemon.say(ErrorReply(ErrorInfo("protocol", "say hello first")))
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    assert len(slots) == 2
+
+
+def test_touched_engine_stays_paused_whatever_the_daemon_does(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    for step in ("pause", "begin", "load"):
+        daemon.say(ROUND[step])
+        assert daemon.expect(StepDone)
+    slots[-1].lost = True
+    hello = daemon.expect(WorkerHello)
+    assert isinstance(hello, WorkerHello)
+    assert (hello.touched, hello.content) == (True, None)
+    assert not loader.serving
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    assert not loader.serving
+    daemon.say(Resume(2))
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert "mixture" in failed.error.message
+    assert not loader.serving
+
+
+def test_round_of_the_daemon_before_is_forgotten(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    for step in ("pause", "begin"):
+        daemon.say(ROUND[step])
+        assert daemon.expect(StepDone)
+    slots[-1].lost = True
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    daemon.say(LOAD)
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert "not begun" in failed.error.message
+    assert not loader.touched
+
+
+def test_garbage_of_the_daemon_s_is_passed_over(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+) -> None:
+    assert daemon.expect(WorkerHello)
+    for garbage in (b"", b"garbage", encode(Ping()), encode(LOAD)[:-1]):
+        daemon.say_raw(garbage)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    for garbage in (b"", b"garbage", encode(Ping()), encode(LOAD)[:-1]):
+        daemon.say_raw(garbage)
+    assert daemon.expect(Ping)
+    assert loader.serving
+    assert len(slots) == 1

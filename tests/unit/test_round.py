@@ -53,7 +53,7 @@ def make_round(node: FakeNode, *engines: str, **deadlines: float) -> Round:
     return Round(
         number=7,
         version=NEW,
-        tensors=tensors,
+        specs=[tensor.spec for tensor in tensors],
         plan=plan,
         gpus=gpus,
         device=node.device,

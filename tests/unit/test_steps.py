@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import DeadlineError
-from cpe_daemon.wire.messages import Abort, Begin, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
+from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.errors import DeadlineError, ManifestError
+from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
 from inference_plugins.steps import Step, Steps
 
 OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
@@ -24,11 +24,17 @@ class FakeLoader:
         self.touched = False
         self.calls: list[str] = []
         self.error: Exception | None = None
+        self.misfit: Exception | None = None
 
     def pause(self, seconds: float) -> None:
         self.calls.append("pause")
         if seconds == 0:
             raise DeadlineError("busy")
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        self.calls.append(f"expect {len(tensors)}")
+        if self.misfit is not None:
+            raise self.misfit
 
     def begin(self) -> None:
         self.calls.append("begin")
@@ -90,6 +96,24 @@ def test_round_is_carried_out(steps: Steps, loader: FakeLoader) -> None:
     assert loader.content == NEW
 
 
+def test_version_that_does_not_fit_is_refused_at_its_beginning(steps: Steps, loader: FakeLoader) -> None:
+    specs = [TensorSpec("w", "float32", (2,)), TensorSpec("b", "float32", (1,))]
+    loader.misfit = ManifestError("no tensor here is called b")
+    steps.expect(Expect(7, 0, 2, specs[:1]))
+    assert loader.calls == []
+    steps.expect(Expect(7, 1, 2, specs[1:]))
+    assert loader.calls == ["expect 2"]
+    assert refused(steps, Begin(7, NEW, 2, 12)) == "no tensor here is called b"
+    assert not loader.touched
+    do(steps, Begin(8, NEW, 1, 8))
+
+
+def test_engine_that_raises_when_it_compares_is_reported(steps: Steps, loader: FakeLoader) -> None:
+    loader.misfit = ValueError("broken")
+    steps.expect(Expect(7, 0, 0, []))
+    assert refused(steps, Begin(7, NEW, 0, 0)) == "ValueError: broken"
+
+
 def test_failure_is_answered_with_its_code(steps: Steps, loader: FakeLoader) -> None:
     answer = steps.carry_out(Pause(7, 0.0), FakeSlots())
     assert isinstance(answer, StepFailed)
@@ -115,6 +139,14 @@ def test_finish_without_every_tensor_is_refused(steps: Steps, loader: FakeLoader
 def test_mixture_is_not_resumed(steps: Steps) -> None:
     do(steps, Begin(7, NEW, 1, 8), LOAD)
     assert "mixture" in refused(steps, Resume(7, OLD))
+
+
+@pytest.mark.parametrize("named", [NEW, None])
+def test_version_is_not_resumed_under_another_s_name(steps: Steps, loader: FakeLoader, named: VersionId | None) -> None:
+    assert "the weights are m@r#1, not" in refused(steps, Resume(7, named))
+    assert loader.calls == []
+    do(steps, Resume(7, OLD))
+    assert loader.calls == ["resume"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.core.types import Shard, TensorSpec, VersionId
 from cpe_daemon.wire.messages import (
     Abandon,
     Abort,
@@ -18,6 +18,7 @@ from cpe_daemon.wire.messages import (
     EngineReport,
     ErrorInfo,
     ErrorReply,
+    Expect,
     Finish,
     Load,
     ManifestPart,
@@ -115,6 +116,7 @@ SAMPLES: Final[dict[str, tuple[Message, Message]]] = {
         WorkerWelcome(1, "5f0c", 1.0, SlotSet("cuda", "GPU-9c1f", 2, 1 << 28, [b"a" * 64, b"b" * 64]), "", hold=True),
     ),
     "pause": (Pause(3, 60.0), Pause(3, 0.001)),
+    "expect": (Expect(3, 0, 0, []), Expect(1 << 40, 4096, 4097, [TensorSpec("w", "bfloat16", (2, 3))])),
     "begin": (Begin(3, _ID, 400, 1 << 34), Begin(1 << 40, _ID, 1, 0)),
     "load": (
         Load(3, 0, 0, []),
