@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -91,7 +91,7 @@ class TensorTarget:
         self._slicer = slicer
         self._ignore = frozenset(ignore)
         self._places: dict[str, torch.Tensor] = {}
-        self._written: set[int] = set()
+        self._written: set[Hashable] = set()
 
     def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Refuse what `check` would refuse, and a version that brings nothing for a tensor here.
@@ -101,7 +101,7 @@ class TensorTarget:
         """
         self.begin()
         self.check(tensors)
-        self._written = {id(self._places[name]) for name, _ in tensors if name in self._places}
+        self._written = {_memory_of(self._places[name]) for name, _ in tensors if name in self._places}
         missing = self.missing()
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -128,11 +128,11 @@ class TensorTarget:
         place = self._places.get(name)
         if place is not None:
             place.detach().copy_(self._slicer.cut(name, tensor))
-            self._written.add(id(place))
+            self._written.add(_memory_of(place))
 
     def missing(self) -> list[str]:
         """Names whose tensor nothing was written to."""
-        return [name for name, place in self._places.items() if id(place) not in self._written]
+        return [name for name, place in self._places.items() if _memory_of(place) not in self._written]
 
     def _mismatch(self, name: str, tensor: torch.Tensor) -> str | None:
         place = self._places.get(name)
@@ -145,6 +145,13 @@ class TensorTarget:
             sliced = f" (cut from {list(tensor.shape)})" if part.shape != tensor.shape else ""
             return f"{name} is {list(place.shape)} here, {list(part.shape)}{sliced} in the version"
         return None
+
+
+def _memory_of(tensor: torch.Tensor) -> Hashable:
+    """The same for tensors that are the same bytes in the same order: a state dict has an object for each tied name."""
+    if not tensor.numel() or not tensor.data_ptr():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 class CallbackTarget:
