@@ -62,9 +62,12 @@ class Link:
         """
         self._greet_now.set()
         with self._bell.lock:
-            deadline = max(self._away_since + connect_timeout, time.monotonic() + min(_GRACE_SECONDS, connect_timeout))
+            now = time.monotonic()
+            if self._session is not None and self._session.cut:
+                self._away_since = now  # the thread has not noticed yet
+            deadline = max(self._away_since + connect_timeout, now + min(_GRACE_SECONDS, connect_timeout))
             seen = self._refusals
-            while self._session is None:
+            while self._session is None or self._session.cut:
                 if self._refusals > seen and self._refusal is not None:
                     raise from_code(self._refusal.code, self._refusal.message)
                 left = deadline - time.monotonic()

@@ -90,6 +90,11 @@ class Session:
         """Whether bytes go through a landing ring."""
         return self._landing is not None
 
+    @property
+    def cut(self) -> bool:
+        """Whether the daemon has ended, as far as its tether tells; any thread."""
+        return self._landing is not None and self._landing.tether.cut
+
     def post(self, command: Callable[[], None], *, hurry: bool = True) -> None:
         """Have ``command`` run by the link's thread; dropped if the session is over. Any thread.
 
@@ -190,7 +195,7 @@ class Session:
             raise self._doubt
 
     def _check(self) -> None:
-        if self._landing is not None and self._landing.tether.cut:
+        if self.cut:
             while self._receive(_LAST_WORDS_SECONDS):
                 continue  # said before it ended, perhaps that the version is live; a tether is faster than a message
             raise PeerLostError(f"the daemon at {self._dealer.endpoint} ended")

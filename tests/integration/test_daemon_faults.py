@@ -88,6 +88,24 @@ def test_worker_that_waits_for_the_live_version_does_not_serve_when_the_daemon_d
         newcomer.ask("forward")
 
 
+@pytest.mark.parametrize("landing", [True, False], ids=["landing", "inline"])
+def test_publish_waits_for_a_daemon_that_is_restarted(node: Node, landing: bool) -> None:
+    node.start_daemon()
+    trainer = node.trainer(landing=landing)
+    worker = node.engine(recipe=RECIPE)[0]
+    publish(trainer, 1)
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    node.daemon.kill()
+    if not landing:  # without a tether it takes some heartbeats until the trainer knows
+        until(lambda: "the daemon at ipc" in trainer.log.read_text(), "the trainer notices")
+    publishing = trainer.begin("publish", version=2)
+    node.start_daemon()
+    trainer.result(publishing)
+    trainer.ask("live", version=2, timeout=15)
+    worker.await_serving(2)
+    assert worker.ask("forward") == trainer.ask("digests")
+
+
 def test_second_daemon_refuses_and_the_first_is_unharmed(node: Node, trainer: Trainer) -> None:
     worker = node.engine(recipe=RECIPE)[0]
     publish(trainer, 1)
