@@ -153,6 +153,24 @@ def test_terminated_daemon_ends_the_push_first(node: Node, trainer: Trainer) -> 
     assert gated.ask("forward") == trainer.result(expected)
 
 
+def test_terminated_daemon_does_not_wait_for_trainers(node: Node, trainer: Trainer) -> None:
+    worker = node.engine(recipe=RECIPE)[0]
+    held = publish(trainer, 1)
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    trainer.ask("arm", at=3)
+    publishing = trainer.begin("publish", version=2, watched=True)
+    trainer.event("reached")
+    assert node.daemon.stop() == 0
+    trainer.ask("go")
+    trainer.result(publishing)
+    with pytest.raises(PeerLostError):
+        trainer.ask("live", version=2, timeout=15)
+    assert worker.ask("forward") == held
+    node.start_daemon()
+    publish(trainer, 2)
+    worker.await_serving(2)
+
+
 def test_terminated_daemon_does_not_wait_for_ever(node: Node) -> None:
     node.start_daemon(deadlines__drain_seconds=0.5)
     trainer = node.trainer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -90,6 +91,47 @@ def test_restarted_engine_gets_the_live_version(node: Node, trainer: Trainer) ->
         worker.ask("ready", timeout=15)
         assert worker.ask("forward") == expected
     assert publish(trainer, 3)
+
+
+def test_engine_that_dies_while_it_is_brought_up_is_brought_up_again(node: Node, trainer: Trainer) -> None:
+    expected = publish(trainer, 1)
+    first = node.worker(target="callback", recipe=RECIPE)
+    first.ask("arm", at=5)
+    first.ask("attach")
+    first.event("reached")
+    first.kill()
+    second = node.engine(target="callback", recipe=RECIPE)[0]
+    second.ask("ready", timeout=15)
+    assert second.ask("forward") == expected
+
+
+def test_version_that_is_staged_while_an_engine_is_brought_up_follows(node: Node, trainer: Trainer) -> None:
+    publish(trainer, 1)
+    late = node.worker(target="callback", recipe=RECIPE)
+    late.ask("arm", at=5)
+    late.ask("attach")
+    late.event("reached")
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    trainer.ask("publish", version=2)
+    trainer.ask("staged", version=2, timeout=15)
+    assert node.daemon.version(2)["state"] == "staged"
+    late.ask("go")
+    trainer.ask("live", version=2, timeout=15)
+    late.await_serving(2)
+    assert late.ask("forward") == trainer.ask("digests")
+
+
+def test_engine_that_was_silent_for_too_long_catches_up(node: Node) -> None:
+    daemon = node.start_daemon(deadlines__heartbeat_interval_seconds=0.2, deadlines__heartbeat_lost_seconds=1)
+    trainer = node.trainer()
+    silent = node.engine("silent", recipe=RECIPE)[0]
+    publish(trainer, 1)
+    silent.signal(signal.SIGSTOP)
+    until(lambda: not daemon.engine("silent")["workers"][0]["present"], "it is given up")
+    expected = publish(trainer, 2)
+    silent.signal(signal.SIGCONT)
+    silent.await_serving(2)
+    assert silent.ask("forward") == expected
 
 
 def test_engine_that_detaches_is_forgotten_and_keeps_its_weights(node: Node, trainer: Trainer) -> None:
