@@ -15,7 +15,7 @@ from typing import Any, Final
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
-from cpe_daemon.core.manifest import layout, merge
+from cpe_daemon.core.manifest import DIGEST_BYTES, layout, merge
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import (
     ArenaFullError,
@@ -123,6 +123,9 @@ class Ingest:
             (s.version.id, s.rank) == (version, hello.rank) for link in self._trainers for s in link.streams.values()
         ):
             raise BusyError(f"rank {hello.rank} is contributing to {version} already")
+        known = self._catalogue.find(version)
+        if known is not None and known.state is VersionState.RECEIVING and hello.rank in known.contributions:
+            raise BusyError(f"rank {hello.rank} has contributed to {version} already")
         record = self._catalogue.open(version, hello.world_size, force=opened.force)
         stream = session.streams[opened.stream] = Stream(opened, record, hello.rank)
         session.watching.add(version)
@@ -185,6 +188,7 @@ class Ingest:
         except ProtocolError:
             session.give_back(chunk.ring_offset)
             raise
+        session.landed = session.landed or chunk.ring_offset >= 0
         stream.begin_write(lambda: self._catalogue.lease(stream.version))
         loop = asyncio.get_running_loop()
         write = loop.run_in_executor(self._pool, writer.write, chunk.offset, address, chunk.nbytes)
@@ -216,6 +220,8 @@ class Ingest:
             return
         if not stream.ready().all_accepted:
             raise ProtocolError(f"sealed before every byte of {stream.version.id} was sent")
+        if len(seal.digests) != DIGEST_BYTES * stream.tensors:
+            raise ProtocolError(f"{len(seal.digests)} bytes of digests for {stream.tensors} tensors")
         stream.seal = seal.digests
         self._try_seal(session, stream)
 

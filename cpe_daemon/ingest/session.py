@@ -90,6 +90,5 @@ class Session:
             raise ProtocolError(f"no chunk can lie at {at} of the landing ring")
         if at in self.busy_places:
             raise ProtocolError(f"the place at {at} of the landing ring is still being read")
-        self.landed = True
         self.busy_places.add(at)
         return self.ring.address + at

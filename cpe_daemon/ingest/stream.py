@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from cpe_daemon.core.manifest import MAX_DIMS, MAX_NAME_CHARS
 from cpe_daemon.core.types import Shard
 from cpe_daemon.errors import ManifestError, ProtocolError
 from cpe_daemon.ingest.writer import ExtentWriter
@@ -46,12 +47,16 @@ class Stream:
 
         Raises:
             ProtocolError: it is not the next one.
-            ManifestError: it brings more shards than announced.
+            ManifestError: it brings more shards than announced, or one with an endless name or shape.
         """
         if self.manifest_complete or part.first != len(self.shards):
             raise ProtocolError(f"manifest part at {part.first}; {len(self.shards)} of {self.tensors} shards are here")
         if len(self.shards) + len(part.shards) > self.tensors:
             raise ManifestError(f"more than the {self.tensors} shards announced")
+        for shard in part.shards:  # only what bounds the memory that they take; `layout` looks closely, in a thread
+            dims = max(len(shard.shape), len(shard.start or ()), len(shard.local_shape or ()))
+            if len(shard.name) > MAX_NAME_CHARS or dims > MAX_DIMS:
+                raise ManifestError(f"a tensor with a name of {len(shard.name)} characters and {dims} dimensions")
         self.shards += part.shards
 
     def ready(self) -> ExtentWriter:
