@@ -22,7 +22,7 @@ from cpe_daemon.core.manifest import Manifest
 from cpe_daemon.core.plan import PlanTensor, locate
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import ArenaFullError, CpeError, MisuseError, VersionRefusedError
-from cpe_daemon.wire.messages import VersionReport
+from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
 

@@ -15,18 +15,8 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Slots
 from cpe_daemon.errors import CpeError, EngineError
-from cpe_daemon.wire.messages import (
-    Abort,
-    Begin,
-    ErrorInfo,
-    Expect,
-    Finish,
-    Load,
-    Pause,
-    Resume,
-    StepDone,
-    StepFailed,
-)
+from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.assembly import Assembly
 
 log: Final = logging.getLogger(__name__)

@@ -37,7 +37,6 @@ from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
     ChunkDone,
-    ErrorInfo,
     ErrorReply,
     ManifestPart,
     Message,
@@ -47,6 +46,7 @@ from cpe_daemon.wire.messages import (
     VersionStatus,
     Watch,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 
 _MAX_REASON_CHARS: Final = 256
 _MAX_STREAMS: Final = 4

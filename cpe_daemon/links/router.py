@@ -18,7 +18,8 @@ import zmq
 
 from cpe_daemon.errors import ConfigError, CpeError, ProtocolError
 from cpe_daemon.wire.codec import Codec, encode
-from cpe_daemon.wire.messages import ErrorInfo, ErrorReply, Message
+from cpe_daemon.wire.messages import ErrorReply, Message
+from cpe_daemon.wire.reports import ErrorInfo
 
 log = structlog.get_logger(__name__)
 

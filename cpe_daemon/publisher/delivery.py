@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import CpeError, PublishError, from_code
-from cpe_daemon.wire.messages import VersionReport, VersionStatus
+from cpe_daemon.wire.messages import VersionStatus
+from cpe_daemon.wire.reports import VersionReport
 
 STAGED_OR_LATER = frozenset({"staged", "pushing", "live", "retained", "evicted"})
 LIVE_OR_LATER = frozenset({"live", "retained", "evicted"})

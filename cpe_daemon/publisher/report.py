@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.wire.messages import EngineReport, VersionReport
+from cpe_daemon.wire.reports import EngineReport, VersionReport
 
 _HEADINGS = ("engine", "outcome", "GB", "GB/s", "phases")
 

@@ -13,7 +13,8 @@ from cpe_daemon.core.lifecycle import EngineEvent, EngineState
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError
-from cpe_daemon.wire.messages import Abort, EngineReport, ErrorInfo, Load, StepDone
+from cpe_daemon.wire.messages import Abort, Load, StepDone
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,7 @@ from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Catalogue, Version
-from cpe_daemon.wire.messages import VersionReport
+from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from cpe_daemon.core.types import Shard, TensorSpec, VersionId
+from cpe_daemon.wire.reports import ErrorInfo, VersionReport
 
 PROTOCOL: Final = 1
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 1)
@@ -20,13 +21,6 @@ OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 1)
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True):
     """Base of all messages. On the wire each carries its tag in the field ``type``."""
-
-
-class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error as it travels: the stable code of `cpe_daemon.errors` and one line for a person."""
-
-    code: str
-    message: str
 
 
 class ErrorReply(Message, frozen=True, tag="error"):
@@ -145,27 +139,6 @@ class ChunkDone(Message, frozen=True, tag="chunk_done"):
 
     stream: int
     ring_offset: int = -1
-
-
-class EngineReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a round did to one engine. ``phases`` are seconds by phase; ``gigabytes_per_second`` is over the push."""
-
-    outcome: str
-    phases: dict[str, float] = {}
-    nbytes: int = 0
-    gigabytes_per_second: float = 0.0
-    error: ErrorInfo | None = None
-
-
-class VersionReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a version came to be live on a node. Seconds are wall time at the daemon."""
-
-    version: VersionId
-    nbytes: int
-    tensors: int
-    stage_seconds: float = 0.0
-    push_seconds: float = 0.0
-    engines: dict[str, EngineReport] = {}
 
 
 class VersionStatus(Message, frozen=True, tag="version_status"):

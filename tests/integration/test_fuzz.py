@@ -26,7 +26,6 @@ from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
     ChunkDone,
-    ErrorInfo,
     ErrorReply,
     FrontMessage,
     FrontReply,
@@ -49,6 +48,7 @@ from cpe_daemon.wire.messages import (
     WorkerMessage,
     WorkerWelcome,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 from tests.integration.garbage import Frames, Garbage
 from tests.integration.harness import MODEL, RUN, Daemon, Node
 from tests.integration.processes import until

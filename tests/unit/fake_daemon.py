@@ -27,8 +27,6 @@ from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
     ChunkDone,
-    EngineReport,
-    ErrorInfo,
     ErrorReply,
     FrontMessage,
     ManifestPart,
@@ -40,9 +38,9 @@ from cpe_daemon.wire.messages import (
     TrainerHello,
     TrainerWelcome,
     VersionOpened,
-    VersionReport,
     VersionStatus,
 )
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 WAIT_SECONDS = 20.0
 

@@ -29,7 +29,6 @@ from cpe_daemon.wire.codec import Codec
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
-    ErrorInfo,
     Finish,
     Load,
     Message,
@@ -45,6 +44,7 @@ from cpe_daemon.wire.messages import (
     WorkerHello,
     WorkerWelcome,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 
 WAIT_SECONDS = 20.0

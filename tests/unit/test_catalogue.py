@@ -20,7 +20,7 @@ from cpe_daemon.core.manifest import Manifest, layout, merge
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, VersionId, align
 from cpe_daemon.errors import ArenaFullError, LifecycleError, MisuseError, PeerLostError, VersionRefusedError
 from cpe_daemon.versions import Catalogue, Version
-from cpe_daemon.wire.messages import VersionReport
+from cpe_daemon.wire.reports import VersionReport
 
 A = ALIGNMENT_BYTES
 ARENA_BYTES = 64 * A

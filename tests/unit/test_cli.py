@@ -28,14 +28,8 @@ from cpe_daemon.config import Config, annotated_default
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, EngineError
 from cpe_daemon.links.router import Router
-from cpe_daemon.wire.messages import (
-    EngineReport,
-    FrontMessage,
-    Message,
-    StatusReply,
-    StatusRequest,
-    VersionReport,
-)
+from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusRequest
+from cpe_daemon.wire.reports import EngineReport, VersionReport
 
 STATUS: dict[str, Any] = {
     "daemon": {

@@ -32,7 +32,6 @@ from cpe_daemon.publisher import EndpointsFailedError, Publisher
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
-    ErrorInfo,
     ErrorReply,
     ManifestPart,
     OpenVersion,
@@ -41,6 +40,7 @@ from cpe_daemon.wire.messages import (
     TrainerHello,
     VersionStatus,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 from tests.unit.fake_daemon import WAIT_SECONDS, FakeDaemon, failed
 from tests.unit.tensor_zoo import bytes_of, tensor_of, zoo
 

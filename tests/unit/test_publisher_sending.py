@@ -19,8 +19,6 @@ from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
     ChunkDone,
-    EngineReport,
-    ErrorInfo,
     ErrorReply,
     ManifestPart,
     Message,
@@ -28,9 +26,9 @@ from cpe_daemon.wire.messages import (
     Seal,
     TrainerWelcome,
     VersionOpened,
-    VersionReport,
     VersionStatus,
 )
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 VERSION = VersionId("m", "r", 1)
 SHARDS = [Shard("a", "uint8", (600,))]

@@ -17,7 +17,6 @@ from cpe_daemon.wire.messages import (
     PROTOCOL,
     Abort,
     Begin,
-    ErrorInfo,
     ErrorReply,
     Finish,
     Load,
@@ -35,6 +34,7 @@ from cpe_daemon.wire.messages import (
     WorkerMessage,
     WorkerWelcome,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins import receiver as module
 from inference_plugins.receiver import Identity, Receiver
 

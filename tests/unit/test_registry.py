@@ -20,7 +20,8 @@ from cpe_daemon.errors import (
     ProtocolError,
     ResourceError,
 )
-from cpe_daemon.wire.messages import ErrorInfo, Pause, Ping, SlotSet, StepDone, StepFailed, WorkerBye
+from cpe_daemon.wire.messages import Pause, Ping, SlotSet, StepDone, StepFailed, WorkerBye
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, FakeWorker, number
 

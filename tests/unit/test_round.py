@@ -19,7 +19,8 @@ from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostErro
 from cpe_daemon.push import participant as participant_module
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.round import Round
-from cpe_daemon.wire.messages import ErrorInfo, Load, Resume, StepDone, StepFailed
+from cpe_daemon.wire.messages import Load, Resume, StepDone, StepFailed
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, WAIT_SECONDS, FakeNode, FakeWorker, number
 

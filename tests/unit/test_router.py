@@ -19,7 +19,6 @@ from cpe_daemon.links import router as router_module
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import (
-    ErrorInfo,
     ErrorReply,
     FrontMessage,
     FrontReply,
@@ -31,6 +30,7 @@ from cpe_daemon.wire.messages import (
     Watch,
     WorkerBye,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 
 WAIT_SECONDS = 20.0
 QUEUE = 16

@@ -15,8 +15,6 @@ from cpe_daemon.wire.messages import (
     Begin,
     Chunk,
     ChunkDone,
-    EngineReport,
-    ErrorInfo,
     ErrorReply,
     Expect,
     Finish,
@@ -38,13 +36,13 @@ from cpe_daemon.wire.messages import (
     TrainerHello,
     TrainerWelcome,
     VersionOpened,
-    VersionReport,
     VersionStatus,
     Watch,
     WorkerBye,
     WorkerHello,
     WorkerWelcome,
 )
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 _ID: Final = VersionId("policy", "run-7", 42)
 _ERROR: Final = ErrorInfo("engine", "engine 'a' rank 1 (pid 17, GPU shm-0) could not load: a bucket of round 3")
