@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(
-    path for package in ("cpe_daemon", "inference_plugins") for path in (ROOT / package).rglob("*.py")
-)
+MODULES = sorted(path for package in ("cpe_daemon", "inference_plugins") for path in (ROOT / package).rglob("*.py"))
 
 MAX_LINES = 350
 RUNS_CODE_ON_LOAD = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
@@ -193,9 +191,7 @@ def test_rule_finds(rule: Rule, snippet: str, line: int) -> None:
     assert list(rule(Module(Path("planted.py"), snippet))) == [line]
 
 
-@pytest.mark.parametrize(
-    "path", ["cpe_daemon/utils.py", "cpe_daemon/helpers/slots.py", "cpe_daemon/push/_common.py"]
-)
+@pytest.mark.parametrize("path", ["cpe_daemon/utils.py", "cpe_daemon/helpers/slots.py", "cpe_daemon/push/_common.py"])
 def test_rule_finds_a_name_that_says_nothing(path: str) -> None:
     assert list(a_name_that_says_what_is_inside(Module(Path(path), ""))) == [1]
 

@@ -24,9 +24,7 @@ _PRIORITIES: Final[Mapping[str, int]] = {"debug": 7, "info": 6, "warning": 4, "e
 _FIRST: Final = ("ts", "level", "event", "logger")
 
 
-def configure_logging(
-    level: Level = "info", format: Format = "auto", *, stream: TextIO | None = None
-) -> None:
+def configure_logging(level: Level = "info", format: Format = "auto", *, stream: TextIO | None = None) -> None:
     """Send every log event from ``level`` up to ``stream``; replaces what was configured before.
 
     Args:

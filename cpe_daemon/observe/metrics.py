@@ -62,9 +62,7 @@ class Metrics:
         self.trainers = gauge("trainers", "Trainer ranks connected.")
         self.arena_size = gauge("arena_size_bytes", "Size of the arena.")
         self.arena_free = gauge("arena_free_bytes", "Bytes of the arena that are free.")
-        gauge("build_info", "1, labelled with the version of cpe-daemon.", "version").labels(__version__).set(
-            1
-        )
+        gauge("build_info", "1, labelled with the version of cpe-daemon.", "version").labels(__version__).set(1)
         self.set_engines({})
 
     def count_protocol_error(self, socket: str) -> None:
