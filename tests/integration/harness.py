@@ -273,6 +273,8 @@ class Node:
                     daemon.signal(signal.SIGCONT)
                     if (status := daemon.stop()) != 0:
                         wrong.append(f"{daemon.name} ended with status {status}")
+                    if "daemon.drain_timed_out" in daemon.said:
+                        wrong.append(f"{daemon.name} was still at a round that nothing kept from ending")
                 for daemon in daemons:
                     wrong += [f"{daemon.name} logged {word!r}" for word in _UNEXPECTED if word in daemon.said]
         finally:
