@@ -212,6 +212,7 @@ class Daemon:
         for task in self._running:
             task.cancel()
         self.trainers.close()
+        self.registry.close()
         self._front.close()
         self._engines.close()
         await asyncio.to_thread(self._context.term)

@@ -13,6 +13,7 @@ import click
 
 from cpe_daemon.cli.failures import debug_option
 from cpe_daemon.cli.settings import LOCAL_DAEMON, front_endpoint
+from cpe_daemon.errors import EngineError
 
 if TYPE_CHECKING:
     from cpe_daemon.core.types import VersionId
@@ -135,6 +136,11 @@ def _show(report: PublishReport | None, version: VersionId, wait: str, *, as_jso
         click.echo(str(report or f"{version} is {reached}"))
     if report is not None and not report.engines:
         click.echo(f"note: no engine of {version.model} is attached; the first that attaches gets it", err=True)
+    if report is not None and report.behind:
+        why = "; ".join(
+            f"{name} ({one.outcome}): {one.error.message if one.error else ''}" for name, one in report.behind.items()
+        )
+        raise EngineError(f"{version} is live, but not in every engine: {why}")
 
 
 def _plain(value: Any) -> Any:

@@ -96,6 +96,11 @@ class Registry:
         """Call ``callback`` with an engine whose last missing worker has attached."""
         self._on_joined = callback
 
+    def close(self) -> None:
+        """Give every worker up: their engines keep what they hold."""
+        for worker in tuple(self._workers.values()):
+            self._lose(worker, "this daemon stops")
+
     def check_deadlines(self) -> None:
         """Give up workers that are silent without being at work for us; complain of engines that lack workers."""
         limits = self._config.deadlines
@@ -129,7 +134,12 @@ class Registry:
             self._lose(old, "it said hello again")
         self._engines[hello.engine] = engine
         self._workers[peer] = engine.workers[hello.rank] = worker
-        log.info("worker.attached", worker=worker.name, content=str(hello.content), touched=hello.touched)
+        log.info(
+            "worker.attached",
+            worker=worker.name,
+            content=str(hello.content) if hello.content else None,
+            touched=hello.touched,
+        )
         welcome = WorkerWelcome(
             protocol=PROTOCOL,
             generation=self._generation,
@@ -206,10 +216,15 @@ class Registry:
         return hello.touched or len(siblings) > 1 or (live is not None and hello.content != live)
 
     def _join(self, engine: Engine) -> None:
-        """The last missing worker is here: what does the engine hold as a whole?"""
+        """The last missing worker is here: does the engine hold, as a whole, what it may serve?
+
+        What is not live stays unknown, so that nothing but a version that it takes lets the engine serve.
+        """
         engine.incomplete_since = engine.error = None
         contents = {worker.content for worker in engine.workers.values()}
-        if len(contents) == 1 and not any(worker.touched for worker in engine.workers.values()):
+        live = self._live(engine.serves)
+        whole = len(contents) == 1 and not any(worker.touched for worker in engine.workers.values())
+        if whole and (live is None or contents == {live}):
             engine.change(EngineEvent.REPORT, content=contents.pop())
         self._on_joined(engine)
 

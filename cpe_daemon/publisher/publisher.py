@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, SupportsIndex
 
 from cpe_daemon.core.manifest import Layout
 from cpe_daemon.core.types import Shard, VersionId
@@ -40,7 +41,8 @@ class Publisher:
     it as a context manager: a clean exit waits until the last version's bytes are delivered. Thread-safe.
 
     Args:
-        endpoints: where the daemons listen, ``ipc://PATH`` or ``tcp://HOST:PORT``; every one gets every version.
+        endpoints: where the daemons listen, ``ipc://PATH``, ``tcp://HOST:PORT`` or a runtime directory of this host;
+            every one gets every version.
         model: the name that the weights are served under.
         run: the training run; version numbers grow within it.
         rank: which of the ranks that publish together this is.
@@ -68,7 +70,7 @@ class Publisher:
         send_timeout: float = 60.0,
         landing: bool = True,
     ) -> None:
-        names = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        names = [_endpoint(name) for name in ([endpoints] if isinstance(endpoints, str) else endpoints)]
         if not names or len(set(names)) != len(names):
             raise MisuseError(f"give one or more endpoints, each once, not {names}")
         if not model or not run or not 0 <= rank < world_size:
@@ -123,9 +125,7 @@ class Publisher:
             DeadlineError: no daemon answers, or the publish before this one does not come to its end.
             CpeError: every daemon refuses this rank. What becomes of the version itself, the handle tells.
         """
-        identity = VersionId(self._model, self._run, version)
-        if version < 0:
-            raise MisuseError(f"a version's number is 0 or higher, not {version}")
+        identity = VersionId(self._model, self._run, _number(version))
         if not self._turn.acquire(timeout=self._send_timeout):
             raise DeadlineError(f"{identity} waited {self._send_timeout:g} s for another thread's publish")
         try:
@@ -227,6 +227,29 @@ class _Reach:
         """Whether every session has a landing ring, all with chunks of one size: then they can be filled in step."""
         sizes = {session.welcome.chunk_bytes for session in self.sessions.values()}
         return len(sizes) == 1 and all(session.landing for session in self.sessions.values())
+
+
+def _number(version: SupportsIndex) -> int:
+    """A version's number as a plain int.
+
+    Raises:
+        MisuseError: it is no whole number, or a negative one.
+    """
+    try:
+        number = -1 if isinstance(version, bool) else operator.index(version)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise MisuseError(f"a version's number is a whole number, 0 or higher, not {version!r}")
+    return number
+
+
+def _endpoint(name: str) -> str:
+    """Spell a runtime directory, or the socket in it, out as an endpoint."""
+    if "://" in name or "/" not in name:
+        return name
+    path = Path(name)
+    return f"ipc://{path if path.suffix == '.sock' else path / 'front.sock'}"
 
 
 def _boot_id() -> str:

@@ -32,6 +32,11 @@ class PublishReport:
         }
 
     @property
+    def behind(self) -> dict[str, EngineReport]:
+        """The engines that do not serve the version: those that failed, kept what they held, or lack a rank."""
+        return {name: report for name, report in self.engines.items() if report.outcome != "updated"}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the version."""
         return max((node.nbytes for node in self.nodes.values()), default=0)

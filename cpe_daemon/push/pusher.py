@@ -21,7 +21,7 @@ from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Catalogue, Version
-from cpe_daemon.wire.reports import VersionReport
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 log = structlog.get_logger(__name__)
 
@@ -101,8 +101,8 @@ class Pusher:
         """
         began = self._clock()
         self._catalogue.begin_push(version)
-        engines = [engine for engine in self._registry if engine.complete and engine.takes(version.id.model)]
-        participants = await self._round(version, engines)
+        engines = [engine for engine in self._registry if engine.workers and engine.takes(version.id.model)]
+        participants = await self._round(version, [engine for engine in engines if engine.complete])
         failed = [participant for participant in participants if not participant.alive]
         if failed and len(failed) == len(participants):
             error = EngineError(f"no engine took {version.id}: {'; '.join(str(p.error) for p in failed)}")
@@ -111,7 +111,7 @@ class Pusher:
         else:
             if not participants:
                 log.warning("version.live_without_engines", version=str(version.id))
-            self._catalogue.go_live(version, _report(version, participants, self._clock() - began))
+            self._catalogue.go_live(version, _report(version, participants, engines, self._clock() - began))
         for participant in failed:
             await self._restore(participant)
 
@@ -191,8 +191,18 @@ class Pusher:
         self._metrics.observe_phases(version.id.model, participant.engine.name, phases)
 
 
-def _report(version: Version, participants: Sequence[Participant], seconds: float) -> VersionReport:
+def _report(
+    version: Version, participants: Sequence[Participant], meant: Sequence[Engine], seconds: float
+) -> VersionReport:
+    """What became of every engine that the version was ``meant`` for, of those without all their ranks too."""
     tensors = version.manifest.tensors if version.manifest else ()
     nbytes = version.manifest.nbytes if version.manifest else 0
-    engines = {participant.engine.name: participant.report() for participant in participants}
+    engines = {engine.name: _absent(engine) for engine in meant}
+    engines |= {participant.engine.name: participant.report() for participant in participants}
     return VersionReport(version.id, nbytes, len(tensors), version.stage_seconds, seconds, engines)
+
+
+def _absent(engine: Engine) -> EngineReport:
+    missing = [rank for rank in range(engine.world_size) if rank not in engine.workers]
+    reason = f"ranks {missing} of {engine.world_size} are not attached; it gets the live version when they are"
+    return EngineReport("absent", error=ErrorInfo(EngineError.code, reason))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket as sockets
 import threading
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -40,37 +41,60 @@ class _TorchLoader:
         self._target = target
         self._lock = lock
         self._changed = changed
+        self._trouble: str | None = None
+        """Why the last update failed, for whoever waits for the lock."""
 
     def pause(self, seconds: float) -> None:
-        self._lock.shut(_MIXED if self.touched else "its weights are being updated", seconds)
+        self._lock.shut(self._reason(), seconds)
         self._tell(serving=False)
 
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
-        self._target.expect([(t.name, torch.empty(t.shape, dtype=dtype_of(t.dtype), device="meta")) for t in tensors])
+        self._trouble = None
+        with self._explaining():
+            self._target.expect(
+                [(t.name, torch.empty(t.shape, dtype=dtype_of(t.dtype), device="meta")) for t in tensors]
+            )
 
     def begin(self) -> None:
         self._target.begin()
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._target.check(tensors)
-        if tensors and not self.touched:
-            self.touched = True
-            self._lock.explain(_MIXED)
-        for name, tensor in tensors:
-            self._target.write(name, tensor)
+        with self._explaining():
+            self._target.check(tensors)
+            if tensors and not self.touched:
+                self.touched = True
+                self._lock.explain(self._reason())
+            for name, tensor in tensors:
+                self._target.write(name, tensor)
 
     def finish(self, version: VersionId) -> None:
-        missing = self._target.missing()
-        if missing:
-            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-            raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
+        with self._explaining():
+            missing = self._target.missing()
+            if missing:
+                more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+                raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
         self.content = version
         self.touched = False
+        self._trouble = None
 
     def resume(self) -> None:
         self._lock.open()
         self._tell(serving=True)
+
+    def _reason(self) -> str:
+        reason = _MIXED if self.touched else "its weights are being updated, or it awaits the live version"
+        return f"{reason}; last failure: {self._trouble}" if self._trouble else reason
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Keep the reason of a failure for whoever waits, and pass it on."""
+        try:
+            yield
+        except Exception as error:  # task boundary: only noted here, and raised again
+            self._trouble = str(error)
+            self._lock.explain(self._reason())
+            raise
 
     def _tell(self, *, serving: bool) -> None:
         with self._changed:
@@ -214,5 +238,5 @@ def _endpoint(socket: str | None) -> str:
     given = socket or os.environ.get(SOCKET_ENV) or DEFAULT_SOCKET
     if "://" in given:
         return given
-    path = Path(given)
-    return f"ipc://{path / 'engines.sock' if path.is_dir() else path}"
+    path = Path(given)  # of a directory that may be made later, or of the socket in it
+    return f"ipc://{path if path.suffix == '.sock' or path.is_socket() else path / 'engines.sock'}"

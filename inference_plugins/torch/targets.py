@@ -138,6 +138,8 @@ class TensorTarget:
         place = self._places.get(name)
         if place is None:
             return None if name in self._ignore else f"no tensor here is called {name}"
+        if place.is_meta:
+            return f"{name} has no memory here, it is on the meta device"
         part = self._slicer.cut(name, tensor)
         if place.dtype != part.dtype:
             return f"{name} is {place.dtype} here, {part.dtype} in the version"

@@ -49,6 +49,28 @@ def test_late_engine_gets_the_live_version_before_it_serves(node: Node, trainer:
     assert node.daemon.engine("e")["content"] == "policy@run-1#1"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ({**RECIPE, "reshape": {"layers.9.weight": [512, 256]}}, r"layers\.9\.weight is \[512, 256\] here"),
+        ({**RECIPE, "add": ["layers.9.bias"]}, r"brings nothing for layers\.9\.bias"),
+    ],
+    ids=["shape", "missing"],
+)
+def test_late_engine_that_the_live_version_does_not_fit_never_serves(
+    node: Node, trainer: Trainer, recipe: dict[str, Any], reason: str
+) -> None:
+    publish(trainer, 1)
+    worker = node.worker(recipe=recipe)
+    worker.ask("attach")
+    until(lambda: node.daemon.engine("e").get("state") == "quarantined", "the engine is quarantined")
+    with pytest.raises(CpeError, match=reason):
+        worker.ask("ready", timeout=0.1)
+    with pytest.raises(EngineError, match=reason):
+        worker.ask("forward")
+    assert node.daemon.engine("e")["ready"] is False
+
+
 def test_engine_serves_what_it_started_with_before_the_first_version(node: Node, trainer: Trainer) -> None:
     worker = node.engine(recipe=RECIPE)[0]
     worker.ask("ready", timeout=15)

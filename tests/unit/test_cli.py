@@ -28,8 +28,9 @@ from cpe_daemon.config import Config, annotated_default
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, EngineError
 from cpe_daemon.links.router import Router
+from cpe_daemon.publisher.report import PublishReport
 from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusRequest
-from cpe_daemon.wire.reports import EngineReport, VersionReport
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 STATUS: dict[str, Any] = {
     "daemon": {
@@ -342,10 +343,10 @@ class FakePublisher:
         if self.fails:
             raise self.fails
 
-    def live(self, timeout: float) -> types.SimpleNamespace:
+    def live(self, timeout: float) -> PublishReport:
         self.calls["live"] = timeout
         node = VersionReport(self.version, 10, 1, engines=self.engines)
-        return types.SimpleNamespace(nodes={"ipc:///x": node}, engines=self.engines)
+        return PublishReport(self.version, {"ipc:///x": node})
 
 
 @pytest.fixture
@@ -388,6 +389,17 @@ def test_publish_waits_no_longer_than_asked(
     assert (calls.get("staged"), calls.get("live")) == (9.0 if staged else None, 9.0 if live else None)
     if wait != "live":
         assert result.stdout == f"m@manual#7 is {'sent' if wait == 'none' else 'staged'}\n"
+
+
+def test_publish_that_an_engine_did_not_take_fails(
+    publisher: type[FakePublisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = EngineReport("kept", error=ErrorInfo("engine", "no tensor here is called v"))
+    monkeypatch.setattr(publisher, "engines", {"e0": EngineReport("updated"), "e1": kept})
+    result = cpe("publish", tmp_path, "--model", "m", "--version", "7", "--json")
+    assert result.exit_code == 7
+    assert "e1 (kept): no tensor here is called v" in result.stderr
+    assert set(json.loads(result.stdout)["nodes"]["ipc:///x"]["engines"]) == {"e0", "e1"}
 
 
 def test_publish_that_reached_no_engine_says_so(

@@ -577,6 +577,20 @@ def test_senseless_arguments_are_refused(endpoints: Any, options: dict[str, Any]
         Publisher(endpoints, **{"model": "m", "run": "r", **options})
 
 
+@pytest.mark.parametrize("version", [-1, 3.0, True, "3", None])
+def test_version_that_is_no_whole_number_is_refused(daemon: FakeDaemon, version: Any) -> None:
+    with Publisher(daemon.endpoint, model="m", run="r") as publisher:
+        with pytest.raises(MisuseError, match="whole number"):
+            publisher.publish({"w": torch.ones(1)}, version=version)
+        assert publisher.publish({"w": torch.ones(1)}, version=torch.tensor(4)).version.number == 4
+
+
+def test_runtime_directory_is_an_endpoint(daemon: FakeDaemon) -> None:
+    path = Path(daemon.endpoint.removeprefix("ipc://"))
+    with Publisher(str(path), model="m", run="r") as publisher:
+        publisher.publish({"w": torch.ones(1)}, version=1).staged(timeout=10)
+
+
 @leaves_nothing
 def test_malformed_endpoint_is_refused() -> None:
     with pytest.raises(ConfigError, match="nonsense"):
