@@ -582,7 +582,8 @@ def test_version_that_is_no_whole_number_is_refused(daemon: FakeDaemon, version:
     with Publisher(daemon.endpoint, model="m", run="r") as publisher:
         with pytest.raises(MisuseError, match="whole number"):
             publisher.publish({"w": torch.ones(1)}, version=version)
-        assert publisher.publish({"w": torch.ones(1)}, version=torch.tensor(4)).version.number == 4
+        counted: Any = torch.tensor(4)
+        assert publisher.publish({"w": torch.ones(1)}, version=counted).version.number == 4
 
 
 def test_runtime_directory_is_an_endpoint(daemon: FakeDaemon) -> None:
