@@ -50,6 +50,7 @@ log = structlog.get_logger(__name__)
 
 _FRONT_QUEUE: Final = 256
 _ENGINES_QUEUE: Final = 4096
+_LAST_WORDS_SECONDS: Final = 0.2
 
 
 async def serve(config: Config, *, ready: Callable[[], None] | None = None) -> None:
@@ -151,6 +152,7 @@ class Daemon:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
         self.catalogue.watch(self._count_version)
+        self._told_at = 0.0
         self._front = Router(
             "front",
             self._context,
@@ -206,6 +208,9 @@ class Daemon:
                 await self.pusher.drain()
         except TimeoutError:
             log.warning("daemon.drain_timed_out", seconds=self._config.deadlines.drain_seconds)
+        # ZeroMQ drops what a client has not read when its connection ends, and nobody says when it has: what became of
+        # a version gets a moment to be heard.
+        await asyncio.sleep(self._told_at + _LAST_WORDS_SECONDS - time.monotonic())
 
     async def close(self) -> None:
         """Close the doors and give the memory back."""
@@ -253,6 +258,7 @@ class Daemon:
 
     def _count_version(self, version: Version) -> None:
         """Keep the metrics of versions; called at every change of one."""
+        self._told_at = time.monotonic()
         if version.state is VersionState.STAGED:
             self.metrics.observe_phases(version.id.model, "", {"stage": version.stage_seconds})
         elif version.state is VersionState.LIVE:
