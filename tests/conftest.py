@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.leaks import Holdings
+
+# A shell that starts a job in the background has it ignore SIGINT, and every process below it: tests that interrupt one
+# would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LEAK_WAIT_SECONDS = 5.0
 
