@@ -192,13 +192,13 @@ class Receiver:
         self._close_slots()
         self._slots = open_slots(welcome.slots, welcome.handoff)
         self._welcome = welcome
-        self._steps.forget()
+        self._steps = Steps(self._loader)  # rounds are counted anew by each daemon
         self._unanswered = 0
         self._held = welcome.hold
         if welcome.hold:
             self._try("pause", lambda: self._loader.pause(_HELLO_EVERY_SECONDS))  # an update comes with its own pause
-        elif not self._loader.touched:
-            self._try("resume", self._loader.resume)
+        elif not self._loader.touched and self._identity.world_size == 1:
+            self._try("resume", self._loader.resume)  # several ranks are resumed when they all are here, and agree
         log.info(
             "attached to the daemon at %s%s",
             self.endpoint,

@@ -92,7 +92,7 @@ class Steps:
         self._expected += message.tensors
         if len(self._expected) < message.total:
             return
-        expected, self._expected = self._expected, []
+        expected, self._expected, self._misfit = self._expected, [], None
         try:
             self._loader.expect(expected)
         except CpeError as error:

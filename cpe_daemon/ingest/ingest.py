@@ -237,7 +237,6 @@ class Ingest:
             self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
             self._fail(stream.version, error)
             return
-        del session.streams[stream.id]
         if stream.version.sealed:
             self._spawn(stream.version, self._stage(stream.version))
 
@@ -261,8 +260,13 @@ class Ingest:
             self._fail(stream.version, PeerLostError(f"{session.name} gave up: {reason}"))
 
     def _on_lost(self, session: Session, reason: str) -> None:
+        """A rank that goes before the others have sealed takes its version with it, even if it has sealed itself.
+
+        Its successor may mean other weights by the same number, and must not be mixed with what it left.
+        """
         for stream in list(session.streams.values()):
-            self._fail(stream.version, PeerLostError(f"{session.name} is gone: {reason}"))
+            if not stream.version.sealed:
+                self._fail(stream.version, PeerLostError(f"{session.name} is gone: {reason}"))
 
     def _on_watch(self, peer: bytes, watch: Watch, _: object) -> None:
         session = self._trainers.session(peer)
@@ -295,7 +299,7 @@ class Ingest:
         if version.state is not VersionState.RECEIVING:
             self._progress.pop(version.id, None)
         for session in self._trainers:
-            if version.state is VersionState.FAILED:
+            if version.state is not VersionState.RECEIVING:
                 for stream in [s for s in session.streams.values() if s.version is version]:
                     del session.streams[stream.id]
             if version.id in session.watching:

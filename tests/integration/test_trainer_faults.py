@@ -142,6 +142,21 @@ def test_killed_rank_fails_the_version_of_all(node: Node, worker: Worker) -> Non
     assert worker.ask("forward") == survivor.ask("digests")
 
 
+def test_rank_that_dies_after_its_seal_is_not_mixed_with_its_successor(node: Node, worker: Worker) -> None:
+    survivor, doomed = node.trainer(0, 2), node.trainer(1, 2)
+    doomed.ask("build", recipe=RECIPE, seed=1)
+    doomed.ask("publish", version=1)
+    until(lambda: node.daemon.version(1).get("ranks_sealed") == 1, "the rank has sealed")
+    doomed.kill()
+    until(lambda: node.daemon.version(1).get("state") == "failed", "the version went with its rank")
+    successor = node.trainer(1, 2)
+    for trainer in (survivor, successor):
+        trainer.ask("build", recipe=RECIPE, seed=2)
+        trainer.ask("publish", version=1)
+    assert survivor.ask("live", version=1, timeout=15) == {"e": "updated"}
+    assert worker.ask("forward") == survivor.ask("digests")
+
+
 def test_absent_daemon_is_named(node: Node, worker: Worker) -> None:
     trainer = node.trainer(endpoint=f"ipc://{node.runtime_dir}/nobody.sock", connect_timeout=0.5)
     trainer.ask("build", recipe=RECIPE, seed=1)
