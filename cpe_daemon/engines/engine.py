@@ -45,6 +45,11 @@ class Engine:
         self.driver: Driver = make_driver(self.name, EngineWorkers(self))
 
     @property
+    def missing_ranks(self) -> list[int]:
+        """Ranks without an attached worker."""
+        return [rank for rank in range(self.world_size) if rank not in self.workers]
+
+    @property
     def complete(self) -> bool:
         """Whether all its workers are attached."""
         return len(self.workers) == self.world_size

@@ -111,9 +111,8 @@ class Registry:
             since = engine.incomplete_since
             if since is not None and self._clock() - since > limits.hello_seconds:
                 engine.incomplete_since = None
-                missing = [rank for rank in range(engine.world_size) if rank not in engine.workers]
                 engine.error = DeadlineError(
-                    f"engine {engine.name!r}: ranks {missing} of {engine.world_size} are not attached"
+                    f"engine {engine.name!r}: ranks {engine.missing_ranks} of {engine.world_size} are not attached"
                     f" after {limits.hello_seconds:g} s; it gets no versions until they are"
                 )
                 log.warning("engine.incomplete", engine=engine.name, error=engine.error.message)

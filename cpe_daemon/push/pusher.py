@@ -203,6 +203,7 @@ def _report(
 
 
 def _absent(engine: Engine) -> EngineReport:
-    missing = [rank for rank in range(engine.world_size) if rank not in engine.workers]
-    reason = f"ranks {missing} of {engine.world_size} are not attached; it gets the live version when they are"
+    reason = (
+        f"ranks {engine.missing_ranks} of {engine.world_size} are not attached; it gets the live version when they are"
+    )
     return EngineReport("absent", error=ErrorInfo(EngineError.code, reason))
