@@ -123,9 +123,6 @@ class Ingest:
             (s.version.id, s.rank) == (version, hello.rank) for link in self._trainers for s in link.streams.values()
         ):
             raise BusyError(f"rank {hello.rank} is contributing to {version} already")
-        known = self._catalogue.find(version)
-        if known is not None and known.state is VersionState.RECEIVING and hello.rank in known.contributions:
-            raise BusyError(f"rank {hello.rank} has contributed to {version} already")
         record = self._catalogue.open(version, hello.world_size, force=opened.force)
         stream = session.streams[opened.stream] = Stream(opened, record, hello.rank)
         session.watching.add(version)
