@@ -1,0 +1,116 @@
+"""The conversation of a trainer rank with the daemon. Bulk bytes travel beside a message as frames of their own."""
+
+from __future__ import annotations
+
+from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.wire.message import Message
+from cpe_daemon.wire.reports import ErrorInfo, VersionReport
+
+# --- trainer rank -> daemon -------------------------------------------------------------------------------------------
+
+
+class TrainerHello(Message, frozen=True, tag="trainer_hello"):
+    """A trainer rank introduces itself. ``boot_id`` equal to the daemon's means the same host."""
+
+    protocol: int
+    model: str
+    run: str
+    rank: int
+    world_size: int
+    boot_id: str = ""
+    pid: int = 0
+
+
+class OpenVersion(Message, frozen=True, tag="open_version"):
+    """A rank begins to contribute to a version over ``stream``, a number that it chose and never reuses on this link.
+
+    The manifest follows in `ManifestPart`s; the daemon answers `VersionOpened` when it has all of it and the room.
+    """
+
+    stream: int
+    version: VersionId
+    tensors: int
+    nbytes: int
+    force: bool = False
+
+
+class ManifestPart(Message, frozen=True, tag="manifest_part"):
+    """Shards ``first`` onwards of a rank's contribution."""
+
+    stream: int
+    first: int
+    shards: list[Shard]
+
+
+class Chunk(Message, frozen=True, tag="chunk"):
+    """Bytes ``offset`` to ``offset + nbytes`` of a rank's extent.
+
+    They lie at ``ring_offset`` of the landing ring, or, if that is -1, in the one frame beside this message. Takes one
+    credit until `ChunkDone`.
+    """
+
+    stream: int
+    offset: int
+    nbytes: int
+    ring_offset: int = -1
+
+
+class Seal(Message, frozen=True, tag="seal"):
+    """A rank has sent every byte; ``digests`` holds xxh3_128 of each shard, 16 bytes each, in order."""
+
+    stream: int
+    digests: bytes
+
+
+class Abandon(Message, frozen=True, tag="abandon"):
+    """A rank gives its contribution up; the version fails on this node."""
+
+    stream: int
+    reason: str
+
+
+class Watch(Message, frozen=True, tag="watch"):
+    """Ask for a `VersionStatus` now and at every later change of a version that another link opened."""
+
+    version: VersionId
+
+
+# --- daemon -> trainer rank -------------------------------------------------------------------------------------------
+
+
+class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
+    """The terms of a trainer's link.
+
+    ``credits`` chunks of at most ``chunk_bytes`` may be unacknowledged. If ``landing_token`` is given, it can be
+    exchanged at ``handoff`` (a unix socket) for the landing ring: ``credits`` places of ``chunk_bytes`` each.
+    """
+
+    protocol: int
+    generation: str
+    heartbeat_seconds: float
+    credits: int
+    chunk_bytes: int
+    handoff: str = ""
+    landing_token: bytes = b""
+
+
+class VersionOpened(Message, frozen=True, tag="version_opened"):
+    """The daemon holds the whole manifest and has the room: bytes may come."""
+
+    stream: int
+
+
+class ChunkDone(Message, frozen=True, tag="chunk_done"):
+    """A chunk is in the arena: its credit, and its place in the landing ring, are free again."""
+
+    stream: int
+    ring_offset: int = -1
+
+
+class VersionStatus(Message, frozen=True, tag="version_status"):
+    """A version changed its state on this node."""
+
+    version: VersionId
+    state: str
+    error: ErrorInfo | None = None
+    report: VersionReport | None = None

@@ -1,0 +1,156 @@
+"""The conversation of an engine worker with the daemon."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.wire.message import Message
+from cpe_daemon.wire.reports import ErrorInfo
+
+# --- engine worker -> daemon ------------------------------------------------------------------------------------------
+
+
+class WorkerHello(Message, frozen=True, tag="worker_hello"):
+    """An engine worker introduces itself.
+
+    ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any;
+    ``touched`` says that it may hold a mixture. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
+    """
+
+    protocol: int
+    engine: str
+    kind: str
+    rank: int
+    world_size: int
+    incarnation: str
+    model: str = ""
+    node: str = ""
+    gpu: str = ""
+    leader: bool = True
+    pid: int = 0
+    content: VersionId | None = None
+    touched: bool = False
+
+
+class StepDone(Message, frozen=True, tag="step_done"):
+    """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
+
+    ``touched`` answers an `Abort`: the worker's weights may be others than before the round.
+    """
+
+    round: int
+    step: str
+    seq: int = 0
+    seconds: float = 0.0
+    touched: bool = False
+
+
+class StepFailed(Message, frozen=True, tag="step_failed"):
+    """A worker could not carry out a step."""
+
+    round: int
+    step: str
+    error: ErrorInfo
+    seq: int = 0
+
+
+class WorkerBye(Message, frozen=True, tag="worker_bye"):
+    """A worker detaches on purpose; its engine is forgotten with its last worker. Answered by a `Pong`."""
+
+
+# --- daemon -> engine worker ------------------------------------------------------------------------------------------
+
+
+class SlotSet(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The slots of one GPU as a worker opens them: ``count`` of ``slot_bytes`` each.
+
+    ``kind`` is the device's name. ``handles`` are the device's: for shm one hand-off token, good once, for the memory
+    of all slots, one after another.
+    """
+
+    kind: str
+    gpu: str
+    count: int
+    slot_bytes: int
+    handles: list[bytes]
+
+
+class WorkerWelcome(Message, frozen=True, tag="worker_welcome"):
+    """The terms of a worker's link. ``hold``: do not serve before `Resume`, the live version is about to come."""
+
+    protocol: int
+    generation: str
+    heartbeat_seconds: float
+    slots: SlotSet
+    handoff: str
+    hold: bool = False
+
+
+class Pause(Message, frozen=True, tag="pause"):
+    """Stop serving between two forward passes, within ``deadline_seconds``."""
+
+    round: int
+    deadline_seconds: float
+
+
+class Expect(Message, frozen=True, tag="expect"):
+    """What the round's version brings: tensors ``first`` onwards of ``total``. Sent before the pause, not answered.
+
+    A worker compares it with what it holds while it still serves; `Begin` then fails if they differ, and no weight has
+    been touched. Left out when the worker has loaded a version of these very tensors before.
+    """
+
+    round: int
+    first: int
+    total: int
+    tensors: list[TensorSpec]
+
+
+class Begin(Message, frozen=True, tag="begin"):
+    """A version's buckets are about to come: ``tensors`` tensors of ``nbytes`` in all."""
+
+    round: int
+    version: VersionId
+    tensors: int
+    nbytes: int
+
+
+class TensorPart(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Bytes ``tensor_offset`` onwards of a tensor, ``nbytes`` of them, at ``slot_offset`` of the bucket's slot."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor_offset: int
+    nbytes: int
+    slot_offset: int
+
+
+class Load(Message, frozen=True, tag="load"):
+    """Bucket ``seq`` lies in ``slot``: load its parts, and say `StepDone` when the slot may be overwritten."""
+
+    round: int
+    seq: int
+    slot: int
+    parts: list[TensorPart]
+
+
+class Finish(Message, frozen=True, tag="finish"):
+    """Every bucket is loaded: post-process, and check that all tensors were consumed."""
+
+    round: int
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    """Forget the round; stay paused."""
+
+    round: int
+    reason: str
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """Serve again. ``content`` is the version that the engine holds now (None: what it started with)."""
+
+    round: int
+    content: VersionId | None = None
