@@ -33,7 +33,7 @@ cpe_daemon/arena.py
 cpe_daemon/cli/__init__.py
 cpe_daemon/config.py
 cpe_daemon/core/__init__.py
-cpe_daemon/daemon.py
+cpe_daemon/daemon/__init__.py
 cpe_daemon/demo/__init__.py
 cpe_daemon/devices/__init__.py
 cpe_daemon/devices/shm.py

@@ -1,4 +1,4 @@
-"""The composition root: builds the parts, runs them in one TaskGroup, and takes them down in order.
+"""The composition root: builds the parts, starts them, and takes them down in order.
 
 The only module that names a concrete device or transport.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,12 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import ConfigError
 from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.pusher import Pusher
-from cpe_daemon.runtime import RuntimeDirectory
 from cpe_daemon.status import (
     arena_status,
     device_status,
@@ -51,39 +48,6 @@ log = structlog.get_logger(__name__)
 _FRONT_QUEUE: Final = 256
 _ENGINES_QUEUE: Final = 4096
 _LAST_WORDS_SECONDS: Final = 0.2
-
-
-async def serve(config: Config, *, ready: Callable[[], None] | None = None) -> None:
-    """Run a daemon until SIGTERM or SIGINT.
-
-    Args:
-        config: its settings.
-        ready: called when sockets are bound and the arena stands.
-
-    Raises:
-        ConfigError: it cannot start with these settings; says why. Nothing is left behind.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        with RuntimeDirectory(config.runtime_dir):
-            async with asyncio.TaskGroup() as tasks:
-                daemon = Daemon(config, tasks)
-                try:
-                    await daemon.start()
-                    if ready is not None:
-                        ready()
-                    await stop.wait()
-                    await daemon.drain()
-                finally:
-                    await daemon.close()
-    except* ConfigError as group:
-        raise group.exceptions[0] from None
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 class Daemon:
