@@ -67,7 +67,7 @@ def load(path: Path | None, assignments: tuple[str, ...], runtime_dir: Path | No
             raise click.BadParameter(f"{assignment!r} is not KEY=VALUE", param_hint="--set")
         overrides[key.strip()] = value.strip()
     if runtime_dir is not None:
-        overrides["runtime_dir"] = str(runtime_dir)
+        overrides["runtime_dir"] = str(runtime_dir.absolute())
     return load_with_origins(path, overrides=overrides)
 
 

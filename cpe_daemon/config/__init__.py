@@ -13,12 +13,21 @@ from cpe_daemon.config.model import (
     DeviceConfig,
     IngestConfig,
     LogConfig,
+    PushConfig,
     RetentionConfig,
 )
-from cpe_daemon.config.paths import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, default_runtime_dir
+from cpe_daemon.config.paths import (
+    ENGINES_FILE,
+    ENGINES_SOCKET,
+    FRONT_SOCKET,
+    HANDOFF_SOCKET,
+    default_runtime_dir,
+    default_state_dir,
+)
 from cpe_daemon.config.render import annotated_default, effective
 
 __all__ = [
+    "ENGINES_FILE",
     "ENGINES_SOCKET",
     "FRONT_SOCKET",
     "HANDOFF_SOCKET",
@@ -29,9 +38,11 @@ __all__ = [
     "IngestConfig",
     "Loaded",
     "LogConfig",
+    "PushConfig",
     "RetentionConfig",
     "annotated_default",
     "default_runtime_dir",
+    "default_state_dir",
     "effective",
     "load_config",
     "load_with_origins",

@@ -38,14 +38,23 @@ def is_loopback(endpoint: str) -> bool:
     return address.startswith("127.") or address in {"[::1]", "::1", "lo"}
 
 
+def check_absolute(path: Path) -> None:
+    """Refuse a directory that would be another one for a process that runs elsewhere.
+
+    Raises:
+        ValueError: the path is relative.
+    """
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is relative; write an absolute path")
+
+
 def check_runtime_dir(path: Path) -> None:
     """Refuse a runtime directory in which no socket could be made.
 
     Raises:
         ValueError: the path is relative, or leaves no room for the names of sockets.
     """
-    if not path.is_absolute():
-        raise ValueError(f"{str(path)!r} is relative; write an absolute path")
+    check_absolute(path)
     longest = SOCKET_PATH_BYTES - SOCKET_NAME_BYTES
     length = len(str(path).encode())
     if length > longest:

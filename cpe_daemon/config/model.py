@@ -13,8 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
-from cpe_daemon.config.endpoints import check_endpoint, check_runtime_dir, is_loopback
-from cpe_daemon.config.paths import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, default_runtime_dir
+from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir, is_loopback
+from cpe_daemon.config.paths import (
+    ENGINES_SOCKET,
+    FRONT_SOCKET,
+    HANDOFF_SOCKET,
+    default_runtime_dir,
+    default_state_dir,
+)
 from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Section
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 
@@ -152,6 +158,16 @@ class DeviceConfig(Section):
         return value
 
 
+class PushConfig(Section):
+    """When a version goes from this node's memory into its engines."""
+
+    automatic: bool = Field(
+        default=True,
+        description="Push a version as soon as it is whole and verified. false: it waits for `cpe push`, until a newer "
+        "one takes its place; the arena then needs room for three: one served, one that waits, one that comes.",
+    )
+
+
 class RetentionConfig(Section):
     """What is kept once a newer version is live."""
 
@@ -182,6 +198,12 @@ class Config(Section):
         description="Holds the daemon's sockets; one daemon a directory. Default: /run/cpe for root and "
         "where it exists, else $XDG_RUNTIME_DIR/cpe, else /tmp/cpe-<uid>.",
     )
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="Holds what the daemon shall know after a restart, such as the engines of `cpe engine add`; one "
+        "daemon a directory. Made when first needed. Default: /var/lib/cpe-daemon for root and where it exists, else "
+        "$XDG_STATE_HOME/cpe, else ~/.local/state/cpe.",
+    )
     node: str = Field(
         default_factory=socket.gethostname,
         min_length=1,
@@ -191,6 +213,7 @@ class Config(Section):
     arena: ArenaConfig = Field(default_factory=ArenaConfig)
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     device: DeviceConfig = Field(default_factory=DeviceConfig)
+    push: PushConfig = Field(default_factory=PushConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
     log: LogConfig = Field(default_factory=LogConfig)
@@ -199,6 +222,12 @@ class Config(Section):
     @classmethod
     def _usable_runtime_dir(cls, value: Path) -> Path:
         check_runtime_dir(value)
+        return value
+
+    @field_validator("state_dir")
+    @classmethod
+    def _usable_state_dir(cls, value: Path) -> Path:
+        check_absolute(value)
         return value
 
     @field_validator("ingest")

@@ -1,4 +1,4 @@
-"""Where the daemon keeps its sockets when nobody says where, and what they are called."""
+"""Where the daemon keeps its sockets and its state when nobody says where, and what they are called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 SYSTEM_DIR: Final = Path("/run/cpe")
+SYSTEM_STATE_DIR: Final = Path("/var/lib/cpe-daemon")
 FRONT_SOCKET: Final = "front.sock"
 """Trainers and operators connect here; always there, whatever else is listened on."""
 
@@ -16,6 +17,9 @@ ENGINES_SOCKET: Final = "engines.sock"
 
 HANDOFF_SOCKET: Final = "handoff.sock"
 """Memory is handed to processes of this host here."""
+
+ENGINES_FILE: Final = "engines.json"
+"""The engines that an operator expects on this node; in the state directory."""
 
 
 def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -32,3 +36,18 @@ def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
     if personal.startswith("/"):
         return Path(personal) / "cpe"
     return Path(f"/tmp/cpe-{uid}")  # noqa: S108 - the daemon refuses it unless it owns it
+
+
+def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where the daemon keeps what it shall know after a restart, unless told otherwise.
+
+    ``/var/lib/cpe-daemon`` for root and wherever it exists (the systemd unit makes it), else ``$XDG_STATE_HOME/cpe``,
+    else ``~/.local/state/cpe``.
+    """
+    environ = os.environ if environ is None else environ
+    if os.getuid() == 0 or SYSTEM_STATE_DIR.is_dir():
+        return SYSTEM_STATE_DIR
+    personal = environ.get("XDG_STATE_HOME", "")
+    if personal.startswith("/"):
+        return Path(personal) / "cpe"
+    return Path(environ.get("HOME") or os.path.expanduser("~")) / ".local" / "state" / "cpe"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cpe_daemon.config import Config, annotated_default, effective, load_config, load_with_origins
 from cpe_daemon.config.endpoints import SOCKET_PATH_BYTES
-from cpe_daemon.config.paths import default_runtime_dir
+from cpe_daemon.config.paths import default_runtime_dir, default_state_dir
 from cpe_daemon.config.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 from cpe_daemon.errors import ConfigError
 
@@ -220,6 +220,7 @@ nod: x
             r"F:2: .*shorter than deadlines.receive_idle_seconds.*",
         ),
         ("runtime_dir: run/cpe\n", r"F:1: runtime_dir: 'run/cpe' is relative; .*"),
+        ("state_dir: state\n", r"F:1: state_dir: 'state' is relative; .*"),
         ("a: &a\n  b: *a\n", r"F:1: a: is nested too deeply"),
         ("node: !!python/object:os.system x\n", r"F:1: node: has the tag !!python/object:os.system, .*"),
     ],
@@ -330,6 +331,20 @@ def test_default_runtime_dir_follows_the_user(monkeypatch: pytest.MonkeyPatch, t
     assert default_runtime_dir({"XDG_RUNTIME_DIR": "relative"}) == Path("/tmp/cpe-1000")
     monkeypatch.setattr("os.getuid", lambda: 0)
     assert default_runtime_dir({"XDG_RUNTIME_DIR": "/run/user/0"}) == tmp_path / "absent"
+
+
+def test_default_state_dir_follows_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cpe_daemon.config.paths.SYSTEM_STATE_DIR", tmp_path / "lib")
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    home = {"HOME": "/home/ann"}
+    assert default_state_dir({"XDG_STATE_HOME": "/home/ann/state", **home}) == Path("/home/ann/state/cpe")
+    assert default_state_dir(home) == Path("/home/ann/.local/state/cpe")
+    assert default_state_dir({"XDG_STATE_HOME": "relative", **home}) == Path("/home/ann/.local/state/cpe")
+    (tmp_path / "lib").mkdir()
+    assert default_state_dir(home) == tmp_path / "lib"
+    (tmp_path / "lib").rmdir()
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert default_state_dir(home) == tmp_path / "lib"
 
 
 def test_default_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
