@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from cpe_daemon.core.extents import Extent, ExtentAllocator
 from cpe_daemon.core.types import align
 from cpe_daemon.devices.capacity import require_bytes
-from cpe_daemon.devices.memory import SharedMemory
-
-_PREFAULT_BYTES: Final = 64 << 20
+from cpe_daemon.devices.memory import PREFAULT_BYTES, SharedMemory
 
 
 class Arena:
@@ -74,15 +71,21 @@ class Arena:
         require_bytes(self.nbytes, "the arena (arena.size_bytes)")
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(threads, "cpe-prefault")
+        offsets = iter(range(0, self.nbytes, PREFAULT_BYTES))
 
-        async def fault(offset: int) -> None:
-            nbytes = min(_PREFAULT_BYTES, self.nbytes - offset)
-            await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
-            self.prefaulted_bytes += nbytes
-            progress(self.prefaulted_bytes, self.nbytes)
+        async def fault() -> None:
+            for offset in offsets:  # shared: each takes the next one that nobody has
+                nbytes = min(PREFAULT_BYTES, self.nbytes - offset)
+                await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
+                self.prefaulted_bytes += nbytes
+                progress(self.prefaulted_bytes, self.nbytes)
 
         try:
-            await asyncio.gather(*(fault(offset) for offset in range(0, self.nbytes, _PREFAULT_BYTES)))
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(threads):
+                    tasks.create_task(fault())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         finally:  # whoever gives up need not wait for a terabyte, only for the ranges in hand
             await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 

@@ -44,7 +44,15 @@ class DeadlinesConfig(Section):
         le=10,
         description="Tries to give an engine the last good version after a fault. Then it stays paused.",
     )
-    drain_seconds: Deadline = Field(default=20.0, description="What is in flight ends by itself when the daemon stops.")
+    drain_seconds: Deadline = Field(default=20.0, description="A push in flight ends by itself when the daemon stops.")
+    undo_seconds: Deadline = Field(
+        default=30.0, description="A push that did not is undone: engines get what they held, and serve it again."
+    )
+    stuck_seconds: Deadline = Field(
+        default=30.0,
+        description="One copy in host memory or to a GPU. One that takes longer is stuck: the daemon says that it is"
+        " not healthy, and leaves its watchdog unfed.",
+    )
 
     @field_validator("heartbeat_lost_seconds")
     @classmethod

@@ -22,6 +22,11 @@ class Device(Protocol):
     slot_count: int
     slot_bytes: int
 
+    @property
+    def stuck_seconds(self) -> float:
+        """Age of the oldest copy in flight; 0.0 if there is none. No copy takes long unless something is wrong."""
+        ...
+
     async def open(self) -> None:
         """Allocate the slots."""
         ...

@@ -23,6 +23,9 @@ _F_SEAL_GROW: Final = 0x4
 _F_SEAL_FUTURE_WRITE: Final = 0x10
 _MADV_POPULATE_WRITE: Final = 23
 
+PREFAULT_BYTES: Final = 16 << 20
+"""How much is best prefaulted in one call: whoever gives up waits no longer than that takes, hundredths of a second."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 

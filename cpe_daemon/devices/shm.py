@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Final, Protocol
 
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
 from cpe_daemon.devices.capacity import require_bytes
-from cpe_daemon.devices.memory import SharedMemory, copy
+from cpe_daemon.devices.copypool import CopyPool, longest
+from cpe_daemon.devices.memory import PREFAULT_BYTES, SharedMemory, copy
 from cpe_daemon.errors import ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
@@ -60,8 +61,13 @@ class ShmDevice:
         self._source = source
         self._handoff = handoff
         self._sets: list[SharedMemory] = []
-        self._fetchers = [ThreadPoolExecutor(1, f"cpe-fetch-{index}") for index in range(gpus)]
-        self._exchangers = [ThreadPoolExecutor(1, f"cpe-peer-{index}") for index in range(gpus)]
+        self._fetchers = [CopyPool(1, f"cpe-fetch-{index}") for index in range(gpus)]
+        self._exchangers = [CopyPool(1, f"cpe-peer-{index}") for index in range(gpus)]
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Age of the oldest copy in flight; 0.0 if there is none."""
+        return longest((*self._fetchers, *self._exchangers))
 
     async def open(self) -> None:
         """Allocate and prefault all slots, sealed so that workers can only read them.
@@ -76,7 +82,9 @@ class ShmDevice:
             memory = SharedMemory.create(f"cpe-slots-{gpu.uuid}", set_bytes)
             memory.seal_writes()
             self._sets.append(memory)
-            await loop.run_in_executor(fetcher, memory.prefault, 0, memory.nbytes)
+            for offset in range(0, set_bytes, PREFAULT_BYTES):
+                nbytes = min(PREFAULT_BYTES, set_bytes - offset)
+                await loop.run_in_executor(fetcher, memory.prefault, offset, nbytes)
 
     async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         """Copy from the arena into a slot, on the GPU's fetching thread."""

@@ -83,6 +83,7 @@ class StillDevice:
         self.slot_bytes = SLOT_BYTES
         self.error: Exception | None = None
         self.withdrawn: list[SlotSet] = []
+        self.stuck_seconds = 0.0
         self.on_gone: list[Callable[[], None]] = []
         """Of each export, in their order: call one, and that worker's process has ended."""
 

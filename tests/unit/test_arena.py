@@ -99,7 +99,7 @@ def test_region_that_cannot_be_mapped_is_a_config_error() -> None:
 async def test_prefault_touches_everything_and_says_how_far_it_is(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arena_module, "_PREFAULT_BYTES", 300_000)
+    monkeypatch.setattr(arena_module, "PREFAULT_BYTES", 300_000)
     said: list[tuple[int, int]] = []
     loop_thread = threading.get_ident()
 
@@ -155,12 +155,35 @@ async def test_prefault_that_fails_does_not_go_on(arena: Arena, monkeypatch: pyt
         assert not offset or shut_down.wait(30.0)
         raise ConfigError("no memory")
 
-    monkeypatch.setattr(arena_module, "_PREFAULT_BYTES", 4096)
+    monkeypatch.setattr(arena_module, "PREFAULT_BYTES", 4096)
     monkeypatch.setattr(arena_module, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(arena._memory, "prefault", fail)
     with pytest.raises(ConfigError):
         await arena.prefault(1)
     assert len(asked) <= 2
+
+
+async def test_prefault_that_is_given_up_ends_with_the_ranges_in_hand(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    begun, going_on = threading.Event(), threading.Event()
+
+    def slow(offset: int, nbytes: int) -> None:
+        asked.append(offset)
+        begun.set()
+        assert going_on.wait(30.0)
+
+    monkeypatch.setattr(arena_module, "PREFAULT_BYTES", 4096)
+    monkeypatch.setattr(arena._memory, "prefault", slow)
+    prefaulting = asyncio.create_task(arena.prefault(2))
+    assert await asyncio.to_thread(begun.wait, 30.0)
+    prefaulting.cancel()
+    asyncio.get_running_loop().call_soon(going_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await prefaulting
+    assert len(asked) <= 2
+    assert arena.prefaulted_bytes == 0
 
 
 async def test_prefault_by_default_says_nothing(arena: Arena) -> None:

@@ -1,0 +1,50 @@
+"""Threads that copy, and how long the copy that has run longest runs by now: a stuck one is seen from outside."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class CopyPool(ThreadPoolExecutor):
+    """A pool whose work is copies: each of them is over within moments, or something is wrong.
+
+    Args:
+        threads: how many.
+        name: their names begin so.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, name)
+        self._began: dict[int, float] = {}
+        """Since when each thread that copies now does; a thread writes its own entry only."""
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Age of the oldest copy that a thread has begun and not ended; 0.0 if there is none. Any thread."""
+        began = self._began.copy().values()
+        return time.monotonic() - min(began) if began else 0.0
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a thread copy; what waits for one is not counted as being copied."""
+        return super().submit(self._timed, functools.partial(fn, *args, **kwargs))
+
+    def _timed(self, copy: Callable[[], T]) -> T:
+        me = threading.get_ident()
+        self._began[me] = time.monotonic()
+        try:
+            return copy()
+        finally:
+            del self._began[me]
+
+
+def longest(pools: Iterable[CopyPool]) -> float:
+    """Age of the oldest copy in any of several pools, as `CopyPool.stuck_seconds`."""
+    return max((pool.stuck_seconds for pool in pools), default=0.0)
