@@ -20,8 +20,8 @@ import zmq
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
-from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.types import VersionId
+from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
 from cpe_daemon.engines.registry import Registry
@@ -31,17 +31,9 @@ from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.pusher import Pusher
-from cpe_daemon.status import (
-    arena_status,
-    device_status,
-    engine_status,
-    states,
-    trainer_status,
-    version_status,
-)
-from cpe_daemon.versions import Catalogue, Version
+from cpe_daemon.versions import Catalogue
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
-from cpe_daemon.wire.messages import PROTOCOL, FrontMessage, StatusReply, StatusRequest, WorkerMessage
+from cpe_daemon.wire.messages import FrontMessage, StatusReply, StatusRequest, WorkerMessage
 
 log = structlog.get_logger(__name__)
 
@@ -62,8 +54,6 @@ class Daemon:
         self._config = config
         self._tasks = tasks
         self._running: list[asyncio.Task[None]] = []
-        self._started_at = time.monotonic()
-        self._endpoints: list[str] = []
         self.generation = secrets.token_hex(8)
         self.metrics = Metrics()
         runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
@@ -113,10 +103,18 @@ class Daemon:
             metrics=self.metrics,
             clock=time.monotonic,
         )
+        self.accounts = Accounts(
+            config=config,
+            generation=self.generation,
+            metrics=self.metrics,
+            arena=self.arena,
+            catalogue=self.catalogue,
+            device=self.device,
+            registry=self.registry,
+            trainers=self.trainers,
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
-        self.catalogue.watch(self._count_version)
-        self._told_at = 0.0
         self._front = Router(
             "front",
             self._context,
@@ -135,6 +133,7 @@ class Daemon:
             queue=_ENGINES_QUEUE,
             on_protocol_error=count_error,
         )
+        self.accounts.routers = (self._front, self._engines)
 
     async def start(self) -> None:
         """Provide the memory, then open the doors.
@@ -149,8 +148,8 @@ class Daemon:
         self.registry.connect(self._engines)
         runtime = self._config.runtime_dir
         for endpoint in (f"ipc://{runtime / FRONT_SOCKET}", *self._config.ingest.listen):
-            self._endpoints.append(self._front.bind(endpoint))
-        self._endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
+            self.accounts.endpoints.append(self._front.bind(endpoint))
+        self.accounts.endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
         self.handoff.start()
         self._front.start()
         self._engines.start()
@@ -161,7 +160,7 @@ class Daemon:
             version=__version__,
             pid=os.getpid(),
             generation=self.generation,
-            endpoints=self._endpoints,
+            endpoints=self.accounts.endpoints,
         )
 
     async def drain(self) -> None:
@@ -174,7 +173,7 @@ class Daemon:
             log.warning("daemon.drain_timed_out", seconds=self._config.deadlines.drain_seconds)
         # ZeroMQ drops what a client has not read when its connection ends, and nobody says when it has: what became of
         # a version gets a moment to be heard.
-        await asyncio.sleep(self._told_at + _LAST_WORDS_SECONDS - time.monotonic())
+        await asyncio.sleep(self.accounts.told_at + _LAST_WORDS_SECONDS - time.monotonic())
 
     async def close(self) -> None:
         """Close the doors and give the memory back."""
@@ -191,44 +190,8 @@ class Daemon:
         self.arena.close()
         log.info("daemon.stopped")
 
-    def status(self) -> dict[str, Any]:
-        """The state of everything, as plain values."""
-        now = time.monotonic()
-        self.metrics.arena_free.set(self.arena.free_bytes)
-        self.metrics.set_engines(states(self.registry))
-        return {
-            "daemon": {
-                "version": __version__,
-                "node": self._config.node,
-                "pid": os.getpid(),
-                "generation": self.generation,
-                "uptime_seconds": now - self._started_at,
-                "protocol": PROTOCOL,
-                "endpoints": self._endpoints,
-            },
-            "arena": arena_status(self.arena),
-            "device": device_status(self.device),
-            "versions": [version_status(version, now) for version in self.catalogue],
-            "engines": [engine_status(engine) for engine in self.registry],
-            "trainers": [trainer_status(session) for session in self.trainers],
-            "counters": {
-                **self.metrics.snapshot(),
-                "unknown_fields": self._front.unknown_fields + self._engines.unknown_fields,
-            },
-        }
-
     def _on_status(self, peer: bytes, _: StatusRequest, __: object) -> None:
-        self._front.send(peer, StatusReply(self.status()))
-
-    def _count_version(self, version: Version) -> None:
-        """Keep the metrics of versions; called at every change of one."""
-        self._told_at = time.monotonic()
-        if version.state is VersionState.STAGED:
-            self.metrics.observe_phases(version.id.model, "", {"stage": version.stage_seconds})
-        elif version.state is VersionState.LIVE:
-            self.metrics.live_version.labels(model=version.id.model).set(version.id.number)
-        if version.state in (VersionState.LIVE, VersionState.FAILED) and self.catalogue.find(version.id):
-            self.metrics.versions.labels(model=version.id.model, outcome=str(version.state)).inc()
+        self._front.send(peer, StatusReply(self.accounts.status()))
 
     def _live(self, model: str) -> VersionId | None:
         live = self.catalogue.live(model)
