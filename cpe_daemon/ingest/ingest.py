@@ -16,6 +16,7 @@ from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import DIGEST_BYTES, layout, merge
+from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import (
     ArenaFullError,
@@ -87,6 +88,8 @@ class Ingest:
         self._tasks = tasks
         self._metrics = metrics
         self._clock = clock
+        self.received = {transport: Tally(clock) for transport in ("landing", "inline")}
+        """Chunks copied into the arena and digested, by the way they came."""
         self._progress: dict[VersionId, float] = {}
         self._waiting: set[Stream] = set()
         """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
@@ -187,9 +190,11 @@ class Ingest:
             raise
         session.landed = session.landed or chunk.ring_offset >= 0
         stream.begin_write(lambda: self._catalogue.lease(stream.version))
+        tally = self.received["landing" if chunk.ring_offset >= 0 else "inline"]
+        tally.begin()
         loop = asyncio.get_running_loop()
         write = loop.run_in_executor(self._pool, writer.write, chunk.offset, address, chunk.nbytes)
-        write.add_done_callback(lambda done: self._written(session, stream, chunk, frame, done))
+        write.add_done_callback(lambda done: self._written(session, stream, chunk, frame, tally, done))
 
     def _written(
         self,
@@ -197,15 +202,16 @@ class Ingest:
         stream: Stream,
         chunk: Chunk,
         frame: memoryview | None,
+        tally: Tally,
         done: asyncio.Future[None],
     ) -> None:
         """A chunk is in the arena: return its credit, and go on if it was the last."""
         del frame  # it kept the bytes alive until here
+        tally.end(chunk.nbytes)
         session.give_back(chunk.ring_offset)
         session.free()
         stream.end_write()
         done.result()
-        self._metrics.received_bytes.labels(transport=session.transport).inc(chunk.nbytes)
         self._touch(stream.version)
         self._trainers.send(session, ChunkDone(stream.id, chunk.ring_offset))
         self._try_seal(session, stream)
@@ -238,6 +244,7 @@ class Ingest:
             self._spawn(stream.version, self._stage(stream.version))
 
     async def _stage(self, version: Version) -> None:
+        began = self._clock()
         parts = [version.contributions[rank] for rank in range(version.world_size)]
         with self._catalogue.lease(version):
             shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
@@ -246,6 +253,7 @@ class Ingest:
                 raise ManifestError(f"{version.id} has no tensors")
             if version.state is VersionState.RECEIVING:
                 self._catalogue.stage(version, manifest)
+                self._metrics.observe_phases(version.id.model, "", {"stage": self._clock() - began})
 
     # --- the end of it -----------------------------------------------------------------------------------------------
 

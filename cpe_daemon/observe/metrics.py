@@ -27,7 +27,8 @@ class Metrics:
         versions: versions that came to an end of receiving or pushing, by ``model`` and ``outcome``.
         received_bytes: bytes of weights taken from trainers, by ``transport``.
         update_duration: seconds of each ``phase``, by ``model`` and ``engine`` ("" for phases of the node).
-        failures: failures by the ``code`` of their error.
+        failures: versions that failed, by the ``code`` of their error.
+        engine_failures: engines that a round dropped, by the ``code`` of their error.
         rounds: push rounds by ``outcome``.
         engines: engines by ``state``; see `set_engines`.
         live_version: number of the version that is live, by ``model``.
@@ -48,7 +49,8 @@ class Metrics:
         self.protocol_errors = counter("protocol_errors_total", "Messages refused.", "socket")
         self.versions = counter("versions_total", "Versions by how they ended.", "model", "outcome")
         self.received_bytes = counter("received_bytes_total", "Weights received from trainers.", "transport")
-        self.failures = counter("failures_total", "Failures by error code.", "code")
+        self.failures = counter("failures_total", "Versions that failed, by error code.", "code")
+        self.engine_failures = counter("engine_failures_total", "Engines dropped from a round, by error code.", "code")
         self.rounds = counter("rounds_total", "Push rounds by how they ended.", "outcome")
         self.update_duration = Histogram(
             "cpe_update_duration_seconds",

@@ -8,10 +8,12 @@ reach the engines in their order.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from cpe_daemon.core.plan import Bucket, PeerCopy
 from cpe_daemon.devices.device import Device
+from cpe_daemon.push.traffic import Traffic
 
 Deliver = Callable[[Bucket, int], Awaitable[None]]
 """Sends a bucket that lies in a slot to the engines, at once; what it returns ends when all have let the slot go."""
@@ -25,13 +27,22 @@ class Pipeline:
         gpus: indices at the device of the GPUs that take part, in the plan's order.
         buckets: the plan's.
         deliver: stage 3.
+        traffic: is told what each stage moves; None if nobody wants to know.
     """
 
-    def __init__(self, device: Device, gpus: Sequence[int], buckets: Sequence[Bucket], deliver: Deliver) -> None:
+    def __init__(
+        self,
+        device: Device,
+        gpus: Sequence[int],
+        buckets: Sequence[Bucket],
+        deliver: Deliver,
+        traffic: Traffic | None = None,
+    ) -> None:
         self._device = device
         self._gpus = gpus
         self._buckets = buckets
         self._deliver = deliver
+        self._traffic = traffic or Traffic(time.monotonic)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(device.slot_count):
             self._free.put_nowait(slot)
@@ -42,6 +53,11 @@ class Pipeline:
         self._opened = asyncio.Event()
         self._turn = 0
         self._next_turn = asyncio.Condition()
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots of each GPU that hold a bucket, or are about to."""
+        return self._device.slot_count - self._free.qsize()
 
     async def primed(self) -> None:
         """Wait until the slots are full, or hold all there is: nothing more can be done before the engines pause."""
@@ -59,13 +75,9 @@ class Pipeline:
                 tasks.create_task(self._carry(bucket, slot))
 
     async def _carry(self, bucket: Bucket, slot: int) -> None:
-        async with asyncio.TaskGroup() as fetching:  # a group, for if one GPU's copy fails the others' have to end too
-            for gpu, copies in zip(self._gpus, bucket.pulls, strict=True):
-                fetching.create_task(self._device.fetch(gpu, slot, copies))
-        async with asyncio.TaskGroup() as exchanging:
-            for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
-                if peer_copies:
-                    exchanging.create_task(self._device.exchange(gpu, slot, self._named_by_device(peer_copies)))
+        await self._fetch(bucket, slot)
+        if any(bucket.exchanges):
+            await self._exchange(bucket, slot)
         self._count_filled()
         await self._opened.wait()
         async with self._next_turn:
@@ -73,8 +85,24 @@ class Pipeline:
             loaded = self._deliver(bucket, slot)
             self._turn += 1
             self._next_turn.notify_all()
-        await loaded
+        with self._traffic.load.moving(0):
+            await loaded
         self._free.put_nowait(slot)
+
+    async def _fetch(self, bucket: Bucket, slot: int) -> None:
+        """Stage 1. A group, for if one GPU's copy fails the others' have to end too."""
+        with self._traffic.fetch.moving(self._traffic.fetching(bucket)):
+            async with asyncio.TaskGroup() as fetching:
+                for gpu, copies in zip(self._gpus, bucket.pulls, strict=True):
+                    fetching.create_task(self._device.fetch(gpu, slot, copies))
+
+    async def _exchange(self, bucket: Bucket, slot: int) -> None:
+        """Stage 2."""
+        with self._traffic.exchange.moving(self._traffic.exchanging(bucket)):
+            async with asyncio.TaskGroup() as exchanging:
+                for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
+                    if peer_copies:
+                        exchanging.create_task(self._device.exchange(gpu, slot, self._named_by_device(peer_copies)))
 
     def _named_by_device(self, copies: Sequence[PeerCopy]) -> Sequence[PeerCopy]:
         """The plan counts the GPUs that take part, the device all it has."""

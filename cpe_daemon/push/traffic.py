@@ -1,0 +1,32 @@
+"""What all rounds together have moved, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cpe_daemon.core.plan import Bucket
+from cpe_daemon.core.tally import Tally
+
+
+class Traffic:
+    """The tallies of a push's stages, over all GPUs and engines. Belongs to the event loop.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.fetch = Tally(clock)
+        """From the arena into slots."""
+        self.exchange = Tally(clock)
+        """Between the slots of several GPUs."""
+        self.load = Tally(clock)
+        """Out of slots, by the engines; its bytes are counted as each engine has them."""
+
+    def fetching(self, bucket: Bucket) -> int:
+        """Bytes of a bucket that come from the arena: what all its slots hold, but for what they have of each other."""
+        return len(bucket.pulls) * bucket.nbytes - self.exchanging(bucket)
+
+    def exchanging(self, bucket: Bucket) -> int:
+        """Bytes of a bucket that GPUs give each other."""
+        return sum(copy.nbytes for copies in bucket.exchanges for copy in copies)
