@@ -40,8 +40,13 @@ class Participant:
         self.phases: dict[str, float] = {}
         self.loaded_bytes = 0
         """Bytes of weights that all its workers have loaded in the round."""
+        self._stopped_at = clock()
+        self.stopped_seconds: float | None = None
+        """For how long it did not serve, if it served before the round and serves the version now."""
         self.held = engine.content
         """The version that the engine held before the round."""
+        self.let_go = False
+        """Whether it is dropped and has forgotten the round: it answers, and a version can be tried again."""
         self._was_current = engine.state is EngineState.CURRENT
         self._round = round
         self._deadlines = deadlines
@@ -52,6 +57,11 @@ class Participant:
     def alive(self) -> bool:
         """Whether it is still in the round."""
         return self.error is None
+
+    @property
+    def updated(self) -> bool:
+        """Whether it has taken the version whole, and serves it."""
+        return self.alive and self.engine.state is EngineState.CURRENT
 
     def drop(self, error: CpeError) -> None:
         """Take it out of the round; the first reason stands."""
@@ -66,6 +76,8 @@ class Participant:
         that names the worker.
         """
         began = self._clock()
+        if phase == "pause":
+            self._stopped_at = began
         try:
             async with asyncio.timeout(seconds + _MARGIN_SECONDS):
                 await work
@@ -125,6 +137,7 @@ class Participant:
         )
         if self.alive and self.engine.state is EngineState.UPDATING:
             self.engine.change(EngineEvent.COMPLETE, content=content)
+            self.stopped_seconds = self._clock() - self._stopped_at if self._was_current else None
 
     async def leave(self) -> None:
         """Take a dropped engine out: untouched, it serves again what it held; otherwise its content is unknown."""
@@ -143,6 +156,7 @@ class Participant:
         try:
             async with asyncio.timeout(seconds + resume_seconds):
                 touched = await self.engine.driver.abort(self._round, reason, seconds)
+                self.let_go = True
                 if touched or not self._was_current:
                     return False
                 await self.engine.driver.resume(self._round, self.held, resume_seconds)

@@ -15,11 +15,12 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import EngineError
+from cpe_daemon.errors import CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.round import Round
+from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
@@ -53,6 +54,10 @@ class Pusher:
         self._registry = registry
         self._device = device
         self._planner = Planner(device.slot_bytes)
+        self.traffic = Traffic(clock)
+        """What all rounds have moved."""
+        self.current: Round | None = None
+        """The round in flight."""
         self._metrics = metrics
         self._clock = clock
         self._due: deque[Version] = deque()
@@ -61,6 +66,9 @@ class Pusher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._undoable = False
+        """Whether the round in flight pushes a new version; it restores or brings up engines otherwise."""
+        self._undoing: CpeError | None = None
         self._rounds = 0
         catalogue.watch(self._on_version)
         registry.on_joined(self._on_joined)
@@ -79,9 +87,20 @@ class Pusher:
                 self._idle.set()
 
     async def drain(self) -> None:
-        """Begin nothing more, and wait for what is in flight."""
+        """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
         self._draining = True
+        for version in [version for version in self._catalogue if version.state is VersionState.STAGED]:
+            self._catalogue.fail(version, PeerLostError(f"the daemon stops, and did not push {version.id}"))
         await self._idle.wait()
+
+    def undo(self, reason: str) -> None:
+        """Give up the push in flight, if there is one: engines that it touched get back what they held.
+
+        An engine that is being given the live version, or what it held, is left to get it.
+        """
+        self._undoing = PeerLostError(reason)
+        if self.current is not None and self._undoable:
+            self.current.abandon(self._undoing)
 
     def _on_version(self, version: Version) -> None:
         if version.state is VersionState.STAGED:
@@ -102,18 +121,18 @@ class Pusher:
         began = self._clock()
         self._catalogue.begin_push(version)
         engines = [engine for engine in self._registry if engine.workers and engine.takes(version.id.model)]
-        participants = await self._round(version, [engine for engine in engines if engine.complete])
+        participants = await self._round(version, [engine for engine in engines if engine.complete], undoable=True)
         failed = [participant for participant in participants if not participant.alive]
         if failed and len(failed) == len(participants):
-            error = EngineError(f"no engine took {version.id}: {'; '.join(str(p.error) for p in failed)}")
+            reasons = "; ".join(str(participant.error) for participant in failed)
+            error = self._undoing or EngineError(f"no engine took {version.id}: {reasons}")
             self._metrics.failures.labels(code=error.code).inc()
             self._catalogue.fail(version, error)
         else:
             if not participants:
                 log.warning("version.live_without_engines", version=str(version.id))
             self._catalogue.go_live(version, _report(version, participants, engines, self._clock() - began))
-        for participant in failed:
-            await self._restore(participant)
+        await self._restore(failed)
 
     # --- engines in need ---------------------------------------------------------------------------------------------
 
@@ -123,9 +142,7 @@ class Pusher:
         if engine.ready and (live is None or engine.content == live.id):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
-            for participant in await self._round(live, [engine]):
-                if not participant.alive:
-                    await self._restore(participant)
+            await self._restore([failed for failed in await self._round(live, [engine]) if not failed.alive])
 
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
@@ -134,16 +151,24 @@ class Pusher:
         except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
             log.warning("engine.resume_failed", engine=engine.name, error=repr(error))
 
-    async def _restore(self, failed: Participant) -> None:
-        """Give an engine that a round left in doubt what it held before, else what is live; else quarantine it."""
-        engine = failed.engine
-        version = self._held(failed.held) or self._catalogue.live(engine.serves)
-        for _ in range(self._config.deadlines.restore_attempts):
-            if version is not None and engine.in_doubt:
-                await self._round(version, [engine])
-        if engine.in_doubt:
-            engine.change(EngineEvent.GIVE_UP, error=failed.error)
-            log.error("engine.quarantined", engine=engine.name, error=str(failed.error))
+    async def _restore(self, failed: Sequence[Participant]) -> None:
+        """Give engines that a round left in doubt what they held before, else what is live; else quarantine them.
+
+        Those that answered when they were dropped come first, those of one version together: they have been paused for
+        long enough, and shall not wait for one that hangs.
+        """
+        groups: dict[tuple[bool, VersionId | None, str], list[Engine]] = {}
+        for dropped in sorted(failed, key=lambda dropped: not dropped.let_go):
+            groups.setdefault((dropped.let_go, dropped.held, dropped.engine.serves), []).append(dropped.engine)
+        for (_, held, serves), engines in groups.items():
+            for _ in range(self._config.deadlines.restore_attempts):
+                version = self._held(held) or self._catalogue.live(serves)
+                if version is not None:
+                    await self._round(version, [engine for engine in engines if engine.in_doubt])
+        for dropped in failed:
+            if dropped.engine.in_doubt:
+                dropped.engine.change(EngineEvent.GIVE_UP, error=dropped.error)
+                log.error("engine.quarantined", engine=dropped.engine.name, error=str(dropped.error))
 
     def _held(self, version: VersionId | None) -> Version | None:
         """The version, if its bytes can be pushed again."""
@@ -152,7 +177,7 @@ class Pusher:
 
     # --- a round -----------------------------------------------------------------------------------------------------
 
-    async def _round(self, version: Version, engines: Sequence[Engine]) -> list[Participant]:
+    async def _round(self, version: Version, engines: Sequence[Engine], *, undoable: bool = False) -> list[Participant]:
         if not engines:
             return []
         self._rounds += 1
@@ -167,7 +192,7 @@ class Pusher:
             participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
             if not participants:
                 return []
-            current = Round(
+            self.current = Round(
                 number=self._rounds,
                 version=version.id,
                 specs=specs,
@@ -177,17 +202,29 @@ class Pusher:
                 participants=participants,
                 deadlines=limits,
                 clock=self._clock,
+                traffic=self.traffic,
             )
+            self._undoable = undoable
+            if undoable and self._undoing is not None:
+                self.current.abandon(self._undoing)
             began = self._clock()
-            await current.run()
+            try:
+                await self.current.run()
+            finally:
+                self.current = None
         for participant in participants:
             self._observe(version, participant, self._clock() - began)
         return participants
 
     def _observe(self, version: Version, participant: Participant, seconds: float) -> None:
         participant.engine.last_push_seconds = seconds
+        self.traffic.load.nbytes += participant.loaded_bytes
         self._metrics.rounds.labels(outcome="updated" if participant.alive else "failed").inc()
+        if participant.error is not None:
+            self._metrics.engine_failures.labels(code=participant.error.code).inc()
         phases = {**participant.phases, "total": seconds}
+        if participant.stopped_seconds is not None:
+            phases["stopped"] = participant.stopped_seconds
         self._metrics.observe_phases(version.id.model, participant.engine.name, phases)
 
 

@@ -21,6 +21,7 @@ from cpe_daemon.devices.device import Device
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.pipeline import Pipeline
+from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import Expect, Load, TensorPart
 
@@ -42,6 +43,7 @@ class Round:
         participants: the engines.
         deadlines: of each phase.
         clock: seconds, monotonic.
+        traffic: is told what each stage moves; None if nobody wants to know.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Round:
         participants: Sequence[Participant],
         deadlines: DeadlinesConfig,
         clock: Callable[[], float],
+        traffic: Traffic | None = None,
     ) -> None:
         self.state = RoundState.PREFETCHING
         self.participants = participants
@@ -65,24 +68,53 @@ class Round:
         self._nbytes = plan.nbytes
         self._deadlines = deadlines
         self._clock = clock
-        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver)
+        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic)
+        self._abandoned: CpeError | None = None
+        self._updating: asyncio.Timeout | None = None
 
     @property
     def alive(self) -> list[Participant]:
         """The engines still in the round."""
         return [participant for participant in self.participants if participant.alive]
 
+    @property
+    def slots_in_use(self) -> int:
+        """Slots of each GPU that hold a bucket, or are about to."""
+        return self._pipeline.slots_in_use
+
+    def abandon(self, error: CpeError) -> None:
+        """Give the update up now: whoever has not taken the version whole is dropped, and this is why."""
+        self._abandoned = error
+        if self._updating is not None:
+            self._updating.reschedule(asyncio.get_running_loop().time())
+
     async def run(self) -> None:
         """Take every engine through the push, and every dropped one out of it."""
         log.info("round.started", round=self._number, version=str(self._version), engines=self._names())
         try:
-            await self._update()
-        except* CpeError as group:  # nobody is left; or, beside that or alone, a copy failed
+            await self._update_unless_abandoned()
+        except* CpeError as group:  # nobody is left; or, beside that or alone, a copy failed; or it was given up
             for participant in self.alive:
-                participant.drop(_first(group))
+                if not participant.updated:
+                    participant.drop(_first(group))
             self._change(RoundEvent.ABANDON)
         await asyncio.gather(*(p.leave() for p in self.participants if not p.alive))
         log.info("round.ended", round=self._number, state=str(self.state), dropped=self._names(alive=False))
+
+    async def _update_unless_abandoned(self) -> None:
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                if self._abandoned is not None:
+                    raise self._abandoned
+                self._updating = limit
+                await self._update()
+        except TimeoutError:
+            if self._abandoned is None or not limit.expired():
+                raise
+            raise self._abandoned from None
+        finally:
+            self._updating = None
 
     async def _update(self) -> None:
         began = self._clock()

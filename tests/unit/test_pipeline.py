@@ -46,6 +46,7 @@ class FakeDevice:
     gpus: int = 1
     kind: str = "fake"
     slot_bytes: int = 256
+    stuck_seconds: float = 0.0
     trace: list[tuple[str, Op]] = field(default_factory=list)
     active: dict[Op, asyncio.Future[None]] = field(default_factory=dict)
     fills: dict[tuple[int, int], list[int]] = field(default_factory=dict)

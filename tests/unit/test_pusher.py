@@ -425,9 +425,114 @@ async def test_drain_waits_for_the_round_in_flight_and_begins_no_other() -> None
         async with asyncio.timeout(20):
             await draining
         assert first.state == "live"
-        assert second.state == "staged"
+        assert second.state == "failed"
+        assert str(second.error) == "the daemon stops, and did not push m@r#2"
 
 
 async def test_drain_without_anything_to_do_returns() -> None:
     async with FakeNode.running() as node, asyncio.timeout(20):
         await node.pusher.drain()
+
+
+async def drained(node: FakeNode) -> None:
+    """Undo the push in flight, and wait for all that follows."""
+    async with asyncio.timeout(20):
+        node.pusher.undo("the daemon stops")
+        await node.pusher.drain()
+
+
+async def test_undone_push_leaves_every_engine_with_what_it_held() -> None:
+    async with FakeNode.running() as node:
+        hung, loaded = node.worker("hung"), node.worker("loaded")
+        live = await node.publish(ONE)
+        hung.hang("finish")
+        version = node.stage(TWO)
+        await node.until(lambda: "finish" in hung.steps[5:] and loaded.content == TWO)
+        hung.script.clear()
+        await drained(node)
+        assert node.states() == {"hung": (CURRENT, ONE), "loaded": (CURRENT, ONE)}
+        assert (hung.content, loaded.content) == (ONE, ONE)
+        assert not hung.paused
+        assert not loaded.paused
+        assert rounds(hung) == rounds(loaded) == [(1, ONE), (2, TWO), (3, ONE)]  # restored together
+        assert (version.state, str(version.error)) == ("failed", "the daemon stops")
+        assert live.state == "live"
+
+
+async def test_undone_push_does_not_have_the_others_wait_for_one_that_hangs() -> None:
+    async with FakeNode.running(deadlines={"abort_seconds": 0.05, "pause_seconds": 0.05}) as node:
+        hung, loaded = node.worker("hung"), node.worker("loaded")
+        await node.publish(ONE)
+        hung.hang("finish", "abort", "pause")
+        hung.script["pause"] = lambda step: hung.do(step) if step.round == 2 else None
+        node.stage(TWO)
+        await node.until(lambda: loaded.content == TWO)
+        await drained(node)
+        assert node.states() == {"hung": (QUARANTINED, None), "loaded": (CURRENT, ONE)}
+        assert rounds(loaded) == [(1, ONE), (2, TWO), (3, ONE)]
+        assert hung.steps[-1] == "abort"
+        assert hung.paused
+
+
+async def test_undone_push_that_paused_and_no_more_touches_nothing() -> None:
+    async with FakeNode.running() as node:
+        slow, quick = node.worker("slow"), node.worker("quick")
+        await node.publish(ONE)
+        slow.hang("begin")
+        version = node.stage(TWO)
+        await node.until(lambda: slow.steps[-1] == "begin")
+        await drained(node)
+        assert node.states() == {"slow": (CURRENT, ONE), "quick": (CURRENT, ONE)}
+        assert rounds(quick) == [(1, ONE), (2, TWO)]
+        assert not slow.paused
+        assert not quick.paused
+        assert version.state == "failed"
+
+
+async def test_undone_push_that_some_serve_already_is_live_for_them() -> None:
+    async with FakeNode.running() as node:
+        slow, _ = node.worker("slow"), node.worker("quick")
+        await node.publish(ONE)
+        slow.hang("resume")
+        version = node.stage(TWO)
+        await node.until(lambda: slow.steps[-1] == "resume" and node.engine("quick").content == TWO)
+        slow.script.clear()
+        await drained(node)
+        assert version.state == "live"
+        assert version.report is not None
+        assert {name: report.outcome for name, report in version.report.engines.items()} == {
+            "slow": "failed",
+            "quick": "updated",
+        }
+        assert node.states() == {"slow": (CURRENT, ONE), "quick": (CURRENT, TWO)}
+        assert not slow.paused
+
+
+async def test_push_that_is_undone_before_its_round_begins_is_not_begun() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.publish(ONE)
+        version = node.stage(TWO)
+        await node.until(lambda: version.state == "pushing")
+        await drained(node)
+        assert version.state == "failed"
+        assert rounds(worker) == [(1, ONE)]
+        assert node.states() == {"a": (CURRENT, ONE)}
+
+
+async def test_undoing_leaves_the_round_alone_that_gives_an_engine_the_live_version() -> None:
+    async with FakeNode.running() as node:
+        node.worker("first")
+        await node.publish(ONE)
+        late = node.worker("late")
+        release: list[Callable[[], None]] = []
+        late.script["finish"] = lambda step: release.append(lambda: late.say(late.do(step)))
+        await node.until(lambda: bool(release))
+        undone = asyncio.create_task(drained(node))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not undone.done()
+        release[0]()
+        await undone
+        assert node.states() == {"first": (CURRENT, ONE), "late": (CURRENT, ONE)}
+        assert rounds(late) == [(2, ONE)]
