@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from cpe_daemon.arena import Arena
+from cpe_daemon.core.lifecycle import EngineState
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.versions import Version
+from cpe_daemon.wire.messages import EngineSpec
 
 
 def arena_status(arena: Arena) -> dict[str, Any]:
@@ -47,20 +49,10 @@ def version_status(version: Version, now: float) -> dict[str, Any]:
     }
 
 
-def engine_status(engine: Engine) -> dict[str, Any]:
-    """One engine and its workers, those that are missing included."""
-    return {
-        "engine": engine.name,
-        "model": engine.model,
-        "kind": engine.kind,
-        "state": str(engine.state),
-        "ready": engine.ready,
-        "content": str(engine.content) if engine.content else None,
-        "world_size": engine.world_size,
-        "workers": [_worker_status(engine, rank) for rank in range(engine.world_size)],
-        "error": _text(engine.error),
-        "last_push_seconds": engine.last_push_seconds,
-    }
+def engines_status(registry: Registry) -> list[dict[str, Any]]:
+    """Every engine that is known, and every one that is expected."""
+    known = [_engine_status(engine, registry.expected.get(engine.name)) for engine in registry]
+    return known + [_absent_status(spec, registry.expected.why_absent(spec)) for spec in registry.absent]
 
 
 def trainer_status(session: Session) -> dict[str, Any]:
@@ -76,20 +68,60 @@ def trainer_status(session: Session) -> dict[str, Any]:
     }
 
 
-def states(engines: Iterable[Engine]) -> dict[str, int]:
-    """How many engines are in each state."""
-    counts: dict[str, int] = {}
-    for engine in engines:
+def states(registry: Registry) -> dict[str, int]:
+    """How many engines are in each state; of one that is expected and not here, nothing is known."""
+    counts: dict[str, int] = {EngineState.UNKNOWN: len(registry.absent)}
+    for engine in registry:
         counts[engine.state] = counts.get(engine.state, 0) + 1
     return counts
+
+
+def _engine_status(engine: Engine, spec: EngineSpec | None) -> dict[str, Any]:
+    """One engine and its workers, those that are missing included."""
+    return {
+        "engine": engine.name,
+        "model": engine.serves,
+        "kind": engine.kind,
+        "state": str(engine.state),
+        "ready": engine.ready,
+        "expected": spec is not None,
+        "url": spec.url if spec is not None else "",
+        "content": str(engine.content) if engine.content else None,
+        "world_size": engine.world_size,
+        "workers": [_worker_status(engine, rank) for rank in range(engine.world_size)],
+        "error": _text(engine.error),
+        "last_push_seconds": engine.last_push_seconds,
+    }
+
+
+def _absent_status(spec: EngineSpec, why: str) -> dict[str, Any]:
+    """An engine that is expected, and of which nothing else is known."""
+    return {
+        "engine": spec.name,
+        "model": spec.model,
+        "kind": spec.kind,
+        "state": str(EngineState.UNKNOWN),
+        "ready": False,
+        "expected": True,
+        "url": spec.url,
+        "content": None,
+        "world_size": spec.world_size,
+        "workers": [_missing_status(rank) for rank in range(spec.world_size)],
+        "error": why,
+        "last_push_seconds": 0.0,
+    }
 
 
 def _worker_status(engine: Engine, rank: int) -> dict[str, Any]:
     worker = engine.workers.get(rank)
     if worker is None:
-        return {"rank": rank, "pid": None, "node": None, "gpu": None, "present": False}
+        return _missing_status(rank)
     hello = worker.hello
     return {"rank": rank, "pid": hello.pid, "node": hello.node, "gpu": worker.gpu_name, "present": True}
+
+
+def _missing_status(rank: int) -> dict[str, Any]:
+    return {"rank": rank, "pid": None, "node": None, "gpu": None, "present": False}
 
 
 def _text(error: CpeError | None) -> str | None:

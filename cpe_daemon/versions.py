@@ -125,6 +125,10 @@ class Catalogue:
         live = [v for v in self._versions.values() if v.state is VersionState.LIVE and model in ("", v.id.model)]
         return live[0] if len(live) == 1 else None
 
+    def live_models(self) -> list[str]:
+        """The models of which a version is live."""
+        return [version.id.model for version in self._versions.values() if version.state is VersionState.LIVE]
+
     # --- receiving ---------------------------------------------------------------------------------------------------
 
     def open(self, version: VersionId, world_size: int, *, force: bool = False) -> Version:

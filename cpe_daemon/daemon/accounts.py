@@ -22,7 +22,7 @@ from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.status import (
     arena_status,
     device_status,
-    engine_status,
+    engines_status,
     states,
     trainer_status,
     version_status,
@@ -95,7 +95,7 @@ class Accounts:
             "arena": arena_status(self._arena),
             "device": device_status(self._device),
             "versions": [version_status(version, now) for version in self._catalogue],
-            "engines": [engine_status(engine) for engine in self._registry],
+            "engines": engines_status(self._registry),
             "trainers": [trainer_status(session) for session in self._trainers],
             "counters": {
                 **self._metrics.snapshot(),

@@ -19,11 +19,12 @@ import zmq
 
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
-from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
+from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
+from cpe_daemon.engines.expected import Expected
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
@@ -56,6 +57,8 @@ class Daemon:
         self._running: list[asyncio.Task[None]] = []
         self.generation = secrets.token_hex(8)
         self.metrics = Metrics()
+        drivers = load_drivers()
+        expected = Expected(config.state_dir / ENGINES_FILE, drivers)  # first: a file that is damaged ends it here
         runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
         self.arena = Arena(config.arena.size_bytes)
         self.catalogue = Catalogue(self.arena, retain=config.retention.versions, clock=time.monotonic)
@@ -91,8 +94,10 @@ class Daemon:
             generation=self.generation,
             device=self.device,
             handoff=str(self.handoff.path),
-            drivers=load_drivers(),
+            drivers=drivers,
+            expected=expected,
             live=self._live,
+            live_models=self.catalogue.live_models,
             clock=time.monotonic,
         )
         self.pusher = Pusher(

@@ -13,6 +13,7 @@ from cpe_daemon.core.lifecycle import EngineEvent
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.expected import MAX_NAME_CHARS, MAX_WORKERS, Expected, check_fit
 from cpe_daemon.engines.worker import Sender, Worker
 from cpe_daemon.errors import BusyError, DeadlineError, MisuseError, ProtocolError
 from cpe_daemon.links.router import Handler
@@ -20,6 +21,7 @@ from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
+    EngineSpec,
     Message,
     Ping,
     Pong,
@@ -32,8 +34,6 @@ from cpe_daemon.wire.messages import (
 
 log = structlog.get_logger(__name__)
 
-_MAX_NAME_CHARS: Final = 256
-_MAX_WORKERS: Final = 4096
 _MAX_REMEMBERED: Final = 64
 """Engines without workers that are kept, so that status can tell of their loss."""
 
@@ -47,7 +47,9 @@ class Registry:
         device: whose slots the workers open.
         handoff: path of the hand-off socket.
         drivers: by kind of engine.
+        expected: the engines that an operator counts on.
         live: the live version of a model, if there is one.
+        live_models: the models of which one is.
         clock: seconds, monotonic.
     """
 
@@ -59,7 +61,9 @@ class Registry:
         device: Device,
         handoff: str,
         drivers: Mapping[str, Callable[..., Driver]],
+        expected: Expected,
         live: Callable[[str], VersionId | None],
+        live_models: Callable[[], Collection[str]],
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -67,7 +71,9 @@ class Registry:
         self._device = device
         self._handoff = handoff
         self._drivers = drivers
+        self.expected = expected
         self._live = live
+        self._live_models = live_models
         self._clock = clock
         self._engines: dict[str, Engine] = {}
         self._workers: dict[bytes, Worker] = {}
@@ -77,6 +83,21 @@ class Registry:
     def __iter__(self) -> Iterator[Engine]:
         """All engines known; the set may change while one iterates."""
         return iter(tuple(self._engines.values()))
+
+    @property
+    def absent(self) -> list[EngineSpec]:
+        """The expected engines of which nothing is known: none of their workers has attached, or the last one left."""
+        return [spec for spec in self.expected if spec.name not in self._engines]
+
+    def find(self, name: str) -> Engine | None:
+        """The engine, if a worker of it has attached and it was not forgotten since."""
+        return self._engines.get(name)
+
+    def forget(self, name: str) -> None:
+        """Let go of an engine that has no workers; one that has some stays."""
+        engine = self._engines.get(name)
+        if engine is not None and not engine.workers:
+            del self._engines[name]
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
@@ -126,11 +147,13 @@ class Registry:
         gpu = self._gpu(hello)
         leaving = self._leaving(peer, hello)
         engine = self._engine(hello, leaving)
+        serves = self._serves(hello, engine)
         name = self._device.topology.gpus[gpu].uuid
         worker = Worker(peer, hello, gpu, name, self._sender, self._clock())
         slots = worker.slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
         for old in leaving:  # from here on nothing is refused any more
             self._lose(old, "it said hello again")
+        engine.serves = serves
         self._engines[hello.engine] = engine
         self._workers[peer] = engine.workers[hello.rank] = worker
         log.info(
@@ -154,14 +177,17 @@ class Registry:
     def _check(self, hello: WorkerHello) -> None:
         if not OLDEST_PROTOCOL <= hello.protocol <= PROTOCOL:
             raise ProtocolError(f"protocol {hello.protocol}; this daemon speaks {OLDEST_PROTOCOL} to {PROTOCOL}")
-        if not 0 < len(hello.engine) <= _MAX_NAME_CHARS or len(hello.model) > _MAX_NAME_CHARS or not hello.incarnation:
-            raise ProtocolError(f"an engine needs a name of 1 to {_MAX_NAME_CHARS} characters, and an incarnation")
-        if not 0 <= hello.rank < hello.world_size <= _MAX_WORKERS:
+        if not 0 < len(hello.engine) <= MAX_NAME_CHARS or len(hello.model) > MAX_NAME_CHARS or not hello.incarnation:
+            raise ProtocolError(f"an engine needs a name of 1 to {MAX_NAME_CHARS} characters, and an incarnation")
+        if not 0 <= hello.rank < hello.world_size <= MAX_WORKERS:
             raise ProtocolError(f"rank {hello.rank} of {hello.world_size}")
         if hello.kind not in self._drivers:
             raise MisuseError(f"no plugin for engines of kind {hello.kind!r}; installed: {', '.join(self._drivers)}")
-        if len(self._workers) >= _MAX_WORKERS:
+        if len(self._workers) >= MAX_WORKERS:
             raise BusyError(f"{len(self._workers)} workers are attached; no more are taken")
+        spec = self.expected.get(hello.engine)
+        if spec is not None:
+            check_fit(spec, kind=hello.kind, model=_model(hello), world_size=hello.world_size)
 
     def _gpu(self, hello: WorkerHello) -> int:
         """The index of a worker's GPU; on a CPU host a worker need not name one."""
@@ -208,6 +234,21 @@ class Registry:
         engine.incomplete_since = self._clock()
         return engine
 
+    def _serves(self, hello: WorkerHello, engine: Engine) -> str:
+        """Whose versions an engine takes: as it says or said, as an operator says, or of the version that it holds.
+
+        Raises:
+            MisuseError: nobody says, and there are several to choose from.
+        """
+        spec = self.expected.get(hello.engine)
+        model = engine.serves or (spec.model if spec is not None else "") or _model(hello)
+        if not model and len(models := self._live_models()) > 1:
+            raise MisuseError(
+                f"engine {hello.engine!r} says no model, and this node serves {', '.join(sorted(models))}: attach it"
+                f" with model=, or `cpe engine add {hello.engine} --kind {hello.kind} --model MODEL`"
+            )
+        return model
+
     def _must_hold(self, engine: Engine, hello: WorkerHello) -> bool:
         """Whether a worker must not serve what it holds: it is a mixture, not live, or not what its siblings hold."""
         live = self._live(engine.serves)
@@ -244,9 +285,7 @@ class Registry:
     def _on_bye(self, peer: bytes, _: WorkerBye, __: object) -> None:
         worker = self._worker(peer)
         self._lose(worker, "it detached")
-        engine = self._engines.get(worker.hello.engine)
-        if engine is not None and not engine.workers:
-            del self._engines[engine.name]
+        self.forget(worker.hello.engine)
         self._pong(peer)
 
     def _worker(self, peer: bytes) -> Worker:
@@ -272,3 +311,8 @@ class Registry:
         empty = [known.name for known in self if not known.workers]
         for name in empty[: max(0, len(empty) - _MAX_REMEMBERED)]:
             del self._engines[name]
+
+
+def _model(hello: WorkerHello) -> str:
+    """The model that a worker is for: as it says, else of the version that it holds; "" if it says neither."""
+    return hello.model or (hello.content.model if hello.content is not None else "")

@@ -20,6 +20,7 @@ from cpe_daemon.core.manifest import layout, merge
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.expected import Expected
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError
 from cpe_daemon.observe.metrics import Metrics
@@ -214,10 +215,23 @@ class FakeWorker:
 class FakeNode:
     """Everything but sockets, memory for slots, and processes."""
 
-    def __init__(self, *, gpus: int = 1, retain: int = 1, deadlines: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        gpus: int = 1,
+        retain: int = 1,
+        deadlines: dict[str, float] | None = None,
+        automatic: bool = True,
+        state_dir: Path = Path("/nonexistent/cpe-fake-node"),
+    ) -> None:
         self.clock = Clock()
         self.config = Config.model_validate(
-            {"runtime_dir": Path("/tmp/cpe-fake-node"), "deadlines": deadlines or {}, "retention": {"versions": retain}}
+            {
+                "runtime_dir": Path("/tmp/cpe-fake-node"),
+                "deadlines": deadlines or {},
+                "push": {"automatic": automatic},
+                "retention": {"versions": retain},
+            }
         )
         self.arena = Arena(1 << 20)
         self.device = StillDevice(gpus)
@@ -225,6 +239,7 @@ class FakeNode:
         self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock)
         self.workers: dict[bytes, FakeWorker] = {}
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
+        self.expected = Expected(state_dir / "engines.json", self.drivers)
         self._codec = Codec(WorkerCommand)
         self.registry = Registry(
             config=self.config,
@@ -232,7 +247,9 @@ class FakeNode:
             device=self.device,
             handoff="/nowhere",
             drivers=self.drivers,
+            expected=self.expected,
             live=self._live,
+            live_models=self.catalogue.live_models,
             clock=self.clock,
         )
         self.registry.connect(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from cpe_daemon.errors import (
     ProtocolError,
     ResourceError,
 )
-from cpe_daemon.wire.messages import Pause, Ping, SlotSet, StepDone, StepFailed, WorkerBye
+from cpe_daemon.wire.messages import EngineSpec, Pause, Ping, SlotSet, StepDone, StepFailed, WorkerBye
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, FakeWorker, number
@@ -269,6 +270,101 @@ async def test_live_version_of_another_model_keeps_nobody_from_serving(node: Fak
     welcome = node.worker("a", model="m").welcome
     assert welcome is not None
     assert not welcome.hold
+
+
+# --- whose versions an engine takes ----------------------------------------------------------------------------------
+
+
+async def test_engine_that_says_no_model_is_refused_where_two_are_live(node: FakeNode) -> None:
+    live(node, number(1, "a"))
+    assert node.worker("before").welcome is not None
+    live(node, number(1, "b"))
+    before = described(node)
+    with pytest.raises(
+        MisuseError, match=r"engine 'e' says no model, and this node serves a, b: attach it with model="
+    ):
+        node.worker("e")
+    assert described(node) == before
+    assert node.worker("e", model="a").welcome is not None
+
+
+@pytest.mark.parametrize("held", [1, 2])
+async def test_engine_that_says_no_model_is_asked_what_it_holds(held: int, node: FakeNode) -> None:
+    """It was attached to a daemon that is no more; one that holds what is not live may not serve it."""
+    live(node, number(2, "a"))
+    live(node, number(1, "b"))
+    welcome = node.worker("e", content=number(held, "a")).welcome
+    assert node.engine("e").serves == "a"
+    assert welcome is not None
+    assert welcome.hold is (held != 2)
+
+
+async def test_sibling_says_the_model_for_one_that_does_not(node: FakeNode) -> None:
+    live(node, number(1, "a"))
+    live(node, number(1, "b"))
+    node.worker("e", rank=0, world_size=2, content=number(1, "a"))
+    fresh = node.worker("e", rank=1, world_size=2)
+    assert fresh.welcome is not None
+    assert fresh.welcome.hold
+
+
+# --- what an operator expects ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def expecting(tmp_path: Path) -> AsyncIterator[FakeNode]:
+    """A node that expects an engine of model m with two ranks."""
+    made = FakeNode(state_dir=tmp_path)
+    await made.expected.add(EngineSpec("e", "torch", "m", world_size=2))
+    yield made
+    made.arena.close()
+
+
+async def test_expected_engine_is_absent_until_a_worker_comes_and_after_the_last_has_left(expecting: FakeNode) -> None:
+    registry = expecting.registry
+    assert [spec.name for spec in registry.absent] == ["e"]
+    worker = expecting.worker("e", world_size=2)
+    assert registry.absent == []
+    expecting.bye(worker)
+    assert [spec.name for spec in registry.absent] == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("hello", "says"),
+    [
+        ({"world_size": 1}, "world size 2 and has world size 1"),
+        ({"world_size": 2, "model": "other"}, "model m and has model other"),
+        ({"world_size": 2, "content": number(1, "other")}, "model m and has model other"),
+        ({"world_size": 2, "kind": "other"}, "kind torch and has kind other"),
+    ],
+)
+async def test_worker_of_another_engine_than_expected_is_refused(
+    hello: dict[str, Any], says: str, expecting: FakeNode
+) -> None:
+    expecting.drivers["other"] = TorchDriver
+    with pytest.raises(MisuseError, match=f"engine 'e' is expected with {says}; .*cpe engine remove e"):
+        expecting.worker("e", **hello)
+    assert described(expecting) == []
+    assert expecting.worker("another", **hello).welcome is not None
+
+
+async def test_engine_that_says_no_model_takes_the_one_that_it_is_expected_with(expecting: FakeNode) -> None:
+    live(expecting, number(1, "m"))
+    live(expecting, number(1, "other"))
+    welcome = expecting.worker("e", world_size=2).welcome
+    assert expecting.engine("e").serves == "m"
+    assert welcome is not None
+    assert welcome.hold
+
+
+async def test_engine_is_forgotten_only_without_workers(node: FakeNode) -> None:
+    worker = node.worker("a")
+    node.registry.forget("a")
+    assert node.registry.find("a") is not None
+    worker.die()
+    node.registry.forget("a")
+    assert node.registry.find("a") is None
+    node.registry.forget("a")
 
 
 # --- leaving and coming back -----------------------------------------------------------------------------------------
