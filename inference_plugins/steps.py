@@ -15,9 +15,9 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Slots
 from cpe_daemon.errors import CpeError, EngineError
-from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
+from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
 from cpe_daemon.wire.reports import ErrorInfo
-from inference_plugins.assembly import Assembly
+from inference_plugins.assembly import Assembly, Place
 
 log: Final = logging.getLogger(__name__)
 
@@ -52,6 +52,13 @@ class Loader(Protocol):
 
     def begin(self) -> None:
         """Make ready for the tensors of a version; forget an update that was not finished."""
+        ...
+
+    def place(self, tensor: TensorSpec) -> Place | None:
+        """Say where a tensor that comes in several parts is written as they come; it is not given to `load` then.
+
+        It is about to be written: count it as loaded. None: it is put together first, in memory of its own size.
+        """
         ...
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -148,9 +155,13 @@ class Steps:
     def _load(self, load: Load, slots: Slots) -> None:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
-        tensors = self._assembly.take(load.parts, slots.slot(load.slot))
+        tensors = self._assembly.take(load.parts, slots.slot(load.slot), self._find)
+        placed = self._assembly.placed
         self._loader.load(tensors)
-        self._loaded += len(tensors)
+        self._loaded += len(tensors) + placed
+
+    def _find(self, part: TensorPart) -> Place | None:
+        return self._loader.place(TensorSpec(part.name, part.dtype, part.shape))
 
     def _finish(self, finish: Finish) -> None:
         begun = self._update

@@ -17,7 +17,7 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, MisuseError
-from inference_plugins.assembly import dtype_of
+from inference_plugins.assembly import Place, dtype_of
 from inference_plugins.receiver import Identity, Receiver
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Callback, Slicer, Slicing, Target, make_target
@@ -51,20 +51,24 @@ class _TorchLoader:
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
         self._trouble = None
         with self._explaining():
-            self._target.expect(
-                [(t.name, torch.empty(t.shape, dtype=dtype_of(t.dtype), device="meta")) for t in tensors]
-            )
+            self._target.expect([(tensor.name, _meta(tensor)) for tensor in tensors])
 
     def begin(self) -> None:
         self._target.begin()
+
+    def place(self, tensor: TensorSpec) -> Place | None:
+        with self._explaining():
+            place = self._target.place(tensor.name, _meta(tensor))
+            if place is not None:
+                self._touch()
+        return place
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         with self._explaining():
             self._target.check(tensors)
-            if tensors and not self.touched:
-                self.touched = True
-                self._lock.explain(self._reason())
+            if tensors:
+                self._touch()
             for name, tensor in tensors:
                 self._target.write(name, tensor)
 
@@ -81,6 +85,12 @@ class _TorchLoader:
     def resume(self) -> None:
         self._lock.open()
         self._tell(serving=True)
+
+    def _touch(self) -> None:
+        """Weights change from now on."""
+        if not self.touched:
+            self.touched = True
+            self._lock.explain(self._reason())
 
     def _reason(self) -> str:
         reason = _MIXED if self.touched else "its weights are being updated, or it awaits the live version"
@@ -100,6 +110,11 @@ class _TorchLoader:
         with self._changed:
             self.serving = serving
             self._changed.notify_all()
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor:
+    """A tensor of that dtype and shape, without memory."""
+    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
 
 
 class Attachment:

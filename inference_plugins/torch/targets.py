@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
+from torch.autograd.graph import increment_version
 
+from cpe_daemon.devices.slots import fill, is_flat
 from cpe_daemon.errors import EngineError, ManifestError
+from inference_plugins.assembly import Place
 
 Slicing = Callable[[str], int | None] | Mapping[str, int]
 """The tensor-parallel rule: parameter name to the dimension along which ranks share it; None (or no entry): whole."""
@@ -30,6 +33,13 @@ class Target(Protocol):
 
     def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Raise unless every one of these can be written; write nothing."""
+        ...
+
+    def place(self, name: str, tensor: torch.Tensor) -> Place | None:
+        """Say where one may be written part by part, given as a meta tensor; it counts as written from now on.
+
+        None: it has to come whole.
+        """
         ...
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -123,11 +133,24 @@ class TensorTarget:
             more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
             raise ManifestError("; ".join(wrong[:_NAMED]) + more)
 
+    def place(self, name: str, tensor: torch.Tensor) -> Place | None:
+        """The tensor here itself, where this rank's part of the version's is one run of bytes, as it is here."""
+        self.check([(name, tensor)])
+        place = self._places.get(name)
+        if place is None:
+            return Place(torch.empty(0, dtype=torch.uint8), 0)  # ignored: nothing of it is wanted
+        part = self._slicer.cut(name, tensor)
+        if not is_flat(place) or not part.is_contiguous():
+            return None
+        increment_version(place)
+        self._written.add(_memory_of(place))
+        return Place(place.detach().view(-1).view(torch.uint8), int(part.storage_offset()) * part.itemsize)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Copy this rank's part in place."""
         place = self._places.get(name)
         if place is not None:
-            place.detach().copy_(self._slicer.cut(name, tensor))
+            fill(place, self._slicer.cut(name, tensor))
             self._written.add(_memory_of(place))
 
     def missing(self) -> list[str]:
@@ -174,6 +197,10 @@ class CallbackTarget:
         """Refuse what cannot be sliced."""
         for name, tensor in tensors:
             self._slicer.cut(name, tensor)
+
+    def place(self, name: str, tensor: torch.Tensor) -> Place | None:
+        """The function is given whole tensors."""
+        return None
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Call the function."""

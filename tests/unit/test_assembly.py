@@ -15,7 +15,7 @@ from cpe_daemon.core.topology import Gpu
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.errors import EngineError, ProtocolError
 from cpe_daemon.wire.messages import TensorPart
-from inference_plugins.assembly import Assembly, dtype_of
+from inference_plugins.assembly import Assembly, Place, dtype_of
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
 
 A = ALIGNMENT_BYTES
@@ -99,6 +99,46 @@ def test_split_tensor_does_not_change_when_the_slot_is_filled_anew() -> None:
     assert bytes_of(tensor) == b"abcdef"
 
 
+@pytest.mark.parametrize(("start", "count"), [(0, 10), (0, 3), (3, 4), (4, 2), (7, 3), (6, 4), (0, 0), (10, 0)])
+@pytest.mark.parametrize("cuts", [(6, 4), (1, 2, 3, 4), (4, 2, 4)], ids=str)
+def test_split_tensor_is_written_to_its_place_as_it_comes(cuts: tuple[int, ...], start: int, count: int) -> None:
+    """A place may be for some of the bytes only, wherever the tensor is parted."""
+    content = b"abcdefghij"
+    memory = torch.zeros(count, dtype=torch.uint8)
+    asked: list[str] = []
+
+    def find(one: TensorPart) -> Place:
+        asked.append(one.name)
+        return Place(memory, start)
+
+    assembly, offset = Assembly(), 0
+    for nbytes in cuts:
+        assert assembly.placed == 0
+        slot = slot_of(content[offset : offset + nbytes])
+        assert assembly.take([part("w", 10, offset, nbytes)], slot, find) == []
+        offset += nbytes
+    assert assembly.placed == 1
+    assert asked == ["w"]
+    assert bytes_of(memory) == content[start : start + count]
+    assert assembly.take([part("v", 2, 0, 2)], slot_of(b"kl"), find) != []
+    assert assembly.placed == 0
+
+
+def test_tensors_with_and_without_a_place_follow_one_another() -> None:
+    memory = torch.zeros(6, dtype=torch.uint8)
+    assembly = Assembly()
+
+    def find(one: TensorPart) -> Place | None:
+        return Place(memory, 0) if one.name == "placed" else None
+
+    assert assembly.take([part("placed", 6, 0, 4)], slot_of(b"abcd"), find) == []
+    both = [part("placed", 6, 4, 2), part("built", 4, 0, 2, 2)]
+    assert assembly.take(both, slot_of(b"efgh"), find) == []
+    assert assembly.placed == 1
+    ((name, tensor),) = assembly.take([part("built", 4, 2, 2)], slot_of(b"ij"), find)
+    assert (name, bytes_of(tensor), bytes_of(memory)) == ("built", b"ghij", b"abcdef")
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -117,6 +157,13 @@ def test_parts_that_do_not_follow_one_another_are_refused(parts: list[TensorPart
         assembly.take([one], slot)
     with pytest.raises(ProtocolError, match="follows nothing"):
         assembly.take([parts[-1]], slot)
+
+
+def test_more_bytes_than_a_tensor_has_are_refused() -> None:
+    assembly, slot = Assembly(), slot_of(bytes(16))
+    assembly.take([part("w", 10, 0, 4)], slot)
+    with pytest.raises(ProtocolError, match="12 bytes of w, which has 10"):
+        assembly.take([part("w", 10, 4, 8)], slot)
 
 
 def test_cleared_assembly_has_forgotten_what_was_begun() -> None:

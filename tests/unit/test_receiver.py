@@ -36,6 +36,7 @@ from cpe_daemon.wire.messages import (
 )
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins import receiver as module
+from inference_plugins.assembly import Place
 from inference_plugins.receiver import Identity, Receiver
 
 STALE, FRESH = b"stale", b"fresh"
@@ -74,6 +75,10 @@ class FakeLoader:
 
     def begin(self) -> None:
         self._maybe_break("begin")
+
+    def place(self, tensor: TensorSpec) -> Place | None:
+        self._maybe_break("place")
+        return None
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.touched = True

@@ -10,6 +10,7 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, ManifestError
 from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
+from inference_plugins.assembly import Place
 from inference_plugins.steps import Step, Steps
 
 OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
@@ -25,6 +26,7 @@ class FakeLoader:
         self.calls: list[str] = []
         self.error: Exception | None = None
         self.misfit: Exception | None = None
+        self.memory: torch.Tensor | None = None
 
     def pause(self, seconds: float) -> None:
         self.calls.append("pause")
@@ -39,8 +41,15 @@ class FakeLoader:
     def begin(self) -> None:
         self.calls.append("begin")
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def place(self, tensor: TensorSpec) -> Place | None:
+        self.calls.append(f"place {tensor.name} {tensor.dtype} {list(tensor.shape)}")
+        if self.memory is None:
+            return None
         self.touched = True
+        return Place(self.memory, 0)
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.touched |= bool(tensors)
         if self.error is not None:
             raise self.error
         self.calls += [f"{name} {tensor.tolist()}" for name, tensor in tensors]
@@ -94,6 +103,31 @@ def test_round_is_carried_out(steps: Steps, loader: FakeLoader) -> None:
     assert (done.round, done.step) == (7, "resume")
     assert loader.calls == ["pause", "begin", "w [1.5, -2.0]", "resume"]
     assert loader.content == NEW
+
+
+HALVES = [Load(7, half, 0, [TensorPart("w", "float32", (4,), 8 * half, 8, 0)]) for half in (0, 1)]
+
+
+def test_split_tensor_is_loaded_in_its_place(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = torch.zeros(16, dtype=torch.uint8)
+    do(steps, Begin(7, NEW, 2, 24), *HALVES, LOAD, Finish(7))
+    assert loader.calls == ["begin", "place w float32 [4]", "w [1.5, -2.0]"]
+    assert loader.memory.view(torch.float32).tolist() == [1.5, -2.0, 1.5, -2.0]
+    assert loader.content == NEW
+
+
+def test_split_tensor_without_a_place_is_loaded_whole(steps: Steps, loader: FakeLoader) -> None:
+    do(steps, Begin(7, NEW, 1, 16), HALVES[0])
+    assert not loader.touched
+    do(steps, HALVES[1], Finish(7))
+    assert loader.calls == ["begin", "place w float32 [4]", "w [1.5, -2.0, 1.5, -2.0]"]
+
+
+def test_tensor_in_its_place_whose_end_is_missing_did_not_come(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = torch.zeros(16, dtype=torch.uint8)
+    do(steps, Begin(7, NEW, 1, 16), HALVES[0])
+    assert refused(steps, Finish(7)) == "0 of 1 tensors came"
+    assert do(steps, Abort(7, "a sibling failed")).touched
 
 
 def test_version_that_does_not_fit_is_refused_at_its_beginning(steps: Steps, loader: FakeLoader) -> None:

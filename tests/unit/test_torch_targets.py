@@ -125,6 +125,111 @@ def test_module_that_has_moved_is_looked_up_anew() -> None:
     assert torch.equal(layer.weight, torch.full((2, 2), 3.0))
 
 
+def test_change_is_counted_as_torch_counts_its_own() -> None:
+    """Whoever looks at a tensor's version, as autograd does, sees that it is another one."""
+    place = torch.zeros(3)
+    before = place._version
+    update(target_of({"w": place}), {"w": torch.ones(3)})
+    assert place._version > before
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.conj, lambda t: torch.zeros(2, 3, dtype=t.dtype).imag])
+def test_place_that_is_no_plain_bytes_is_written_by_value(view: Callable[[Tensor], Tensor]) -> None:
+    place = view(torch.zeros(2, 3, dtype=torch.complex64))
+    new = torch.arange(6.0).reshape(2, 3).to(place.dtype) * (1j if place.is_complex() else 1)
+    assert update(target_of({"w": place}), {"w": new}) == []
+    assert torch.equal(place, new)
+
+
+def test_place_of_a_subclass_is_written_by_its_own_rules() -> None:
+    class Counting(torch.Tensor):
+        copies = 0
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.copies += func is torch.Tensor.copy_
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
+
+    place = torch.zeros(3).as_subclass(Counting)
+    update(target_of({"w": place}), {"w": torch.ones(3)})
+    assert (Counting.copies, place.sum().item()) == (1, 3.0)
+
+
+# --- tensors that come in parts --------------------------------------------------------------------------------------
+
+
+def stream(target: Target, name: str, tensor: Tensor, piece_bytes: int) -> bool:
+    """Write a tensor in pieces, as far as the target has a place for them; False: it wants it whole."""
+    place = target.place(name, tensor.to("meta"))
+    if place is None:
+        return False
+    content = torch.frombuffer(bytearray(bytes_of(tensor)), dtype=torch.uint8)
+    for offset in range(0, content.numel(), piece_bytes):
+        place.write(offset, content[offset : offset + piece_bytes])
+    return True
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 16, 1000])
+@pytest.mark.parametrize("rank", range(3))
+def test_rank_s_rows_are_written_as_they_come(rank: int, piece_bytes: int) -> None:
+    new, held = torch.arange(24.0).reshape(6, 4), {"w": torch.zeros(2, 4)}
+    target = target_of(held, slicing={"w": 0}, rank=rank, world_size=3)
+    target.begin()
+    assert target.missing() == ["w"]
+    assert stream(target, "w", new, piece_bytes)
+    assert torch.equal(held["w"], new[2 * rank : 2 * rank + 2])
+    assert target.missing() == []
+
+
+@pytest.mark.parametrize(
+    ("place", "slicing"),
+    [
+        (torch.zeros(6, 4).t(), {}),
+        (torch.zeros(8, 6)[::2], {}),
+        (torch.zeros(4, 3), {"w": 1}),
+        (torch.zeros(4, 6, dtype=torch.complex64).real, {}),
+    ],
+    ids=["transposed", "every other row", "a rank's columns", "real parts"],
+)
+def test_tensor_whose_place_is_no_run_of_bytes_has_to_come_whole(place: Tensor, slicing: dict[str, int]) -> None:
+    new = torch.arange(24.0).reshape(4, 6)
+    target = target_of({"w": place}, slicing=slicing, world_size=2 if slicing else 1)
+    target.begin()
+    assert not stream(target, "w", new, 8)
+    assert target.missing() == ["w"]
+    assert not place.any()
+    target.write("w", new)
+    assert torch.equal(place, new[:, : place.shape[1]])
+
+
+def test_parameter_is_written_as_it_comes() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    before, version = layer.weight, layer.weight._version
+    target = target_of(layer)
+    target.begin()
+    assert stream(target, "weight", torch.ones(2, 3), 5)
+    assert layer.weight is before
+    assert layer.weight._version > version
+    assert torch.equal(layer.weight, torch.ones(2, 3))
+
+
+def test_part_of_what_does_not_fit_is_refused_and_of_what_is_ignored_passed_over() -> None:
+    held = {"w": torch.zeros(2, 3)}
+    target = target_of(held, ignore=("mtp.w",))
+    target.begin()
+    with pytest.raises(ManifestError, match=r"w is \[2, 3\] here, \[3, 3\] in the version"):
+        target.place("w", torch.empty(3, 3, device="meta"))
+    with pytest.raises(ManifestError, match="no tensor here is called u"):
+        target.place("u", torch.empty(3, 3, device="meta"))
+    assert stream(target, "mtp.w", torch.ones(9), 4)
+    assert target.missing() == ["w"]
+
+
+def test_callback_is_given_whole_tensors() -> None:
+    target = target_of(lambda name, tensor: None)
+    assert not stream(target, "w", torch.ones(4), 4)
+
+
 # --- tied weights ----------------------------------------------------------------------------------------------------
 
 
