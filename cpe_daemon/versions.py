@@ -21,7 +21,7 @@ from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState,
 from cpe_daemon.core.manifest import Manifest
 from cpe_daemon.core.plan import PlanTensor, locate
 from cpe_daemon.core.types import Shard, VersionId
-from cpe_daemon.errors import ArenaFullError, CpeError, MisuseError, VersionRefusedError
+from cpe_daemon.errors import ArenaFullError, CpeError, MisuseError, PublishError, VersionRefusedError
 from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
@@ -52,6 +52,8 @@ class Version:
     error: CpeError | None = None
     report: VersionReport | None = None
     staged_at: float = 0.0
+    pushes: int = 0
+    """How often a push of it was begun."""
     leases: int = 0
 
     @property
@@ -89,11 +91,14 @@ class Catalogue:
         arena: where extents are cut from.
         retain: previous versions kept a model.
         clock: seconds, monotonic.
+        automatic: whether a staged version is pushed by itself. Otherwise it waits to be asked for, until a newer one
+            of its model is staged and waits in its place.
     """
 
-    def __init__(self, arena: Arena, *, retain: int, clock: Callable[[], float]) -> None:
+    def __init__(self, arena: Arena, *, retain: int, clock: Callable[[], float], automatic: bool = True) -> None:
         self._arena = arena
         self._retain = retain
+        self._automatic = automatic
         self._clock = clock
         self._versions: dict[VersionId, Version] = {}
         self._gone: list[Version] = []
@@ -170,7 +175,8 @@ class Catalogue:
     def may_make_room(self) -> bool:
         """Whether bytes will be released by themselves: a push is due or in flight, or old ones are still read."""
         return any(
-            v.state in (VersionState.STAGED, VersionState.PUSHING)
+            v.state is VersionState.PUSHING
+            or (v.state is VersionState.STAGED and self._automatic)
             or (v.leases and v.state is not VersionState.RECEIVING and v.state is not VersionState.LIVE)
             for v in self._versions.values()
         )
@@ -183,6 +189,7 @@ class Catalogue:
                 spare = self._spare(version.model)
                 extents = [part.extent for v in spare for part in v.contributions.values()]
                 if not spare or error.need_bytes > self._arena.largest_free_without(extents):
+                    self._add_who_waits(error)
                     raise  # a rollback is not given up for what does not fit even then
                 log.warning(
                     "version.evicted_for_room",
@@ -191,6 +198,13 @@ class Catalogue:
                     for_version=str(version),
                 )
                 self._change(spare[0], VersionEvent.EVICT)
+
+    def _add_who_waits(self, error: ArenaFullError) -> None:
+        """Name the versions that keep their room until somebody acts: a whole one is not given up for a partial one."""
+        waiting = [v for v in self._versions.values() if v.state is VersionState.STAGED and not self._automatic]
+        if waiting:
+            named = ", ".join(f"{version.id} ({version.nbytes} bytes)" for version in waiting)
+            error.args = (f"{error.message}; held until `cpe push` (push.automatic is false): {named}",)
 
     def _spare(self, model: str) -> list[Version]:
         """A model's retained versions that nobody reads, the oldest first."""
@@ -210,10 +224,27 @@ class Catalogue:
             version.manifest = manifest
             version.staged_at = self._clock()
             self._history[version.id.model] = history.after(version.id)
+        self._supersede_waiting(version.id.model)
 
     def begin_push(self, version: Version) -> None:
         """A round for a staged version begins."""
-        self._change(version, VersionEvent.PUSH)
+        with self._changing(version, VersionEvent.PUSH):
+            version.pushes += 1
+
+    def put_back(self, version: Version) -> None:
+        """A push that was asked for reached no engine: the version waits again, unless a newer one waits by now."""
+        self._change(version, VersionEvent.PUT_BACK)
+        self._supersede_waiting(version.id.model)
+
+    def _supersede_waiting(self, model: str) -> None:
+        """Give up all versions that wait to be asked for but the newest: nobody would ask for them any more."""
+        if self._automatic:
+            return
+        waiting = [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.STAGED]
+        *older, newest = sorted(waiting, key=lambda version: version.staged_at)
+        for version in older:
+            with self._changing(version, VersionEvent.SUPERSEDE):
+                version.error = PublishError(f"{version.id} was superseded by {newest.id} before anybody pushed it")
 
     def go_live(self, version: Version, report: VersionReport) -> None:
         """The engines serve it; the version that was live is retained as far as the policy says."""

@@ -31,7 +31,8 @@ class VersionEvent(StrEnum):
     STAGE = "stage"
     PUSH = "push"
     GO_LIVE = "go_live"
-    SUPERSEDE = "supersede"
+    PUT_BACK = "put_back"  # a push that was asked for reached no engine: it may be asked for again
+    SUPERSEDE = "supersede"  # a newer one took its place: in the engines, or as the one that waits
     EVICT = "evict"
     FAIL = "fail"
 
@@ -84,8 +85,10 @@ VERSION_TABLE: Final[Mapping[tuple[VersionState, VersionEvent], VersionState]] =
     (VersionState.RECEIVING, VersionEvent.STAGE): VersionState.STAGED,
     (VersionState.RECEIVING, VersionEvent.FAIL): VersionState.FAILED,
     (VersionState.STAGED, VersionEvent.PUSH): VersionState.PUSHING,
+    (VersionState.STAGED, VersionEvent.SUPERSEDE): VersionState.EVICTED,
     (VersionState.STAGED, VersionEvent.FAIL): VersionState.FAILED,
     (VersionState.PUSHING, VersionEvent.GO_LIVE): VersionState.LIVE,
+    (VersionState.PUSHING, VersionEvent.PUT_BACK): VersionState.STAGED,
     (VersionState.PUSHING, VersionEvent.FAIL): VersionState.FAILED,
     (VersionState.LIVE, VersionEvent.SUPERSEDE): VersionState.RETAINED,
     (VersionState.RETAINED, VersionEvent.EVICT): VersionState.EVICTED,

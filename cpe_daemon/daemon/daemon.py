@@ -61,7 +61,9 @@ class Daemon:
         expected = Expected(config.state_dir / ENGINES_FILE, drivers)  # first: a file that is damaged ends it here
         runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
         self.arena = Arena(config.arena.size_bytes)
-        self.catalogue = Catalogue(self.arena, retain=config.retention.versions, clock=time.monotonic)
+        self.catalogue = Catalogue(
+            self.arena, retain=config.retention.versions, clock=time.monotonic, automatic=config.push.automatic
+        )
         self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
         self.device = ShmDevice(
             gpus=config.device.gpus,

@@ -15,7 +15,8 @@ from cpe_daemon.wire.reports import VersionReport
 
 STAGED_OR_LATER = frozenset({"staged", "pushing", "live", "retained", "evicted"})
 LIVE_OR_LATER = frozenset({"live", "retained", "evicted"})
-"""By the daemon's transition table only a version that went live is ever retained, and only a retained one evicted."""
+"""By the daemon's transition table only a version that went live is ever retained. One that is evicted was live too,
+unless the daemon says an error: then a newer one took its place while it waited to be pushed."""
 
 
 class Bell:
@@ -102,11 +103,12 @@ class Delivery:
             if self.error is not None:
                 return
             self.state = status.state
-            if status.state == "failed":
-                self.error = self._error_of(status)
             if status.state in STAGED_OR_LATER:
                 self.staged = self.delivered = True
-            if status.state in LIVE_OR_LATER:
+            if status.state == "failed" or (status.error is not None and not self.live):
+                self.error = self._error_of(status)
+                self.state = "failed"
+            elif status.state in LIVE_OR_LATER:
                 self.live = True
                 self.report = status.report or self.report or VersionReport(self.version, self.nbytes, self.tensors)
             self.bell.ring()

@@ -236,7 +236,7 @@ class FakeNode:
         self.arena = Arena(1 << 20)
         self.device = StillDevice(gpus)
         self.metrics = Metrics()
-        self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock)
+        self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock, automatic=automatic)
         self.workers: dict[bytes, FakeWorker] = {}
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
         self.expected = Expected(state_dir / "engines.json", self.drivers)

@@ -18,7 +18,14 @@ from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import Manifest, layout, merge
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, VersionId, align
-from cpe_daemon.errors import ArenaFullError, LifecycleError, MisuseError, PeerLostError, VersionRefusedError
+from cpe_daemon.errors import (
+    ArenaFullError,
+    LifecycleError,
+    MisuseError,
+    PeerLostError,
+    PublishError,
+    VersionRefusedError,
+)
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.reports import VersionReport
 
@@ -47,10 +54,12 @@ def seal(version: Version) -> None:
 class Shelf:
     """A catalogue over a small arena, with the way to each state."""
 
-    def __init__(self, arena_bytes: int = ARENA_BYTES, retain: int = 1) -> None:
+    def __init__(self, arena_bytes: int = ARENA_BYTES, retain: int = 1, *, automatic: bool = True) -> None:
         self.arena = Arena(arena_bytes)
         self.ticks = count(1)
-        self.catalogue = Catalogue(self.arena, retain=retain, clock=lambda: float(next(self.ticks)))
+        self.catalogue = Catalogue(
+            self.arena, retain=retain, clock=lambda: float(next(self.ticks)), automatic=automatic
+        )
         self.told: list[tuple[str, str]] = []
         self.catalogue.watch(lambda version: self.told.append((str(version.id), str(version.state))))
 
@@ -460,15 +469,84 @@ def test_may_make_room_while_bytes_are_about_to_go(state: str, *, leased: bool, 
         assert shelf.catalogue.may_make_room() is expected
 
 
+# --- versions that wait to be asked for ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting() -> Iterator[Shelf]:
+    """Nothing is pushed by itself."""
+    made = Shelf(automatic=False)
+    yield made
+    made.arena.close()
+
+
+def test_newer_version_takes_the_place_of_the_one_that_waits(waiting: Shelf) -> None:
+    older, other = waiting.stage(number(1)), waiting.stage(number(1, model="other"))
+    newer = waiting.stage(number(2))
+    assert waiting.states() == {"m@r#1": "evicted", "other@r#1": "staged", "m@r#2": "staged"}
+    assert isinstance(older.error, PublishError)
+    assert older.error.message == "m@r#1 was superseded by m@r#2 before anybody pushed it"
+    assert waiting.used_bytes == newer.nbytes + other.nbytes
+    assert waiting.told[-3:] == [("m@r#2", "staged"), ("m@r#1", "evicted"), ("m@r#1", "evicted")]
+
+
+def test_older_number_by_force_takes_the_place_too(waiting: Shelf) -> None:
+    waiting.stage(number(5, run="a"))
+    waiting.stage(number(1, run="b"))
+    waiting.stage(number(6, run="a"), force=True)
+    assert waiting.states() == {"m@a#5": "evicted", "m@b#1": "evicted", "m@a#6": "staged"}
+
+
+def test_version_that_is_pushed_by_itself_is_not_superseded(shelf: Shelf) -> None:
+    shelf.stage(number(1))
+    shelf.stage(number(2))
+    assert shelf.states() == {"m@r#1": "staged", "m@r#2": "staged"}
+
+
+def test_version_that_is_being_pushed_is_not_superseded(waiting: Shelf) -> None:
+    waiting.push(number(1))
+    waiting.stage(number(2))
+    assert waiting.states() == {"m@r#1": "pushing", "m@r#2": "staged"}
+
+
+def test_version_that_no_engine_took_may_be_put_back(waiting: Shelf) -> None:
+    version = waiting.push(number(1))
+    waiting.catalogue.put_back(version)
+    assert (version.state, version.error, version.pushes) == (VersionState.STAGED, None, 1)
+    assert waiting.used_bytes == version.nbytes
+    waiting.catalogue.begin_push(version)
+    waiting.catalogue.go_live(version, report(version))
+    assert waiting.states() == {"m@r#1": "live"}
+
+
+def test_version_that_is_put_back_behind_a_newer_one_is_superseded(waiting: Shelf) -> None:
+    version = waiting.push(number(1))
+    waiting.stage(number(2))
+    waiting.catalogue.put_back(version)
+    assert waiting.states() == {"m@r#1": "evicted", "m@r#2": "staged"}
+    assert version.error is not None
+
+
+def test_version_that_waits_makes_no_room_by_itself_and_is_named(waiting: Shelf) -> None:
+    waiting.live(number(1), 24 * A)
+    kept = waiting.stage(number(2), 32 * A)
+    assert not waiting.catalogue.may_make_room()
+    with pytest.raises(ArenaFullError, match=r"no room .*; held until `cpe push` .*: m@r#2 \(8192 bytes\)") as caught:
+        waiting.receive(number(3), 16 * A)
+    assert caught.value.need_bytes == 16 * A
+    assert kept.state is VersionState.STAGED
+
+
 # --- anything in any order -------------------------------------------------------------------------------------------
 
 
 class AnyOrder(RuleBasedStateMachine):
     """Whatever happens, in any order: bytes belong to one version, and stay its own while it has them or is leased."""
 
-    @initialize(retain=st.integers(0, 2))
-    def begin(self, retain: int) -> None:
-        self.shelf = Shelf(24 * A, retain)
+    @initialize(retain=st.integers(0, 2), automatic=st.booleans())
+    def begin(self, retain: int, *, automatic: bool) -> None:
+        self.shelf = Shelf(24 * A, retain, automatic=automatic)
+        self.automatic = automatic
         self.catalogue, self.arena = self.shelf.catalogue, self.shelf.arena
         self.retain = retain
         self.leases: list[tuple[Version, contextlib.ExitStack]] = []
@@ -550,6 +628,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.versions(VersionState.PUSHING))
     @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        self.catalogue.put_back(data.draw(st.sampled_from(self.versions(VersionState.PUSHING))))
+
+    @precondition(lambda self: self.versions(VersionState.PUSHING))
+    @rule(data=st.data())
     def go_live(self, data: st.DataObject) -> None:
         version = data.draw(st.sampled_from(self.versions(VersionState.PUSHING)))
         previous = self.catalogue.live(version.id.model)
@@ -602,6 +685,11 @@ class AnyOrder(RuleBasedStateMachine):
     def leased_version_has_its_bytes(self) -> None:
         for version, _ in self.leases:
             assert self.catalogue.find(version.id) is version
+
+    @invariant()
+    def one_version_of_a_model_waits(self) -> None:
+        waiting = [version.id.model for version in self.versions(VersionState.STAGED)]
+        assert self.automatic or len(waiting) == len(set(waiting))
 
     @invariant()
     def one_version_of_a_model_is_live_and_stays_until_another_is(self) -> None:

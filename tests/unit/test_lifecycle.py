@@ -34,8 +34,10 @@ LEGAL = {
         receiving stage staged
         receiving fail failed
         staged push pushing
+        staged supersede evicted
         staged fail failed
         pushing go_live live
+        pushing put_back staged
         pushing fail failed
         live supersede retained
         retained evict evicted
@@ -118,6 +120,13 @@ def test_engine_content_is_trusted_only_after_a_report_a_completed_round_or_an_u
     """Goal 1: nothing else makes an engine current."""
     makers = {str(event) for (_, event), after in ENGINE_TABLE.items() if after is EngineState.CURRENT}
     assert makers == {"report", "complete", "withdraw"}
+
+
+def test_version_is_live_only_after_a_push() -> None:
+    """Goal 1: no other state leads there, so that what nobody pushed is never taken for what is served."""
+    ways = {(str(at), str(on)) for (at, on), after in VERSION_TABLE.items() if after is VersionState.LIVE}
+    assert ways == {("pushing", "go_live")}
+    assert {str(at) for (at, _), after in VERSION_TABLE.items() if after is VersionState.RETAINED} == {"live"}
 
 
 def test_engine_fault_is_never_the_old_version() -> None:

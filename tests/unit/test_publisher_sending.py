@@ -13,7 +13,7 @@ from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostE
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle
-from cpe_daemon.publisher.report import PublishReport
+from cpe_daemon.publisher.report import PublishReport, size_text
 from cpe_daemon.publisher.sending import Sending, Stream
 from cpe_daemon.wire.messages import (
     Abandon,
@@ -269,6 +269,25 @@ def test_later_states_imply_the_earlier(states: list[str], staged: bool, live: b
     assert (delivery.staged, delivery.live) == (staged, live)
 
 
+def test_version_that_was_superseded_while_it_waited_is_staged_and_never_live() -> None:
+    """Evicted is what becomes of a version that was live, but for the one of which the daemon says an error."""
+    delivery = Delivery("here", VERSION, 5, 1, Bell())
+    handle = Handle(VERSION, [delivery], delivery.bell)
+    delivery.take(VersionStatus(VERSION, "evicted", ErrorInfo("publish", "superseded by m@r#2")))
+    assert (delivery.staged, delivery.live, handle.state) == (True, False, "failed")
+    handle.staged(0)
+    with pytest.raises(PublishError, match=r"superseded by m@r#2 \(m@r#1 at here\)"):
+        handle.live(0)
+
+
+def test_version_that_was_put_back_may_go_live_later() -> None:
+    delivery = Delivery("here", VERSION, 5, 1, Bell())
+    for state in ("pushing", "staged", "pushing", "live"):
+        assert not delivery.live
+        delivery.take(VersionStatus(VERSION, state))
+    assert delivery.live
+
+
 def test_handle_tells_the_state_that_is_behind() -> None:
     bell = Bell()
     deliveries = [Delivery(name, VERSION, 5, 1, bell) for name in ("a", "b")]
@@ -291,8 +310,16 @@ def test_report_prints_a_line_an_engine() -> None:
     }
     report = PublishReport(VERSION, {"ipc:///x": VersionReport(VERSION, 2_000_000_000, 7, 1.5, 0.25, engines)})
     assert str(report).splitlines() == [
-        "m@r#1 live at ipc:///x: 7 tensors, 2.000 GB, staged in 1.500 s, pushed in 0.250 s",
-        "engine  outcome  GB     GB/s  phases",
-        "e0      updated  2.000  8.0   pause 0.001 s, load 0.250 s",
-        "e1      failed   0.000  0.0   engine: out of memory",
+        "m@r#1 live at ipc:///x: 7 tensors, 2.00 GB, staged in 1.500 s, pushed in 0.250 s",
+        "engine  outcome  size     rate       phases",
+        "e0      updated  2.00 GB  8.00 GB/s  pause 0.001 s, load 0.250 s",
+        "e1      failed   -        -          engine: out of memory",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "-"), (7, "7 B"), (999.4, "999 B"), (1000, "1.00 kB"), (4_012, "4.01 kB"), (2.5e13, "25.00 TB")],
+)
+def test_size_of_a_tiny_version_is_not_nothing(value: float, text: str) -> None:
+    assert size_text(value) == text
