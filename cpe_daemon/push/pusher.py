@@ -1,4 +1,7 @@
-"""Decides which round comes next: staged versions in their order, then engines that need a version to serve at all."""
+"""Decides which round comes next: staged versions in their order, then what operators ask for, then engines in need.
+
+An engine in need has become complete, and must have the live version to serve at all.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import CpeError, EngineError, PeerLostError
+from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
+from cpe_daemon.push.request import Request, choose_version
 from cpe_daemon.push.round import Round
+from cpe_daemon.push.targets import Targets
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
-from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
+from cpe_daemon.wire.messages import PushRequest
+from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +67,7 @@ class Pusher:
         self._metrics = metrics
         self._clock = clock
         self._due: deque[Version] = deque()
+        self._asked: deque[Request] = deque()
         self._joined: deque[Engine] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -78,10 +85,13 @@ class Pusher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while (self._due or self._joined) and not self._draining:
+            while (self._due or self._asked or self._joined) and not self._draining:
                 self._idle.clear()
                 if self._due:
-                    await self._push(self._due.popleft())
+                    version = self._due.popleft()
+                    await self._push(version, Targets(self._registry, version))
+                elif self._asked:
+                    await self._serve(self._asked.popleft())
                 else:
                     await self._bring_up(self._joined.popleft())
                 self._idle.set()
@@ -89,6 +99,8 @@ class Pusher:
     async def drain(self) -> None:
         """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
         self._draining = True
+        while self._asked:
+            self._asked.popleft().fail(BusyError("this daemon stops; nothing was pushed"))
         for version in [version for version in self._catalogue if version.state is VersionState.STAGED]:
             self._catalogue.fail(version, PeerLostError(f"the daemon stops, and did not push {version.id}"))
         await self._idle.wait()
@@ -102,8 +114,28 @@ class Pusher:
         if self.current is not None and self._undoable:
             self.current.abandon(self._undoing)
 
+    async def request(self, wanted: PushRequest) -> VersionReport:
+        """Push a version that is held here, when what was asked for or staged before is done; say what came of it.
+
+        Raises:
+            MisuseError: no such version can be pushed, or no such engine is there.
+            BusyError: it is not whole yet, or this daemon stops.
+            EngineError: none of the engines that were named is there.
+        """
+        if self._draining:
+            raise BusyError("this daemon stops; nothing was pushed")
+        request = Request(wanted)
+        self._asked.append(request)
+        self._wake.set()
+        return await request.outcome
+
+    @property
+    def waiting(self) -> int:
+        """Pushes that wait for their turn."""
+        return len(self._due) + len(self._asked)
+
     def _on_version(self, version: Version) -> None:
-        if version.state is VersionState.STAGED:
+        if version.state is VersionState.STAGED and self._config.push.automatic:
             self._due.append(version)
             self._wake.set()
 
@@ -111,28 +143,55 @@ class Pusher:
         self._joined.append(engine)
         self._wake.set()
 
-    # --- a staged version --------------------------------------------------------------------------------------------
+    # --- a version for all, or for some ------------------------------------------------------------------------------
 
-    async def _push(self, version: Version) -> None:
-        """Push a staged version: live if any engine took it, or if there is none; failed if all engines failed.
+    async def _serve(self, request: Request) -> None:
+        """Carry out what an operator asked for, unless nobody waits for it any more."""
+        if request.outcome.done():
+            return
+        try:
+            version = choose_version(self._catalogue, request.wanted)
+            targets = Targets(self._registry, version, request.wanted.engines)
+            request.finish(await self._push(version, targets, asked=True))
+        except CpeError as error:
+            request.fail(error)
+
+    async def _push(self, version: Version, targets: Targets, *, asked: bool = False) -> VersionReport:
+        """Push a staged version, or the live one again.
 
         Engines that it left in doubt are restored afterwards: the others serve already, and the trainer is told so.
         """
         began = self._clock()
-        self._catalogue.begin_push(version)
-        engines = [engine for engine in self._registry if engine.workers and engine.takes(version.id.model)]
-        participants = await self._round(version, [engine for engine in engines if engine.complete], undoable=True)
+        staged = version.state is VersionState.STAGED
+        if staged:
+            self._catalogue.begin_push(version)
+        participants = await self._round(version, targets.engines, undoable=staged)
+        report = targets.report(participants, self._clock() - began)
+        if staged:
+            self._settle(version, participants, report, asked=asked)
         failed = [participant for participant in participants if not participant.alive]
-        if failed and len(failed) == len(participants):
-            reasons = "; ".join(str(participant.error) for participant in failed)
-            error = self._undoing or EngineError(f"no engine took {version.id}: {reasons}")
-            self._metrics.failures.labels(code=error.code).inc()
-            self._catalogue.fail(version, error)
-        else:
+        await self._restore(failed)
+        return report
+
+    def _settle(
+        self, version: Version, participants: Sequence[Participant], report: VersionReport, *, asked: bool
+    ) -> None:
+        """A version is live if any engine took it, or if there is none. Otherwise it has failed.
+
+        Whoever asked for it may ask again, when the engines are well: then it waits as it did before.
+        """
+        if not participants or any(participant.alive for participant in participants):
             if not participants:
                 log.warning("version.live_without_engines", version=str(version.id))
-            self._catalogue.go_live(version, _report(version, participants, engines, self._clock() - began))
-        await self._restore(failed)
+            self._catalogue.go_live(version, report)
+            return
+        reasons = "; ".join(str(participant.error) for participant in participants)
+        error = self._undoing or EngineError(f"no engine took {version.id}: {reasons}")
+        if asked and self._undoing is None:
+            self._catalogue.put_back(version)
+        else:
+            self._metrics.failures.labels(code=error.code).inc()
+            self._catalogue.fail(version, error)
 
     # --- engines in need ---------------------------------------------------------------------------------------------
 
@@ -226,21 +285,3 @@ class Pusher:
         if participant.stopped_seconds is not None:
             phases["stopped"] = participant.stopped_seconds
         self._metrics.observe_phases(version.id.model, participant.engine.name, phases)
-
-
-def _report(
-    version: Version, participants: Sequence[Participant], meant: Sequence[Engine], seconds: float
-) -> VersionReport:
-    """What became of every engine that the version was ``meant`` for, of those without all their ranks too."""
-    tensors = version.manifest.tensors if version.manifest else ()
-    nbytes = version.manifest.nbytes if version.manifest else 0
-    engines = {engine.name: _absent(engine) for engine in meant}
-    engines |= {participant.engine.name: participant.report() for participant in participants}
-    return VersionReport(version.id, nbytes, len(tensors), version.stage_seconds, seconds, engines)
-
-
-def _absent(engine: Engine) -> EngineReport:
-    reason = (
-        f"ranks {engine.missing_ranks} of {engine.world_size} are not attached; it gets the live version when they are"
-    )
-    return EngineReport("absent", error=ErrorInfo(EngineError.code, reason))

@@ -324,7 +324,9 @@ class FakeNode:
     async def idle(self) -> None:
         """Wait until the pusher has nothing left to do."""
         pusher = self.pusher
-        await self.until(lambda: pusher._idle.is_set() and not (pusher._wake.is_set() or pusher._due or pusher._joined))
+        await self.until(
+            lambda: pusher._idle.is_set() and not (pusher._wake.is_set() or pusher.waiting or pusher._joined)
+        )
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the loop's own progress brings about."""

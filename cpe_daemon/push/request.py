@@ -1,0 +1,86 @@
+"""A push that an operator asked for: which version is meant, and who waits for what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.errors import BusyError, CpeError, MisuseError
+from cpe_daemon.versions import Version
+from cpe_daemon.wire.messages import PushRequest
+from cpe_daemon.wire.reports import VersionReport
+
+
+class Request:
+    """One push that was asked for. Belongs to the event loop.
+
+    Args:
+        wanted: what was asked for.
+    """
+
+    def __init__(self, wanted: PushRequest) -> None:
+        self.wanted = wanted
+        self.outcome: asyncio.Future[VersionReport] = asyncio.get_running_loop().create_future()
+        """What came of it. Cancelled if nobody wants to know any more."""
+
+    def finish(self, report: VersionReport) -> None:
+        """It was pushed; the report says into which engines."""
+        if not self.outcome.done():
+            self.outcome.set_result(report)
+
+    def fail(self, error: CpeError) -> None:
+        """Nothing was pushed."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
+def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
+    """Return the version that is meant: the newest that waits, else the live one, among those that fit.
+
+    Looked for when its turn has come, for what was newest when it was asked for may be gone by then.
+
+    Raises:
+        MisuseError: none fits, several models do and none was named, or the one that fits cannot be pushed.
+        BusyError: it is being received.
+    """
+    known = list(versions)
+    model = wanted.model or _only_model(known)
+    fitting = [
+        version
+        for version in known
+        if version.id.model == model
+        and wanted.run in ("", version.id.run)
+        and (wanted.number < 0 or wanted.number == version.id.number)
+    ]
+    for state in (VersionState.STAGED, VersionState.LIVE):
+        pushable = [version for version in fitting if version.state is state]
+        if pushable:
+            return max(pushable, key=lambda version: version.staged_at)
+    if wanted.number >= 0 and fitting:
+        raise _refusal(fitting[-1])
+    held = ", ".join(f"{version.id} ({version.state})" for version in known if version.contributions)
+    raise MisuseError(f"no version of {model} is staged or live here; there is: {held or 'none'}")
+
+
+def _only_model(versions: Iterable[Version]) -> str:
+    models = sorted({version.id.model for version in versions if version.contributions})
+    if len(models) != 1:
+        held = f"versions of {', '.join(models)}: say which model is meant" if models else "no version"
+        raise MisuseError(f"this node holds {held}")
+    return models[0]
+
+
+def _refusal(version: Version) -> CpeError:
+    """Why a version that is known cannot be pushed."""
+    match version.state:
+        case VersionState.RECEIVING:
+            return BusyError(f"{version.id} is being received; it can be pushed when it is staged")
+        case VersionState.RETAINED:
+            return MisuseError(
+                f"{version.id} is retained, and this release cannot roll back to it; publish its weights anew, by a"
+                " higher number"
+            )
+        case _:
+            why = f": {version.error.message}" if version.error is not None else ""
+            return MisuseError(f"{version.id} is {version.state}{why}; this node has its bytes no more")
