@@ -11,6 +11,8 @@ from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError
 from cpe_daemon.ingest.session import Session
+from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.messages import EngineSpec
 
@@ -55,16 +57,28 @@ def engines_status(registry: Registry) -> list[dict[str, Any]]:
     return known + [_absent_status(spec, registry.expected.why_absent(spec)) for spec in registry.absent]
 
 
+def push_status(pusher: Pusher, now: float, *, automatic: bool) -> dict[str, Any]:
+    """The round in flight, and what waits for its turn; ``now`` is of the pusher's clock."""
+    return {
+        "automatic": automatic,
+        "waiting": pusher.waiting,
+        "round": _round_status(pusher.current, now) if pusher.current is not None else None,
+    }
+
+
 def trainer_status(session: Session) -> dict[str, Any]:
-    """One trainer rank's link; ``version`` is what it is sending."""
-    sending = [str(stream.version.id) for stream in session.streams.values()]
+    """One trainer rank's link; ``version`` is what it is sending, and of how many bytes how many have come."""
+    streams = list(session.streams.values())
+    sending = streams[-1] if streams else None
     return {
         "model": session.hello.model,
         "run": session.hello.run,
         "rank": session.hello.rank,
         "world_size": session.hello.world_size,
         "transport": session.transport,
-        "version": sending[-1] if sending else None,
+        "version": str(sending.version.id) if sending is not None else None,
+        "received_bytes": sending.received_bytes if sending is not None else 0,
+        "total_bytes": sending.nbytes if sending is not None else 0,
     }
 
 
@@ -118,6 +132,19 @@ def _worker_status(engine: Engine, rank: int) -> dict[str, Any]:
         return _missing_status(rank)
     hello = worker.hello
     return {"rank": rank, "pid": hello.pid, "node": hello.node, "gpu": worker.gpu_name, "present": True}
+
+
+def _round_status(current: Round, now: float) -> dict[str, Any]:
+    return {
+        "number": current.number,
+        "version": str(current.version),
+        "phase": str(current.state),
+        "seconds": now - current.began_at,
+        "nbytes": current.nbytes,
+        "loaded_bytes": current.loaded_bytes,
+        "engines": [participant.engine.name for participant in current.alive],
+        "dropped": [participant.engine.name for participant in current.participants if not participant.alive],
+    }
 
 
 def _missing_status(rank: int) -> dict[str, Any]:

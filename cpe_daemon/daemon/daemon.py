@@ -22,6 +22,7 @@ from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
+from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
 from cpe_daemon.engines.expected import Expected
@@ -110,6 +111,7 @@ class Daemon:
             metrics=self.metrics,
             clock=time.monotonic,
         )
+        self.operations = Operations(pusher=self.pusher, registry=self.registry, tasks=tasks)
         self.accounts = Accounts(
             config=config,
             generation=self.generation,
@@ -126,7 +128,12 @@ class Daemon:
             "front",
             self._context,
             accepts=FrontMessage,
-            handlers={**self.trainers.handlers(), **self.ingest.handlers(), StatusRequest: self._on_status},
+            handlers={
+                **self.trainers.handlers(),
+                **self.ingest.handlers(),
+                **self.operations.handlers(),
+                StatusRequest: self._on_status,
+            },
             max_frame_bytes=largest,
             queue=_FRONT_QUEUE,
             on_protocol_error=count_error,
@@ -152,6 +159,7 @@ class Daemon:
         await self.device.open()
         self.metrics.arena_size.set(self.arena.nbytes)
         self.trainers.connect(self._front)
+        self.operations.connect(self._front)
         self.registry.connect(self._engines)
         runtime = self._config.runtime_dir
         for endpoint in (f"ipc://{runtime / FRONT_SOCKET}", *self._config.ingest.listen):
@@ -186,6 +194,7 @@ class Daemon:
         """Close the doors and give the memory back."""
         for task in self._running:
             task.cancel()
+        self.operations.close()
         self.trainers.close()
         self.registry.close()
         self._front.close()

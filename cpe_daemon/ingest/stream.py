@@ -38,6 +38,11 @@ class Stream:
         return len(self.shards) == self.tensors
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes that have come."""
+        return self.writer.accepted_bytes if self.writer is not None else 0
+
+    @property
     def drained(self) -> bool:
         """Whether no write is in flight."""
         return self.writes == 0

@@ -43,6 +43,8 @@ class ExtentWriter:
         count = -(-layout.nbytes // chunk_bytes)
         self._accepted = bytearray(count)
         self._left = count
+        self.accepted_bytes = 0
+        """Bytes that have come, copied already or about to be."""
         self._copied = bytearray(count)
         self._front = 0  # chunks digested; this and what follows belong to the holder of the lock
         self._lock = threading.Lock()
@@ -71,6 +73,7 @@ class ExtentWriter:
             raise ProtocolError(f"chunk at {offset} came twice")
         self._accepted[chunk] = 1
         self._left -= 1
+        self.accepted_bytes += nbytes
 
     def write(self, offset: int, source: int, nbytes: int) -> None:
         """Copy an accepted chunk from the address ``source`` into the arena, and digest what is in order by now."""

@@ -62,10 +62,11 @@ class Round:
     ) -> None:
         self.state = RoundState.PREFETCHING
         self.participants = participants
-        self._number = number
-        self._version = version
+        self.number = number
+        self.version = version
         self._specs = specs
-        self._nbytes = plan.nbytes
+        self.nbytes = plan.nbytes
+        self.began_at = clock()
         self._deadlines = deadlines
         self._clock = clock
         self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic)
@@ -76,6 +77,11 @@ class Round:
     def alive(self) -> list[Participant]:
         """The engines still in the round."""
         return [participant for participant in self.participants if participant.alive]
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that every engine still in the round has loaded."""
+        return min((participant.loaded_bytes for participant in self.alive), default=0)
 
     @property
     def slots_in_use(self) -> int:
@@ -90,7 +96,7 @@ class Round:
 
     async def run(self) -> None:
         """Take every engine through the push, and every dropped one out of it."""
-        log.info("round.started", round=self._number, version=str(self._version), engines=self._names())
+        log.info("round.started", round=self.number, version=str(self.version), engines=self._names())
         try:
             await self._update_unless_abandoned()
         except* CpeError as group:  # nobody is left; or, beside that or alone, a copy failed; or it was given up
@@ -99,7 +105,7 @@ class Round:
                     participant.drop(_first(group))
             self._change(RoundEvent.ABANDON)
         await asyncio.gather(*(p.leave() for p in self.participants if not p.alive))
-        log.info("round.ended", round=self._number, state=str(self.state), dropped=self._names(alive=False))
+        log.info("round.ended", round=self.number, state=str(self.state), dropped=self._names(alive=False))
 
     async def _update_unless_abandoned(self) -> None:
         limit = asyncio.timeout(None)
@@ -127,10 +133,10 @@ class Round:
             limits = self._deadlines
             await self._each(
                 "pause",
-                lambda p: p.engine.driver.pause(self._number, limits.pause_seconds),
+                lambda p: p.engine.driver.pause(self.number, limits.pause_seconds),
                 limits.pause_seconds,
             )
-            update = Update(self._number, self._version, len(self._specs), self._nbytes)
+            update = Update(self.number, self.version, len(self._specs), self.nbytes)
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
             )
@@ -143,11 +149,11 @@ class Round:
         self._change(RoundEvent.STREAMED)
         await self._each(
             "finish",
-            lambda p: p.engine.driver.finish(self._number, limits.finish_seconds),
+            lambda p: p.engine.driver.finish(self.number, limits.finish_seconds),
             limits.finish_seconds,
         )
         self._change(RoundEvent.FINISHED)
-        await asyncio.gather(*(participant.resume(self._version, self._specs) for participant in self.alive))
+        await asyncio.gather(*(participant.resume(self.version, self._specs) for participant in self.alive))
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
 
     def _announce(self) -> None:
@@ -157,7 +163,7 @@ class Round:
             return
         for first in range(0, len(self._specs), _SPECS_A_MESSAGE):
             part = list(self._specs[first : first + _SPECS_A_MESSAGE])
-            header = encode(Expect(self._number, first, len(self._specs), part))
+            header = encode(Expect(self.number, first, len(self._specs), part))
             for participant in waiting:
                 participant.tell(header)
 
@@ -176,13 +182,13 @@ class Round:
             TensorPart(spec.name, spec.dtype, spec.shape, part.tensor_offset, part.nbytes, part.slot_offset)
             for part, spec in ((part, self._specs[part.tensor]) for part in bucket.parts)
         ]
-        load = Load(self._number, bucket.index, slot, parts)
+        load = Load(self.number, bucket.index, slot, parts)
         header = encode(load)
         return self._gathered([participant.post(load, header) for participant in self.alive])
 
     def _check(self) -> None:
         if not self.alive:
-            raise EngineError(f"no engine is left in round {self._number}")
+            raise EngineError(f"no engine is left in round {self.number}")
 
     def _change(self, event: RoundEvent) -> None:
         self.state = advance(ROUND_TABLE, self.state, event)

@@ -1,0 +1,164 @@
+"""What operators ask the daemon to do: push a version, expect an engine, forget one.
+
+Each request is carried out by a task of its own and answered when it is done. How many there may be at a time is
+bounded: a script in a loop must not fill the daemon with work that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Protocol
+
+import structlog
+
+from cpe_daemon.engines.expected import check_fit
+from cpe_daemon.engines.registry import Registry
+from cpe_daemon.errors import BusyError, CpeError, MisuseError
+from cpe_daemon.links.router import Handler
+from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.wire.messages import (
+    Done,
+    EngineAdd,
+    EngineRemove,
+    EngineSpec,
+    ErrorReply,
+    Message,
+    PushReply,
+    PushRequest,
+)
+from cpe_daemon.wire.reports import ErrorInfo
+
+log = structlog.get_logger(__name__)
+
+MAX_REQUESTS: Final = 8
+"""At a time."""
+
+_MAX_NAMES: Final = 1024
+
+
+class Sender(Protocol):
+    """What is needed of the socket."""
+
+    def send(self, peer: bytes, message: Message, *frames: bytes | memoryview) -> bool:
+        """Send without waiting; False if the peer cannot take it."""
+        ...
+
+
+class Operations:
+    """The operators' requests. Belongs to the event loop.
+
+    Args:
+        pusher: carries out pushes, in turn with those that nobody asked for.
+        registry: of the engines, those that are expected included.
+        tasks: owns the requests.
+    """
+
+    def __init__(self, *, pusher: Pusher, registry: Registry, tasks: asyncio.TaskGroup) -> None:
+        self._pusher = pusher
+        self._registry = registry
+        self._tasks = tasks
+        self._running: set[asyncio.Task[None]] = set()
+        self._sender: Sender | None = None
+
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """The messages that are answered here."""
+        return {PushRequest: self._on_push, EngineAdd: self._on_add, EngineRemove: self._on_remove}
+
+    def connect(self, sender: Sender) -> None:
+        """Answer through ``sender`` from now on."""
+        self._sender = sender
+
+    def close(self) -> None:
+        """Carry out nothing more."""
+        for task in self._running:
+            task.cancel()
+
+    def _on_push(self, peer: bytes, request: PushRequest, _: object) -> None:
+        if len(request.engines) > _MAX_NAMES:
+            raise MisuseError(f"{len(request.engines)} engines are named; at most {_MAX_NAMES} are taken")
+        self._begin(peer, "push", lambda: self._push(request))
+
+    def _on_add(self, peer: bytes, request: EngineAdd, _: object) -> None:
+        self._begin(peer, "engine_add", lambda: self._expect(request.engine))
+
+    def _on_remove(self, peer: bytes, request: EngineRemove, _: object) -> None:
+        self._begin(peer, "engine_remove", lambda: self._forget(request.engine))
+
+    # --- in tasks ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, peer: bytes, what: str, work: Callable[[], Coroutine[Any, Any, Message]]) -> None:
+        """Carry a request out beside everything else.
+
+        Raises:
+            BusyError: too many are being carried out.
+        """
+        if len(self._running) >= MAX_REQUESTS:
+            raise BusyError(
+                f"{MAX_REQUESTS} requests of operators are being carried out or wait for their turn already"
+            )
+        task = self._tasks.create_task(self._carry_out(peer, what, work()))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _carry_out(self, peer: bytes, what: str, work: Coroutine[Any, Any, Message]) -> None:
+        answer: Message
+        try:
+            answer = await work
+        except CpeError as error:
+            log.info("operator.refused", request=what, code=error.code, error=error.message)
+            answer = ErrorReply(ErrorInfo(error.code, error.message))
+        except Exception as error:  # task boundary: what one operator asks for must not end the daemon
+            log.exception("operator.failed", request=what)
+            reason = f"{type(error).__name__} in the daemon, whose log has more"
+            answer = ErrorReply(ErrorInfo(CpeError.code, reason))
+        self._running -= {asyncio.current_task()}  # before it is answered: whoever reads that may ask the next thing
+        if self._sender is None or not self._sender.send(peer, answer):
+            log.info("operator.left", request=what)
+
+    async def _push(self, request: PushRequest) -> PushReply:
+        log.info("operator.push", model=request.model, run=request.run, number=request.number, engines=request.engines)
+        return PushReply(await self._pusher.request(request))
+
+    async def _expect(self, spec: EngineSpec) -> Done:
+        """Count on an engine from now on, after a restart too.
+
+        Raises:
+            MisuseError: its terms are impossible, or another engine is attached by its name.
+            CpeError: it cannot be kept; nothing has changed.
+        """
+        expected = self._registry.expected
+        expected.check(spec)
+        attached = self._registry.find(spec.name)
+        if attached is not None and attached.workers:
+            check_fit(spec, kind=attached.kind, model=attached.serves, world_size=attached.world_size)
+        await expected.add(spec)
+        engine = self._registry.find(spec.name)
+        if engine is not None:
+            engine.serves = engine.serves or spec.model
+        log.info("engine.expected", engine=spec.name, kind=spec.kind, model=spec.model, url=spec.url)
+        here = "; it is attached" if engine is not None and engine.workers else ""
+        return Done(f"engine {spec.name!r} is expected from now on{here}")
+
+    async def _forget(self, name: str) -> Done:
+        """Count on an engine no longer, and forget it unless workers of it are attached.
+
+        Raises:
+            MisuseError: nobody expects it, and it is not known, or attached.
+            CpeError: the expectation cannot be taken back; nothing has changed.
+        """
+        engine = self._registry.find(name)
+        if self._registry.expected.get(name) is None:
+            if engine is None:
+                known = [known.name for known in self._registry] + [spec.name for spec in self._registry.absent]
+                raise MisuseError(f"no engine {name!r} is known here; there is: {', '.join(known) or 'none'}")
+            if engine.workers:
+                raise MisuseError(
+                    f"engine {name!r} is attached, and nobody added it: stop it, and it is forgotten by itself"
+                )
+        await self._registry.expected.remove(name)
+        self._registry.forget(name)
+        log.info("engine.forgotten", engine=name)
+        if self._registry.find(name) is not None:
+            return Done(f"engine {name!r} is expected no longer; it is attached, and gets versions until it is stopped")
+        return Done(f"engine {name!r} is forgotten")
