@@ -10,16 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import structs
 
 from cpe_daemon.devices.slots import Slots, open_slots
 from cpe_daemon.errors import CpeError, DeadlineError, PeerLostError, ProtocolError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.wire.messages import (
-    PROTOCOL,
     ErrorReply,
     Expect,
+    Farewell,
     Message,
     Ping,
     Pong,
@@ -39,37 +40,21 @@ _SILENT_INTERVALS: Final = 5.0
 _GOODBYE_SECONDS: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a worker is, as the daemon and its operators know it."""
-
-    engine: str
-    kind: str
-    rank: int
-    world_size: int
-    incarnation: str
-    model: str = ""
-    node: str = ""
-    gpu: str = ""
-    leader: bool = True
-    pid: int = 0
-
-
 class Receiver:
     """One worker's link to the daemon of its node.
 
     Args:
         endpoint: the daemon's socket for engines, ``ipc://PATH``.
-        identity: who this worker is.
+        hello: who this worker is; what it holds is filled in whenever it is said.
         loader: the engine.
 
     Raises:
         ConfigError: the endpoint is malformed.
     """
 
-    def __init__(self, endpoint: str, identity: Identity, loader: Loader) -> None:
+    def __init__(self, endpoint: str, hello: WorkerHello, loader: Loader) -> None:
         self.endpoint = endpoint
-        self._identity = identity
+        self._hello = hello
         self._loader = loader
         self._dealer = Dealer(endpoint, WorkerCommand)
         self._slots: Slots | None = None
@@ -140,22 +125,7 @@ class Receiver:
         All that time is spent on waiting, whatever comes: hellos in quick succession overtake one another's welcomes,
         each of which the next one makes void.
         """
-        who = self._identity
-        hello = WorkerHello(
-            protocol=PROTOCOL,
-            engine=who.engine,
-            kind=who.kind,
-            rank=who.rank,
-            world_size=who.world_size,
-            incarnation=who.incarnation,
-            model=who.model,
-            node=who.node,
-            gpu=who.gpu,
-            leader=who.leader,
-            pid=who.pid,
-            content=self._loader.content,
-            touched=self._loader.touched,
-        )
+        hello = structs.replace(self._hello, content=self._loader.content, touched=self._loader.touched)
         deadline = time.monotonic() + seconds
         refused: CpeError | None = None
         try:
@@ -166,6 +136,8 @@ class Receiver:
             message = self._receive(left)
             if isinstance(message, ErrorReply):
                 refused = from_code(message.error.code, message.error.message)
+            elif isinstance(message, Farewell):
+                refused = PeerLostError(f"the daemon at {self.endpoint} takes no workers: {message.reason}")
             elif isinstance(message, WorkerWelcome):
                 try:
                     self._take_in(message)
@@ -197,7 +169,7 @@ class Receiver:
         self._held = welcome.hold
         if welcome.hold:
             self._try("pause", lambda: self._loader.pause(_HELLO_EVERY_SECONDS))  # an update comes with its own pause
-        elif not self._loader.touched and self._identity.world_size == 1:
+        elif not self._loader.touched and self._hello.world_size == 1:
             self._try("resume", self._loader.resume)  # several ranks are resumed when they all are here, and agree
         log.info(
             "attached to the daemon at %s%s",
@@ -219,9 +191,18 @@ class Receiver:
 
         One that is touched, or was waiting for the live version, stays paused until a daemon says more.
         """
-        if not self.attached:
-            return
-        log.warning("lost the daemon at %s: %s", self.endpoint, reason)
+        if self.attached:
+            log.warning("lost the daemon at %s: %s", self.endpoint, reason)
+            self._let_go()
+
+    def _part(self, reason: str) -> None:
+        """The daemon stops, and has said so: all is as if it were lost, and nothing to worry about."""
+        if self._slots is not None and not self._slots.lost:  # it may have ended long ago, if this process was stopped
+            self._say_goodbye()
+        log.info("the daemon at %s said farewell: %s; waiting for another", self.endpoint, reason)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._welcome = None
         self._steps.forget()
         self._close_slots()
@@ -241,6 +222,8 @@ class Receiver:
                     self._lose("it was restarted")
             elif isinstance(message, ErrorReply):
                 self._lose(message.error.message)
+            elif isinstance(message, Farewell):
+                self._part(message.reason)
             elif isinstance(message, WorkerWelcome):
                 self._take_in(message)  # of a hello said twice: the daemon counts on its last answer
             elif isinstance(message, Expect):

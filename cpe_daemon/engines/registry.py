@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final
 
@@ -22,6 +23,7 @@ from cpe_daemon.wire.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
     EngineSpec,
+    Farewell,
     Message,
     Ping,
     Pong,
@@ -79,6 +81,8 @@ class Registry:
         self._workers: dict[bytes, Worker] = {}
         self._sender: Sender | None = None
         self._on_joined: Callable[[Engine], None] = lambda engine: None
+        self._farewell: Farewell | None = None
+        self._left = asyncio.Event()
 
     def __iter__(self) -> Iterator[Engine]:
         """All engines known; the set may change while one iterates."""
@@ -117,6 +121,18 @@ class Registry:
         """Call ``callback`` with an engine whose last missing worker has attached."""
         self._on_joined = callback
 
+    def turn_away(self, reason: str) -> None:
+        """Let no worker in any more: whoever says hello hears a farewell."""
+        self._farewell = Farewell(reason)
+
+    async def take_leave(self) -> None:
+        """After `turn_away`: say farewell to every worker, and wait until all have let go. The caller bounds it."""
+        for worker in tuple(self._workers.values()):
+            worker.tell(encode(self._farewell or Farewell("")))
+        while self._workers:
+            self._left.clear()
+            await self._left.wait()
+
     def close(self) -> None:
         """Give every worker up: their engines keep what they hold."""
         for worker in tuple(self._workers.values()):
@@ -142,6 +158,9 @@ class Registry:
 
     def _on_hello(self, peer: bytes, hello: WorkerHello, _: object) -> None:
         if self._sender is None:
+            return
+        if self._farewell is not None:
+            self._sender.send_encoded(peer, encode(self._farewell))
             return
         self._check(hello)
         gpu = self._gpu(hello)
@@ -300,6 +319,7 @@ class Registry:
         if self._workers.get(worker.peer) is not worker:
             return
         del self._workers[worker.peer]
+        self._left.set()
         engine = self._engines[worker.hello.engine]
         del engine.workers[worker.hello.rank]
         log.info("worker.gone", worker=worker.name, reason=reason)

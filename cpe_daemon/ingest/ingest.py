@@ -27,6 +27,7 @@ from cpe_daemon.errors import (
     PeerLostError,
     ProtocolError,
 )
+from cpe_daemon.ingest.news import missing, status_of
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.ingest.trainers import Trainers
@@ -94,6 +95,7 @@ class Ingest:
         self._waiting: set[Stream] = set()
         """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
         self._changed = asyncio.Event()
+        self._stopped_because = ""
         catalogue.watch(self._on_version)
         trainers.on_lost(self._on_lost)
 
@@ -108,6 +110,12 @@ class Ingest:
             Watch: self._on_watch,
         }
 
+    def stop(self, reason: str) -> None:
+        """Take no new version; those that are being received fail."""
+        self._stopped_because = reason
+        for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:
+            self._fail(version, PeerLostError(f"{reason}, and had not received {version.id} whole"))
+
     # --- manifest and room -------------------------------------------------------------------------------------------
 
     def _on_open(self, peer: bytes, opened: OpenVersion, _: object) -> None:
@@ -118,6 +126,8 @@ class Ingest:
         if opened.stream <= session.last_stream:
             raise ProtocolError(f"stream {opened.stream} was used before")
         session.last_stream = opened.stream  # even if it is refused: what follows for it is not wanted, and no mistake
+        if self._stopped_because:
+            raise BusyError(f"{self._stopped_because}, and takes no more versions; publish again when another runs")
         if len(session.streams) >= _MAX_STREAMS:
             raise BusyError(f"{session.name} has {len(session.streams)} publishes in flight")
         if not 0 <= opened.tensors <= self._config.ingest.max_tensors or opened.nbytes < 0:
@@ -282,7 +292,7 @@ class Ingest:
             return
         if known.state not in _FINAL:
             session.watching.add(watch.version)
-        self._trainers.send(session, _status(known))
+        self._trainers.send(session, status_of(known))
 
     def _fail(self, version: Version, error: CpeError) -> None:
         if version.state is VersionState.RECEIVING:
@@ -308,7 +318,7 @@ class Ingest:
                 for stream in [s for s in session.streams.values() if s.version is version]:
                     del session.streams[stream.id]
             if version.id in session.watching:
-                self._trainers.send(session, _status(version))
+                self._trainers.send(session, status_of(version))
                 if version.state in _FINAL:
                     session.watching.discard(version.id)
 
@@ -329,18 +339,6 @@ class Ingest:
                 self._fail(
                     version,
                     DeadlineError(
-                        f"{version.id}: {_missing(version)} after {total:.0f} s, nothing came for {idle:.0f} s"
+                        f"{version.id}: {missing(version)} after {total:.0f} s, nothing came for {idle:.0f} s"
                     ),
                 )
-
-
-def _missing(version: Version) -> str:
-    """Which ranks have not done their part."""
-    sealed = {rank for rank, part in version.contributions.items() if part.digests is not None}
-    late = [rank for rank in range(version.world_size) if rank not in sealed]
-    return f"ranks {late[:16]} of {version.world_size} have not sealed"
-
-
-def _status(version: Version) -> VersionStatus:
-    error = ErrorInfo(version.error.code, version.error.message) if version.error else None
-    return VersionStatus(version.id, version.state, error, version.report)

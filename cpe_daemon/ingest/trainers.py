@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Protocol
 
@@ -17,9 +18,11 @@ from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.wire.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
+    Farewell,
     Message,
     Ping,
     Pong,
+    TrainerBye,
     TrainerHello,
     TrainerWelcome,
 )
@@ -69,6 +72,8 @@ class Trainers:
         self._sessions: dict[bytes, Session] = {}
         self._sender: Sender | None = None
         self._on_lost: Callable[[Session, str], None] = lambda session, reason: None
+        self._farewell: Farewell | None = None
+        self._left = asyncio.Event()
 
     def __iter__(self) -> Iterator[Session]:
         """All links; the set may change while one iterates."""
@@ -76,7 +81,7 @@ class Trainers:
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
-        return {TrainerHello: self._on_hello, Ping: self._on_ping}
+        return {TrainerHello: self._on_hello, TrainerBye: self._on_bye, Ping: self._on_ping}
 
     def connect(self, sender: Sender) -> None:
         """Answer through ``sender`` from now on."""
@@ -110,12 +115,28 @@ class Trainers:
             if self._clock() - session.seen_at > limit:
                 self._lose(session, f"silent for {limit:g} s")
 
+    def turn_away(self, reason: str) -> None:
+        """Let no trainer in any more: whoever says hello hears a farewell."""
+        self._farewell = Farewell(reason)
+
+    async def take_leave(self) -> None:
+        """After `turn_away`: say farewell to every trainer, and wait until all have let go. The caller bounds it."""
+        for session in self:
+            if self._sender is None or self._farewell is None or not self._sender.send(session.peer, self._farewell):
+                self._lose(session, "it cannot be told that the daemon stops")
+        while self._sessions:
+            self._left.clear()
+            await self._left.wait()
+
     def close(self) -> None:
         """Give up every link."""
         for session in self:
             self._lose(session, "the daemon stops")
 
     def _on_hello(self, peer: bytes, hello: TrainerHello, _: object) -> None:
+        if self._farewell is not None and self._sender is not None:
+            self._sender.send(peer, self._farewell)
+            return
         if not OLDEST_PROTOCOL <= hello.protocol <= PROTOCOL:
             raise ProtocolError(f"protocol {hello.protocol}; this daemon speaks {OLDEST_PROTOCOL} to {PROTOCOL}")
         if not 0 <= hello.rank < hello.world_size <= _MAX_RANKS:
@@ -155,11 +176,17 @@ class Trainers:
     def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
         self.send(self.session(peer), Pong(self._generation))
 
+    def _on_bye(self, peer: bytes, _: TrainerBye, __: object) -> None:
+        self._lose(self.session(peer), "it said goodbye")
+        if self._sender is not None:
+            self._sender.send(peer, Pong(self._generation))
+
     def _lose(self, session: Session, reason: str) -> None:
         if session.gone:
             return
         session.gone = True
         del self._sessions[session.peer]
+        self._left.set()
         self._metrics.trainers.set(len(self._sessions))
         self._handoff.withdraw(session.token)
         log.info("trainer.gone", trainer=session.name, reason=reason)

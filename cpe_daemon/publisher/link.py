@@ -11,7 +11,7 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import CpeError, DeadlineError, PeerError, PeerLostError, PublishError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.publisher.delivery import Bell
-from cpe_daemon.publisher.session import Session, greet
+from cpe_daemon.publisher.session import FarewellError, Session, greet
 from cpe_daemon.wire.messages import FrontReply, TrainerHello
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ _REFUSED_PAUSE_SECONDS: Final = 30.0
 _GRACE_SECONDS: Final = 2.0
 """A daemon that has been away for longer than the connect timeout gets so long to show itself in each publish."""
 _FENCE_SECONDS: Final = 1.0
+_GOODBYE_SECONDS: Final = 1.0
 
 
 class Link:
@@ -104,7 +105,7 @@ class Link:
             try:
                 session = self._greet()
             except PeerLostError as error:
-                log.warning("%s", error.message)
+                log.log(_loudness(error), "%s", error.message)
                 self._greet_now.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
@@ -119,15 +120,19 @@ class Link:
                 self._greet_now.wait(_REFUSED_PAUSE_SECONDS)
                 continue
             if session is not None:
-                began = time.monotonic()
-                self._converse(session)
-                lasted = time.monotonic() - began
-                pause = (
-                    _FIRST_PAUSE_SECONDS if lasted > _LONGEST_PAUSE_SECONDS else min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                )
+                pause = self._converse_and_pause(session, pause)
                 self._greet_now.wait(pause)
         if self._dealer is not None:
             self._dealer.close()
+
+    def _converse_and_pause(self, session: Session, pause: float) -> float:
+        """Serve a session to its end; return for how long to leave the daemon alone then."""
+        began = time.monotonic()
+        if isinstance(self._converse(session), FarewellError):
+            return _LONGEST_PAUSE_SECONDS  # it is still there for a moment
+        if time.monotonic() - began > _LONGEST_PAUSE_SECONDS:
+            return _FIRST_PAUSE_SECONDS
+        return min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _greet(self) -> Session | None:
         """Return a session; None if the thread is to end."""
@@ -147,14 +152,18 @@ class Link:
             self._bell.ring()
         return session
 
-    def _converse(self, session: Session) -> None:
-        """Serve a session to its end."""
+    def _converse(self, session: Session) -> CpeError:
+        """Serve a session to its end; return why it ended."""
         ended: CpeError = PublishError(f"the publisher was closed before {self.endpoint} was done")
         try:
             while not self._closing.is_set():
                 session.turn()
             session.sending.abandon_all(ended)
             session.fence(_FENCE_SECONDS)
+        except FarewellError as error:
+            log.info("%s", error.message)
+            ended = FarewellError(error.message)
+            session.part(ended, _GOODBYE_SECONDS)
         except PeerError as error:
             log.warning("%s", error.message)
             ended = from_code(error.code, error.message)  # without the traceback, which holds the session's memory
@@ -166,9 +175,15 @@ class Link:
             self._away_since = time.monotonic()
             self._bell.ring()
         session.end(ended)
+        return ended
 
     def _refuse(self, error: CpeError) -> None:
         with self._bell.lock:
             self._refusal = from_code(error.code, error.message)
             self._refusals += 1
             self._bell.ring()
+
+
+def _loudness(error: PeerLostError) -> int:
+    """How loudly to say that a greeting failed: that a daemon which said that it stops still does is no news."""
+    return logging.DEBUG if isinstance(error, FarewellError) else logging.WARNING

@@ -24,9 +24,11 @@ from cpe_daemon.wire.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
     ErrorReply,
+    Farewell,
     Message,
     Ping,
     Pong,
+    TrainerBye,
     TrainerHello,
     TrainerWelcome,
 )
@@ -44,6 +46,10 @@ _LAST_WORDS_SECONDS: Final = 0.1
 _MISSED: Final = 3
 _MARGIN_SECONDS: Final = 1.0
 """A daemon that leaves pings unanswered for ``_MISSED`` intervals and this is lost."""
+
+
+class FarewellError(PeerLostError):
+    """The daemon says that it stops: no fault of anybody's, and another will come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class Session:
 
         Raises:
             PeerLostError: the daemon is gone, or is another one.
+            FarewellError: it is about to be gone.
             ProtocolError: the daemon refuses to understand this side.
         """
         while self._commands:
@@ -142,6 +149,20 @@ class Session:
         while self._pongs < self._pings and (left := deadline - time.monotonic()) > 0:
             self._receive(min(left, _SLICE_SECONDS))
             self._check()
+
+    def part(self, error: CpeError, seconds: float) -> None:
+        """Fail whatever was expected of the session, say goodbye, and give the daemon ``seconds`` to hear it."""
+        self.sending.end(error)
+        if self.cut:
+            return
+        deadline = time.monotonic() + seconds
+        try:
+            self._dealer.send(TrainerBye(), timeout=seconds)
+            self._pings += 1  # it is answered by a Pong, as a Ping is
+            while self._pongs < self._pings and (left := deadline - time.monotonic()) > 0:
+                self._receive(left)
+        except PeerError as gone:
+            log.debug("nobody heard the goodbye: %s", gone.message)
 
     def end(self, error: CpeError) -> None:
         """Fail whatever was expected of the session, and close it."""
@@ -176,6 +197,8 @@ class Session:
     def _take(self, message: Message) -> None:
         if isinstance(message, Pong):
             self._on_pong(message)
+        elif isinstance(message, Farewell):
+            raise FarewellError(f"the daemon at {self._dealer.endpoint} said farewell: {message.reason}")
         elif isinstance(message, ErrorReply) and message.error.code == ProtocolError.code:
             # Either we broke the rules, or the daemon was restarted and does not know us: its next answer tells.
             if message.stream == 0:
@@ -210,6 +233,7 @@ def greet(dealer: Dealer, hello: TrainerHello, cancelled: Callable[[], bool]) ->
 
     Raises:
         PeerLostError: somebody listens and does not answer.
+        FarewellError: the daemon there is about to stop.
         CpeError: the daemon refuses; rebuilt from its code.
     """
     while True:
@@ -228,6 +252,8 @@ def greet(dealer: Dealer, hello: TrainerHello, cancelled: Callable[[], bool]) ->
         message = received[0] if received else None
         if isinstance(message, TrainerWelcome):
             return _checked(dealer.endpoint, message)
+        if isinstance(message, Farewell):
+            raise FarewellError(f"the daemon at {dealer.endpoint} takes no trainers: {message.reason}")
         if isinstance(message, ErrorReply):
             raise from_code(message.error.code, f"{message.error.message} (said {dealer.endpoint})")
     raise PeerLostError(f"the daemon at {dealer.endpoint} did not answer a hello for {_WELCOME_SECONDS:g} s")

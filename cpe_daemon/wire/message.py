@@ -40,6 +40,9 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
-    """The daemon is about to stop: what it has not finished by now it will not. A restarted one knows nothing of it."""
+    """The daemon stops, and this is the last that it says: what it has not finished by now it will not.
+
+    Answered by a goodbye (`TrainerBye`, `WorkerBye`); a daemon that is about to stop answers every hello by it.
+    """
 
     reason: str

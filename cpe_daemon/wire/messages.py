@@ -28,6 +28,7 @@ from cpe_daemon.wire.trainer import (
     ManifestPart,
     OpenVersion,
     Seal,
+    TrainerBye,
     TrainerHello,
     TrainerWelcome,
     VersionOpened,
@@ -86,6 +87,7 @@ __all__ = [
     "StepDone",
     "StepFailed",
     "TensorPart",
+    "TrainerBye",
     "TrainerHello",
     "TrainerWelcome",
     "VersionOpened",
@@ -106,6 +108,7 @@ FrontMessage = (
     | Seal
     | Abandon
     | Watch
+    | TrainerBye
     | Ping
     | StatusRequest
     | PushRequest

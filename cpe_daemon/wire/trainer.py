@@ -75,6 +75,10 @@ class Watch(Message, frozen=True, tag="watch"):
     version: VersionId
 
 
+class TrainerBye(Message, frozen=True, tag="trainer_bye"):
+    """A rank parts: what it has not sealed is given up, and its link is over. Answered by a `Pong`."""
+
+
 # --- daemon -> trainer rank -------------------------------------------------------------------------------------------
 
 

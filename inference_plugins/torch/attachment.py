@@ -17,8 +17,9 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, MisuseError
+from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.assembly import Place, dtype_of
-from inference_plugins.receiver import Identity, Receiver
+from inference_plugins.receiver import Receiver
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Callback, Slicer, Slicing, Target, make_target
 
@@ -225,7 +226,8 @@ def attach(
     changed = threading.Condition()
     lock = ServingLock(lock_timeout)
     loader = _TorchLoader(make_target(target, Slicer(slicing, rank, world_size), ignore), lock, changed)
-    identity = Identity(
+    hello = WorkerHello(
+        protocol=PROTOCOL,
         engine=engine,
         kind="torch",
         rank=rank,
@@ -237,7 +239,7 @@ def attach(
         leader=rank == 0,
         pid=os.getpid(),
     )
-    receiver = Receiver(_endpoint(socket), identity, loader)
+    receiver = Receiver(_endpoint(socket), hello, loader)
     try:
         receiver.attach(connect_timeout)
     except BaseException:  # task boundary: nothing is kept open, whatever ended the wait

@@ -37,7 +37,7 @@ from cpe_daemon.wire.messages import (
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins import receiver as module
 from inference_plugins.assembly import Place
-from inference_plugins.receiver import Identity, Receiver
+from inference_plugins.receiver import Receiver
 
 STALE, FRESH = b"stale", b"fresh"
 _SECONDS = 10.0
@@ -168,7 +168,7 @@ def receiver(
     """Not attached yet; it says hello once a minute, so that no test meets a hello that it does not expect."""
     monkeypatch.setattr(module, "_HELLO_EVERY_SECONDS", 60.0)
     monkeypatch.setattr(module, "_GOODBYE_SECONDS", 0.05)
-    made = Receiver(daemon.endpoint, Identity("e", "torch", 0, 1, "i"), loader)
+    made = Receiver(daemon.endpoint, WorkerHello(PROTOCOL, "e", "torch", 0, 1, "i"), loader)
     yield made
     made.close()
 

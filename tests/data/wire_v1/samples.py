@@ -40,6 +40,7 @@ from cpe_daemon.wire.messages import (
     StepDone,
     StepFailed,
     TensorPart,
+    TrainerBye,
     TrainerHello,
     TrainerWelcome,
     VersionOpened,
@@ -79,6 +80,7 @@ SAMPLES: Final[dict[str, tuple[Message, Message]]] = {
     "chunk": (Chunk(1, 0, 4096), Chunk(1, 1 << 40, 4_194_304, ring_offset=8_388_608)),
     "seal": (Seal(1, b""), Seal(1, bytes(range(32)))),
     "abandon": (Abandon(1, ""), Abandon(1, "the trainer's step failed: \N{SNOWMAN}")),
+    "trainer_bye": (TrainerBye(), TrainerBye()),
     "watch": (Watch(_ID), Watch(VersionId("draft", "", 0))),
     "trainer_welcome": (
         TrainerWelcome(1, "5f0c", 1.0, 16, 4_194_304),

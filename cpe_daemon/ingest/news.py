@@ -1,0 +1,24 @@
+"""What a trainer is told of a version."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cpe_daemon.versions import Version
+from cpe_daemon.wire.messages import VersionStatus
+from cpe_daemon.wire.reports import ErrorInfo
+
+_NAMED: Final = 16
+
+
+def status_of(version: Version) -> VersionStatus:
+    """Its state, with the reason if it failed and the report if it is live."""
+    error = ErrorInfo(version.error.code, version.error.message) if version.error else None
+    return VersionStatus(version.id, version.state, error, version.report)
+
+
+def missing(version: Version) -> str:
+    """Which ranks have not done their part."""
+    sealed = {rank for rank, part in version.contributions.items() if part.digests is not None}
+    late = [rank for rank in range(version.world_size) if rank not in sealed]
+    return f"ranks {late[:_NAMED]} of {version.world_size} have not sealed"
