@@ -10,7 +10,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,10 @@ from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
+from cpe_daemon.daemon.drain import Drain
+from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
+from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
 from cpe_daemon.engines.expected import Expected
@@ -41,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 _FRONT_QUEUE: Final = 256
 _ENGINES_QUEUE: Final = 4096
-_LAST_WORDS_SECONDS: Final = 0.2
+_CANCEL_SECONDS: Final = 2.0
 
 
 class Daemon:
@@ -73,7 +75,14 @@ class Daemon:
             source=self.arena.address,
             handoff=self.handoff,
         )
-        self._pool = ThreadPoolExecutor(config.ingest.copy_thread_count, "cpe-copy")
+        self._pool = CopyPool(config.ingest.copy_thread_count, "cpe-copy")
+        self.health = Health(
+            {
+                "into the arena": lambda: self._pool.stuck_seconds,
+                "out of the arena": lambda: self.device.stuck_seconds,
+            },
+            stuck_seconds=config.deadlines.stuck_seconds,
+        )
         self.trainers = Trainers(
             config=config,
             generation=self.generation,
@@ -149,13 +158,16 @@ class Daemon:
         )
         self.accounts.routers = (self._front, self._engines)
 
-    async def start(self) -> None:
+    async def start(self, progress: Callable[[int, int], None]) -> None:
         """Provide the memory, then open the doors.
+
+        Args:
+            progress: called with the bytes of the arena that are there, and all.
 
         Raises:
             ConfigError: the memory or an endpoint cannot be had.
         """
-        await self.arena.prefault(self._config.arena.prefault_thread_count, _log_progress())
+        await self.arena.prefault(self._config.arena.prefault_thread_count, progress)
         await self.device.open()
         self.metrics.arena_size.set(self.arena.nbytes)
         self.trainers.connect(self._front)
@@ -178,22 +190,29 @@ class Daemon:
             endpoints=self.accounts.endpoints,
         )
 
-    async def drain(self) -> None:
-        """Let a round that is in flight end by itself, for a bounded time."""
-        log.info("daemon.draining")
-        try:
-            async with asyncio.timeout(self._config.deadlines.drain_seconds):
-                await self.pusher.drain()
-        except TimeoutError:
-            log.warning("daemon.drain_timed_out", seconds=self._config.deadlines.drain_seconds)
-        # ZeroMQ drops what a client has not read when its connection ends, and nobody says when it has: what became of
-        # a version gets a moment to be heard.
-        await asyncio.sleep(self.accounts.told_at + _LAST_WORDS_SECONDS - time.monotonic())
+    async def drain(self, hurried: asyncio.Event, tell: Callable[[str], None]) -> None:
+        """Bring what is in flight to its end, or undo it, in bounded time; see `cpe_daemon.daemon.drain`.
+
+        Args:
+            hurried: set when a push in flight shall be undone at once.
+            tell: says in a line how far it is.
+        """
+        drain = Drain(
+            deadlines=self._config.deadlines,
+            ingest=self.ingest,
+            pusher=self.pusher,
+            trainers=self.trainers,
+            registry=self.registry,
+            tell=tell,
+        )
+        await drain.run(hurried)
 
     async def close(self) -> None:
         """Close the doors and give the memory back."""
         for task in self._running:
             task.cancel()
+        if self._running:  # their copies end before the memory goes that they use
+            await asyncio.wait(self._running, timeout=_CANCEL_SECONDS)
         self.operations.close()
         self.trainers.close()
         self.registry.close()
@@ -228,17 +247,3 @@ class Daemon:
 def _boot_id() -> str:
     """Equal for all processes of this host, until it restarts."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _log_progress() -> Callable[[int, int], None]:
-    """Log the prefault at every tenth of the way."""
-    said = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal said
-        tenth = done * 10 // max(total, 1)
-        if tenth > said:
-            said = tenth
-            log.info("arena.prefault", percent=tenth * 10, done_bytes=done, size_bytes=total)
-
-    return progress
