@@ -24,7 +24,7 @@ Codes travel on the wire (`ErrorInfo` in `cpe_daemon.wire.messages`); `from_code
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class CpeError(Exception):
@@ -161,6 +161,9 @@ _BY_CODE: dict[str, type[CpeError]] = {
         PublishError,
     )
 }
+
+CODES: Final[tuple[str, ...]] = tuple(_BY_CODE)
+"""Every code that there is."""
 
 
 def from_code(code: str, message: str) -> CpeError:

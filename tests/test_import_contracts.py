@@ -45,6 +45,8 @@ cpe_daemon/observe/__init__.py
 cpe_daemon/peers/__init__.py
 cpe_daemon/publisher/__init__.py
 cpe_daemon/push/__init__.py
+cpe_daemon/readiness.py
+cpe_daemon/readings.py
 cpe_daemon/runtime.py
 cpe_daemon/status.py
 cpe_daemon/transports/__init__.py
@@ -72,6 +74,7 @@ PLANTED = [
     (LAYERS, ["cpe_daemon.core: cpe_daemon.wire"]),
     (LAYERS, ["cpe_daemon.observe: cpe_daemon.config"]),
     (LAYERS, ["cpe_daemon.push: cpe_daemon.ingest"]),
+    (LAYERS, ["cpe_daemon.readings: cpe_daemon.status"]),
     (LAYERS, ["cpe_daemon.versions: cpe_daemon.push"]),
     (LAYERS, ["cpe_daemon.arena: cpe_daemon.engines"]),
     (LAYERS, ["cpe_daemon.links: cpe_daemon.devices"]),

@@ -6,6 +6,7 @@ immutable `Config`.
 """
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
+from cpe_daemon.config.http import HttpConfig
 from cpe_daemon.config.load import Loaded, load_config, load_with_origins
 from cpe_daemon.config.model import (
     ArenaConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "DeadlinesConfig",
     "DeviceConfig",
+    "HttpConfig",
     "IngestConfig",
     "Loaded",
     "LogConfig",

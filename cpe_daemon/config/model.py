@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir, is_loopback
+from cpe_daemon.config.http import HttpConfig
 from cpe_daemon.config.paths import (
     ENGINES_SOCKET,
     FRONT_SOCKET,
@@ -216,6 +217,7 @@ class Config(Section):
     push: PushConfig = Field(default_factory=PushConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
+    http: HttpConfig = Field(default_factory=HttpConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
     @field_validator("runtime_dir")

@@ -1,34 +1,55 @@
-"""What the daemon tells of itself: its status, and the counting of what becomes of versions.
+"""What the daemon tells of itself: status, metrics, health and readiness, and the counting of what versions become.
 
 Reads every room and changes none. All of it belongs to the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.daemon.build import build
+from cpe_daemon.daemon.health import Health
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.ingest.session import Session
+from cpe_daemon.ingest.ingest import Ingest
+from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
-from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.observe.http import Answer, Paced, Page, as_json
+from cpe_daemon.observe.metrics import Metrics, Readings
+from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.readiness import Readiness, judge
+from cpe_daemon.readings import (
+    read_arena,
+    read_engines,
+    read_push,
+    read_traffic,
+    read_trainers,
+    read_versions,
+)
 from cpe_daemon.status import (
     arena_status,
     device_status,
     engines_status,
+    push_status,
     states,
     trainer_status,
     version_status,
 )
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import PROTOCOL
+
+_LAG_SECONDS: Final = 0.5
+_PAGE_SECONDS: Final = 0.05
+"""Pages that take milliseconds are made 20 times a second at most."""
 
 
 class Accounts:
@@ -43,6 +64,10 @@ class Accounts:
         device: the slots.
         registry: the engines.
         trainers: the links of trainer ranks.
+        ingest: what they send.
+        pusher: the rounds.
+        handoff: memory that is passed on.
+        health: whether copies go on.
         clock: seconds, monotonic.
     """
 
@@ -56,7 +81,11 @@ class Accounts:
         catalogue: Catalogue,
         device: Device,
         registry: Registry,
-        trainers: Iterable[Session],
+        trainers: Trainers,
+        ingest: Ingest,
+        pusher: Pusher,
+        handoff: HandoffServer,
+        health: Health,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -67,21 +96,28 @@ class Accounts:
         self._device = device
         self._registry = registry
         self._trainers = trainers
+        self._ingest = ingest
+        self._pusher = pusher
+        self._handoff = handoff
+        self._health = health
         self._clock = clock
         self._started_at = clock()
+        self._build = build()
         self.endpoints: list[str] = []
         """Where the daemon listens; whoever binds adds to it."""
         self.routers: Sequence[Router] = ()
         """The sockets, as soon as there are any."""
-        self.told_at = 0.0
-        """When somebody was last told of a change of a version."""
+        self.started = False
+        """Whether the doors are open."""
+        self.draining = False
+        """Whether the daemon stops."""
         catalogue.watch(self._count_version)
+
+    # --- state -------------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """The state of everything, as plain values."""
         now = self._clock()
-        self._metrics.arena_free.set(self._arena.free_bytes)
-        self._metrics.set_engines(states(self._registry))
         return {
             "daemon": {
                 "version": __version__,
@@ -92,23 +128,97 @@ class Accounts:
                 "protocol": PROTOCOL,
                 "endpoints": self.endpoints,
             },
+            "readiness": self.readiness().plain(),
             "arena": arena_status(self._arena),
             "device": device_status(self._device),
             "versions": [version_status(version, now) for version in self._catalogue],
+            "push": push_status(self._pusher, now, automatic=self._config.push.automatic),
             "engines": engines_status(self._registry),
             "trainers": [trainer_status(session) for session in self._trainers],
-            "counters": {
-                **self._metrics.snapshot(),
-                "unknown_fields": sum(router.unknown_fields for router in self.routers),
-            },
+            "counters": self._metrics.snapshot(self._readings()),
         }
+
+    def readiness(self) -> Readiness:
+        """Whether the node is ready for work."""
+        arena = self._arena
+        starting = ""
+        if arena.prefaulted_bytes < arena.nbytes:
+            starting = f"the host has provided {arena.prefaulted_bytes} of the arena's {arena.nbytes} bytes"
+        elif not self.started:
+            starting = "the sockets are not open yet"
+        return judge(
+            starting=starting,
+            draining=self.draining,
+            engines=self._registry,
+            absent=[spec.name for spec in self._registry.absent],
+            insecure=_insecure(self._config),
+        )
+
+    def _readings(self) -> Readings:
+        """Everything that metrics mirror, as it is now."""
+        readings, versions = Readings(), list(self._catalogue)
+        read_arena(readings, self._arena, versions)
+        read_versions(readings, versions, self._registry)
+        read_engines(readings, self._registry, states(self._registry))
+        read_trainers(readings, self._trainers)
+        read_push(readings, self._device, self._pusher)
+        read_traffic(readings, self._pusher, self._ingest.received)
+        readings.add("cpe_build_info", 1, *self._build)
+        readings.add("cpe_ready", self.readiness().ready)
+        readings.add("cpe_handoff_claims_total", self._handoff.claims)
+        for router in self.routers:
+            readings.add("cpe_unknown_fields_total", router.unknown_fields, router.name)
+        return readings
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    def pages(self) -> dict[str, Page]:
+        """What the HTTP listener shows, by path."""
+        return {
+            "/metrics": Paced(self._metrics_page, _PAGE_SECONDS),
+            "/healthz": self._health_page,
+            "/readyz": Paced(self._readiness_page, _PAGE_SECONDS),
+            "/status": Paced(self._status_page, _PAGE_SECONDS),
+        }
+
+    async def _metrics_page(self, accept: str) -> Answer:
+        """Read on the loop, written down beside it: with many engines that takes a while."""
+        self._metrics.keep_engines([engine.name for engine in self._registry])
+        body, content_type = await asyncio.to_thread(self._metrics.encode, self._readings(), accept)
+        return Answer(body, content_type)
+
+    async def _health_page(self, _: str) -> Answer:
+        """That it is answered says that the loop goes round."""
+        reasons = self._health.reasons()
+        return as_json({"healthy": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def _readiness_page(self, _: str) -> Answer:
+        readiness = self.readiness()
+        return as_json(readiness.plain(), 200 if readiness.ready else 503)
+
+    async def _status_page(self, _: str) -> Answer:
+        return await asyncio.to_thread(as_json, self.status())
+
+    # --- counting ----------------------------------------------------------------------------------------------------
+
+    async def watch_loop(self) -> None:
+        """Measure by how much the event loop is late, until cancelled."""
+        while True:
+            due = self._clock() + _LAG_SECONDS
+            await asyncio.sleep(_LAG_SECONDS)
+            self._metrics.loop_lag.observe(max(0.0, self._clock() - due))
 
     def _count_version(self, version: Version) -> None:
         """Keep the metrics of versions; called at every change of one."""
-        self.told_at = self._clock()
-        if version.state is VersionState.STAGED:
-            self._metrics.observe_phases(version.id.model, "", {"stage": version.stage_seconds})
-        elif version.state is VersionState.LIVE:
-            self._metrics.live_version.labels(model=version.id.model).set(version.id.number)
+        if version.state is VersionState.STAGED and not version.pushes:
+            self._metrics.observe_phases(version.id.model, "", {"publish": version.stage_seconds})
         if version.state in (VersionState.LIVE, VersionState.FAILED) and self._catalogue.find(version.id):
-            self._metrics.versions.labels(model=version.id.model, outcome=str(version.state)).inc()
+            self._metrics.count_version(version.id.model, str(version.state))
+
+
+def _insecure(config: Config) -> list[str]:
+    """Listeners that strangers could reach."""
+    lines = []
+    if config.http.exposed:
+        lines.append(f"http.listen {config.http.listen} shows this node's state to whoever reaches it, without TLS")
+    return lines

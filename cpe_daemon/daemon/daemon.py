@@ -33,7 +33,9 @@ from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
+from cpe_daemon.observe.http import Listener
 from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.observe.tls import Certificate
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Catalogue
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
@@ -130,7 +132,12 @@ class Daemon:
             device=self.device,
             registry=self.registry,
             trainers=self.trainers,
+            ingest=self.ingest,
+            pusher=self.pusher,
+            handoff=self.handoff,
+            health=self.health,
         )
+        self._http: Listener | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
         self._front = Router(
@@ -167,9 +174,9 @@ class Daemon:
         Raises:
             ConfigError: the memory or an endpoint cannot be had.
         """
+        self._listen()
         await self.arena.prefault(self._config.arena.prefault_thread_count, progress)
         await self.device.open()
-        self.metrics.arena_size.set(self.arena.nbytes)
         self.trainers.connect(self._front)
         self.operations.connect(self._front)
         self.registry.connect(self._engines)
@@ -182,6 +189,8 @@ class Daemon:
         self._engines.start()
         self._spawn(self.pusher.run())
         self._spawn(self._watch_clock())
+        self._spawn(self.accounts.watch_loop())
+        self.accounts.started = True
         log.info(
             "daemon.ready",
             version=__version__,
@@ -197,6 +206,7 @@ class Daemon:
             hurried: set when a push in flight shall be undone at once.
             tell: says in a line how far it is.
         """
+        self.accounts.draining = True
         drain = Drain(
             deadlines=self._config.deadlines,
             ingest=self.ingest,
@@ -209,6 +219,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Close the doors and give the memory back."""
+        if self._http is not None:
+            await self._http.close()
         for task in self._running:
             task.cancel()
         if self._running:  # their copies end before the memory goes that they use
@@ -224,6 +236,25 @@ class Daemon:
         await self.device.close()
         self.arena.close()
         log.info("daemon.stopped")
+
+    def _listen(self) -> None:
+        """Listen for probes and scrapers, before memory is provided: that may take minutes, and is watched."""
+        settings = self._config.http
+        if settings.address is None:
+            return
+        certificate = Certificate(settings.tls_certificate, settings.tls_key) if settings.tls_certificate else None
+        self._http = Listener(
+            settings.address,
+            self.accounts.pages(),
+            self._tasks,
+            certificate=certificate,
+            on_protocol_error=lambda: self.metrics.count_protocol_error("http"),
+        )
+        self._http.start()
+        self.accounts.endpoints.append(self._http.url)
+        log.info("http.listening", url=self._http.url)
+        if settings.exposed:
+            log.warning("http.exposed", url=self._http.url, mend="listen on 127.0.0.1, or set http.tls_certificate")
 
     def _on_status(self, peer: bytes, _: StatusRequest, __: object) -> None:
         self._front.send(peer, StatusReply(self.accounts.status()))

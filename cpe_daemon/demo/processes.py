@@ -140,7 +140,7 @@ def start_daemon(runtime_dir: Path, sizes: Sizes, log: Path) -> Process:
 
 
 def config_text(runtime_dir: Path, sizes: Sizes) -> str:
-    """The daemon's configuration, in YAML."""
+    """The daemon's configuration, in YAML. It listens to nobody over HTTP: this host may have a daemon that does."""
     return "\n".join(
         [
             f"runtime_dir: {json.dumps(str(runtime_dir))}",
@@ -149,6 +149,8 @@ def config_text(runtime_dir: Path, sizes: Sizes) -> str:
             "device:",
             f"  slots: {sizes.slots}",
             f"  slot_bytes: {sizes.slot_bytes}",
+            "http:",
+            '  listen: ""',
             "",
         ]
     )

@@ -148,7 +148,6 @@ class Trainers:
         if len(self._sessions) >= self._config.ingest.max_trainers:
             raise BusyError(f"{len(self._sessions)} trainers are connected; ingest.max_trainers allows no more")
         session = self._sessions[peer] = self._admit(peer, hello)
-        self._metrics.trainers.set(len(self._sessions))
         log.info("trainer.connected", trainer=session.name, run=hello.run, same_host=bool(session.token))
         self.send(
             session,
@@ -187,7 +186,6 @@ class Trainers:
         session.gone = True
         del self._sessions[session.peer]
         self._left.set()
-        self._metrics.trainers.set(len(self._sessions))
         self._handoff.withdraw(session.token)
         log.info("trainer.gone", trainer=session.name, reason=reason)
         self._on_lost(session, reason)

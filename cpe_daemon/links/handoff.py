@@ -58,6 +58,8 @@ class HandoffServer:
         self.path = path
         self._tasks = tasks
         self._on_protocol_error = on_protocol_error
+        self.claims = 0
+        """Descriptors handed over so far."""
         self._offers: dict[bytes, _Offer] = {}
         self._claiming = asyncio.Semaphore(_MAX_CLAIMING)
         self._running: set[asyncio.Task[None]] = set()
@@ -166,6 +168,7 @@ class HandoffServer:
         loop = asyncio.get_running_loop()
         try:
             socket.send_fds(connection, [_REPLY], [offer.fd])
+            self.claims += 1
         finally:
             os.close(offer.fd)
         while await loop.sock_recv(connection, 64):

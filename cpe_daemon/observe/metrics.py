@@ -1,97 +1,226 @@
-"""The daemon's metrics, in base units, all named ``cpe_*``, in a registry of their own.
+"""The daemon's metrics, out of the `inventory`, in a registry of their own.
 
-A version is a gauge's value, never a label: labels are kept to what there is a handful of on a node.
+Two kinds: what is counted as it happens has an instrument here; what mirrors the state of a room is read when somebody
+asks (`Readings`), so that nobody has to keep it current. Neither costs anything per chunk or bucket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
-from cpe_daemon import __version__
-from cpe_daemon.core.lifecycle import EngineState
+from cpe_daemon.errors import CODES
+from cpe_daemon.observe.inventory import INSTRUMENTS, SOCKETS, Instrument
 
 _UPDATE_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Seconds: from a resume of some milliseconds to the receiving of a large model over a slow network."""
 
+_LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+MAX_MODELS: Final = 64
+MAX_ENGINES: Final = 1024
+OTHER: Final = "(other)"
+"""The model of versions that failed before any version of their model was staged: its name may be anything."""
+
+
+class Readings:
+    """Values read from the rooms at one moment, by the instrument's name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[tuple[str, ...], float]] = {}
+
+    def add(self, name: str, value: float, *labels: str) -> None:
+        """Add one value, with its labels in the inventory's order.
+
+        Raises:
+            KeyError: the inventory has no such instrument.
+            ValueError: it has other labels.
+        """
+        if len(labels) != len(INSTRUMENTS[name].labels):
+            raise ValueError(f"{name} has labels {INSTRUMENTS[name].labels}, not {labels}")
+        self.values.setdefault(name, {})[labels] = value
+
+    def families(self) -> Iterator[Metric]:
+        """The values as prometheus_client has them."""
+        for name, samples in self.values.items():
+            instrument = INSTRUMENTS[name]
+            kind = CounterMetricFamily if instrument.kind == "counter" else GaugeMetricFamily
+            family = kind(name, instrument.text, labels=instrument.labels)
+            for labels, value in samples.items():
+                family.add_metric(labels, value)
+            yield family
 
 
 class Metrics:
-    """Every instrument of one daemon. The attributes are prometheus_client's; any thread may use them.
+    """Every instrument that counts as things happen, of one daemon. Any thread may use prometheus_client's.
 
     Attributes:
-        protocol_errors: messages refused, by ``socket``.
-        versions: versions that came to an end of receiving or pushing, by ``model`` and ``outcome``.
-        received_bytes: bytes of weights taken from trainers, by ``transport``.
-        update_duration: seconds of each ``phase``, by ``model`` and ``engine`` ("" for phases of the node).
+        registry: what prometheus_client keeps.
+        protocol_errors: by ``socket``.
         failures: versions that failed, by the ``code`` of their error.
         engine_failures: engines that a round dropped, by the ``code`` of their error.
-        rounds: push rounds by ``outcome``.
-        engines: engines by ``state``; see `set_engines`.
-        live_version: number of the version that is live, by ``model``.
-        trainers: trainer ranks connected.
-        arena_size: bytes of the arena.
-        arena_free: bytes of it that are free.
+        rounds: engines' parts in rounds, by ``outcome``.
+        update_duration: see `observe_phases`.
+        loop_lag: seconds by which the event loop was late.
     """
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # they double the samples, and nothing of ours asks for them
         self.registry = CollectorRegistry()
+        self.protocol_errors = self._counter("cpe_protocol_errors_total", SOCKETS)
+        self.failures = self._counter("cpe_failures_total", CODES)
+        self.engine_failures = self._counter("cpe_engine_failures_total", CODES)
+        self.rounds = self._counter("cpe_rounds_total", ("updated", "failed"))
+        self._versions = self._counter("cpe_versions_total")
+        self._went_live = Gauge(**self._terms("cpe_live_version_timestamp_seconds"))
+        self.loop_lag = Histogram(**self._terms("cpe_loop_lag_seconds"), buckets=_LAG_BUCKETS)
+        self.update_duration = Histogram(**self._terms("cpe_update_duration_seconds"), buckets=_UPDATE_BUCKETS)
+        self._durations: set[tuple[str, str, str]] = set()
+        self._models = _Recent(MAX_MODELS, self._forget_model)
+        self._engines = _Recent(MAX_ENGINES, self._forget_engine)
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"cpe_{name}", text, labels, registry=self.registry)
+    def _terms(self, name: str) -> dict[str, Any]:
+        instrument: Instrument = INSTRUMENTS[name]
+        return {
+            "name": name,
+            "documentation": instrument.text,
+            "labelnames": instrument.labels,
+            "registry": self.registry,
+        }
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"cpe_{name}", text, labels, registry=self.registry)
+    def _counter(self, name: str, known: Iterable[str] = ()) -> Counter:
+        """A counter that begins with 0 for every value of its label that is ``known``: a rate needs two samples."""
+        made = Counter(**self._terms(name))
+        for value in known:
+            made.labels(value)
+        return made
 
-        self.protocol_errors = counter("protocol_errors_total", "Messages refused.", "socket")
-        self.versions = counter("versions_total", "Versions by how they ended.", "model", "outcome")
-        self.received_bytes = counter("received_bytes_total", "Weights received from trainers.", "transport")
-        self.failures = counter("failures_total", "Versions that failed, by error code.", "code")
-        self.engine_failures = counter("engine_failures_total", "Engines dropped from a round, by error code.", "code")
-        self.rounds = counter("rounds_total", "Push rounds by how they ended.", "outcome")
-        self.update_duration = Histogram(
-            "cpe_update_duration_seconds",
-            "How long each phase of an update took.",
-            ("phase", "model", "engine"),
-            buckets=_UPDATE_BUCKETS,
-            registry=self.registry,
-        )
-        self.engines = gauge("engines", "Engines by what is known of their weights.", "state")
-        self.live_version = gauge("live_version", "Number of the live version.", "model")
-        self.trainers = gauge("trainers", "Trainer ranks connected.")
-        self.arena_size = gauge("arena_size_bytes", "Size of the arena.")
-        self.arena_free = gauge("arena_free_bytes", "Bytes of the arena that are free.")
-        gauge("build_info", "1, labelled with the version of cpe-daemon.", "version").labels(__version__).set(1)
-        self.set_engines({})
+    # --- counting ----------------------------------------------------------------------------------------------------
 
     def count_protocol_error(self, socket: str) -> None:
         """Count a refused message; fits the ``on_protocol_error`` of `cpe_daemon.links`."""
         self.protocol_errors.labels(socket=socket).inc()
 
-    def set_engines(self, counts: Mapping[str, int]) -> None:
-        """Set how many engines are in each state; a state that ``counts`` leaves out has none."""
-        for state in EngineState:
-            self.engines.labels(state=state.value).set(counts.get(state, 0))
+    def count_version(self, model: str, outcome: str) -> None:
+        """Count a version that went ``live`` or ``failed``."""
+        if outcome == "live":
+            self._went_live.labels(model=model).set(time.time())
+            self._models.use(model)
+        self._versions.labels(model=model if model in self._models else OTHER, outcome=outcome).inc()
 
     def observe_phases(self, model: str, engine: str, phases: Mapping[str, float]) -> None:
-        """Record seconds by phase of one engine's part in an update."""
+        """Record seconds by phase of one engine's part in an update; ``engine`` is "" for phases of the node."""
+        self._models.use(model)
+        if engine:
+            self._engines.use(engine)
         for phase, seconds in phases.items():
+            self._durations.add((phase, model, engine))
             self.update_duration.labels(phase=phase, model=model, engine=engine).observe(seconds)
 
-    def snapshot(self) -> dict[str, float]:
-        """Return every value by name and labels, as ``cpe_rounds_total{outcome="done"}``.
+    def keep_engines(self, names: Collection[str]) -> None:
+        """Forget all series of every other engine."""
+        self._engines.keep(names)
 
-        Of histograms, sum and count.
+    def _forget_engine(self, engine: str) -> None:
+        self._forget_durations([labels for labels in self._durations if labels[2] == engine])
+
+    def _forget_model(self, model: str) -> None:
+        self._forget_durations([labels for labels in self._durations if labels[1] == model])
+        with contextlib.suppress(KeyError):
+            self._went_live.remove(model)
+        for outcome in ("live", "failed"):
+            with contextlib.suppress(KeyError):
+                self._versions.remove(model, outcome)
+
+    def _forget_durations(self, gone: Iterable[tuple[str, str, str]]) -> None:
+        for labels in gone:
+            self._durations.discard(labels)
+            self.update_duration.remove(*labels)
+
+    # --- showing -----------------------------------------------------------------------------------------------------
+
+    def encode(self, readings: Readings, accept: str) -> tuple[bytes, str]:
+        """Write everything down; takes milliseconds, in any thread.
+
+        Args:
+            readings: of this moment.
+            accept: the request's header; chooses between Prometheus's text and OpenMetrics.
+
+        Returns:
+            The text, and its content type.
+        """
+        encoder, content_type = choose_encoder(accept)
+        return encoder(_Together(self.registry, readings)), content_type
+
+    def snapshot(self, readings: Readings | None = None) -> dict[str, float]:
+        """Return every counter of ours by name and labels, as ``cpe_rounds_total{outcome="updated"}``.
+
+        Of histograms, sum and count. What mirrors state is left out: whoever shows this shows the state itself.
         """
         values: dict[str, float] = {}
-        for family in self.registry.collect():
-            for sample in family.samples:
-                if not sample.name.endswith(("_created", "_bucket")):
-                    values[sample.name + _labels(sample.labels)] = sample.value
+        for family in _Together(self.registry, readings or Readings()).collect():
+            if family.type != "gauge" and family.name.startswith("cpe_"):
+                for sample in family.samples:
+                    if not sample.name.endswith("_bucket"):
+                        values[sample.name + _labels(sample.labels)] = sample.value
         return values
+
+
+class _Together(Collector):
+    """The registry and the readings as one."""
+
+    def __init__(self, registry: CollectorRegistry, readings: Readings) -> None:
+        self._registry = registry
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._registry.collect()
+        yield from self._readings.families()
+
+
+class _Recent:
+    """Names that peers chose, the latest that were used: so that label values are bounded whatever comes.
+
+    Args:
+        limit: how many are kept.
+        forget: called with each that is kept no longer.
+    """
+
+    def __init__(self, limit: int, forget: Callable[[str], None]) -> None:
+        self._limit = limit
+        self._forget = forget
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def use(self, name: str) -> None:
+        """Keep a name, as the one used last."""
+        self._names.pop(name, None)
+        self._names[name] = None
+        if len(self._names) > self._limit:
+            self._drop(next(iter(self._names)))
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drop all others."""
+        for name in [name for name in self._names if name not in names]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        del self._names[name]
+        self._forget(name)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

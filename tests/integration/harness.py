@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
         "abort_seconds": 5,
         "drain_seconds": 10,
     },
+    "http": {"listen": "127.0.0.1:0"},
     "log": {"level": "debug", "format": "json"},
 }
 """Small, and patient enough for a busy machine; a test that waits for a deadline to pass shortens that one."""
