@@ -13,7 +13,7 @@ from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostE
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle
-from cpe_daemon.publisher.report import PublishReport, size_text
+from cpe_daemon.publisher.report import PublishReport
 from cpe_daemon.publisher.sending import Sending, Stream
 from cpe_daemon.wire.messages import (
     Abandon,
@@ -28,7 +28,7 @@ from cpe_daemon.wire.messages import (
     VersionOpened,
     VersionStatus,
 )
-from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport, size_text
 
 VERSION = VersionId("m", "r", 1)
 SHARDS = [Shard("a", "uint8", (600,))]
@@ -307,6 +307,7 @@ def test_report_prints_a_line_an_engine() -> None:
     engines = {
         "e0": EngineReport("updated", {"pause": 0.001, "load": 0.25}, 2_000_000_000, 8.0),
         "e1": EngineReport("failed", error=ErrorInfo("engine", "out of memory")),
+        "e2": EngineReport("current"),
     }
     report = PublishReport(VERSION, {"ipc:///x": VersionReport(VERSION, 2_000_000_000, 7, 1.5, 0.25, engines)})
     assert str(report).splitlines() == [
@@ -314,6 +315,7 @@ def test_report_prints_a_line_an_engine() -> None:
         "engine  outcome  size     rate       phases",
         "e0      updated  2.00 GB  8.00 GB/s  pause 0.001 s, load 0.250 s",
         "e1      failed   -        -          engine: out of memory",
+        "e2      current  -        -          holds it already",
     ]
 
 
