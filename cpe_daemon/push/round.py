@@ -62,6 +62,7 @@ class Round:
     ) -> None:
         self.state = RoundState.PREFETCHING
         self.participants = participants
+        self.gpus = gpus
         self.number = number
         self.version = version
         self._specs = specs
