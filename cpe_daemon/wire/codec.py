@@ -10,12 +10,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from types import UnionType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 
 from cpe_daemon.errors import ProtocolError
-from cpe_daemon.wire.messages import Message
+from cpe_daemon.wire.messages import FrontMessage, Message, WorkerMessage
 
 MAGIC: Final = b"cpe1"
 ENVELOPE_BYTES: Final = 8
@@ -25,9 +25,34 @@ MAX_HEADER_BYTES: Final = 16 << 20
 _COUNTED_BYTES: Final = 4096
 """Headers up to this size are looked through for fields that we do not know; larger ones are our own bulk lists."""
 
+_TRAINERS_DOOR: Final = "the socket of trainers and operators (front.sock)"
+_ENGINES_DOOR: Final = "the socket of engines (engines.sock)"
+
 _encoder: Final = msgspec.msgpack.Encoder()
 _fields: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 """Looks at a message's field names without looking into the fields: what we do not know may hold anything."""
+
+
+class _Tag(msgspec.Struct):
+    """All that is read of a message which is not accepted."""
+
+    type: str
+
+
+_tag: Final = msgspec.msgpack.Decoder(_Tag)
+
+
+def _tags(messages: UnionType | type[Message]) -> set[str]:
+    """The tags of a conversation's messages."""
+    kinds = get_args(messages) or (messages,)
+    return {str(kind.__struct_config__.tag) for kind in kinds}
+
+
+_DOORS: Final = {
+    **dict.fromkeys(_tags(WorkerMessage), _ENGINES_DOOR),
+    **dict.fromkeys(_tags(FrontMessage), _TRAINERS_DOOR),
+}
+"""Where each message that a client sends is taken; one that both doors take is never looked for."""
 
 
 def encode(message: Message) -> bytes:
@@ -45,6 +70,7 @@ class Codec:
 
     def __init__(self, messages: UnionType | type[Message]) -> None:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+        self._tags = _tags(messages)
         self.unknown_fields = 0
         """Fields that peers sent and this release does not know; they were ignored."""
 
@@ -60,8 +86,17 @@ class Codec:
             if len(body) <= _COUNTED_BYTES:
                 self._count_unknown(body, message)
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
-            raise ProtocolError(f"not a message that is accepted here: {error}") from None
+            raise ProtocolError(self._misdirected(body) or f"not a message that is accepted here: {error}") from None
         return message
+
+    def _misdirected(self, body: memoryview) -> str:
+        """Where a message belongs that is none of this conversation's; "" if that is not what is wrong with it."""
+        try:
+            tag = _tag.decode(body).type
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError):
+            return ""
+        door = _DOORS.get(tag)
+        return f"{tag} belongs to {door}, and this is another one" if door and tag not in self._tags else ""
 
     def _open(self, header: memoryview) -> memoryview:
         """Check the envelope and return the body."""

@@ -379,6 +379,27 @@ def test_error_names_what_is_wrong(codec: Codec) -> None:
         codec.decode(pack({"type": "seal", "stream": "one", "digests": b""}))
 
 
+# --- the wrong door --------------------------------------------------------------------------------------------------
+
+
+def test_message_at_the_wrong_socket_is_told_the_right_one() -> None:
+    trainer, worker = SAMPLES["trainer_hello"][0], SAMPLES["worker_hello"][0]
+    operator = SAMPLES["push_request"][0]
+    for message in (trainer, operator):
+        with pytest.raises(
+            ProtocolError, match=r"belongs to the socket of trainers and operators \(front\.sock\), and"
+        ):
+            Codec(WorkerMessage).decode(encode(message))
+    with pytest.raises(ProtocolError, match=r"worker_hello belongs to the socket of engines \(engines\.sock\), and"):
+        Codec(FrontMessage).decode(encode(worker))
+
+
+def test_bad_message_at_the_right_socket_is_told_what_is_wrong_with_it() -> None:
+    body = msgspec.msgpack.encode({"type": "trainer_hello", "protocol": "one"})
+    with pytest.raises(ProtocolError, match=r"not a message that is accepted here: .*protocol"):
+        Codec(FrontMessage).decode(MAGIC + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
 # --- frames beside a message -----------------------------------------------------------------------------------------
 
 
