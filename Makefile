@@ -13,12 +13,15 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test check check-format check-lint check-types check-imports format docs clean distclean
+.PHONY: help setup tools demo test check check-format check-lint check-types check-imports format docs clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP) ## create .venv and install the package, editable, with its development tools
+
+tools: | $(BIN)/python ## fetch promtool and others that tests use where they are (Debian, no root), into .venv/tools
+	@.ci/tools .venv/tools
 
 demo: $(STAMP) ## run a trainer, a daemon and two engines on this machine, and watch a live update
 	@$(BIN)/cpe demo $(ARGS)
@@ -48,7 +51,7 @@ format: $(STAMP) ## format the code, and fix what the linter can fix
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-docs: $(STAMP) ## write the state diagrams of ARCHITECTURE.md anew, out of the transition tables
+docs: $(STAMP) ## write anew what documents show of the code: state diagrams, metrics, settings
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove caches and build products
