@@ -8,6 +8,7 @@ The hierarchy separates who has to act:
         * `ManifestError`: a set of tensors is contradictory, incomplete or unsupported.
         * `VersionRefusedError`: the version's number or run may not be published now.
         * `LifecycleError`: an event that is illegal in the present state; nothing changed.
+        * `AccessError`: a key is missing, is not allowed, or lacks the role for this.
     * `PeerError`: the other side misbehaved or is gone.
         * `ProtocolError`: a message that cannot be understood or is not allowed now.
         * `PeerLostError`: the peer's process or connection ended.
@@ -66,6 +67,12 @@ class LifecycleError(MisuseError):
     """An event is illegal in the present state; the state did not change."""
 
     code = "lifecycle"
+
+
+class AccessError(MisuseError):
+    """A key is missing, is not allowed at the daemon, or lacks the role for what was asked."""
+
+    code = "access"
 
 
 class PeerError(CpeError):
@@ -149,6 +156,7 @@ _BY_CODE: dict[str, type[CpeError]] = {
         ManifestError,
         VersionRefusedError,
         LifecycleError,
+        AccessError,
         PeerError,
         ProtocolError,
         PeerLostError,
