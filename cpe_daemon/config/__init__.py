@@ -26,6 +26,7 @@ from cpe_daemon.config.paths import (
     default_state_dir,
 )
 from cpe_daemon.config.render import annotated_default, effective
+from cpe_daemon.config.security import SecurityConfig
 
 __all__ = [
     "ENGINES_FILE",
@@ -42,6 +43,7 @@ __all__ = [
     "LogConfig",
     "PushConfig",
     "RetentionConfig",
+    "SecurityConfig",
     "annotated_default",
     "default_runtime_dir",
     "default_state_dir",

@@ -32,12 +32,6 @@ def check_endpoint(endpoint: str) -> None:
         _check_ipc(endpoint, rest)
 
 
-def is_loopback(endpoint: str) -> bool:
-    """Whether a tcp endpoint listens to processes of this host only."""
-    address = endpoint.removeprefix("tcp://").rpartition(":")[0]
-    return address.startswith("127.") or address in {"[::1]", "::1", "lo"}
-
-
 def check_absolute(path: Path) -> None:
     """Refuse a directory that would be another one for a process that runs elsewhere.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
-from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir, is_loopback
+from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir
 from cpe_daemon.config.http import HttpConfig
 from cpe_daemon.config.paths import (
     ENGINES_SOCKET,
@@ -23,18 +23,12 @@ from cpe_daemon.config.paths import (
     default_state_dir,
 )
 from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Section
+from cpe_daemon.config.security import SecurityConfig
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 
 
-def _checked_endpoint(endpoint: str, info: ValidationInfo) -> str:
+def _checked_endpoint(endpoint: str) -> str:
     check_endpoint(endpoint)
-    if endpoint.startswith("tcp://") and info.data.get("insecure") is False:
-        whom = "every process of this host" if is_loopback(endpoint) else "everyone who can reach it"
-        raise ValueError(
-            f"{endpoint!r} would let {whom} publish weights: this release has no authentication over tcp."
-            " Set ingest.insecure: true if your network keeps strangers out (needed for loopback too),"
-            " or use ipc://, which file permissions protect"
-        )
     return endpoint
 
 
@@ -65,15 +59,23 @@ class ArenaConfig(Section):
 class IngestConfig(Section):
     """How trainers reach the daemon, and what they may send."""
 
-    insecure: bool = Field(
-        default=False,
-        description="Allow tcp endpoints, which have neither authentication nor encryption in this release: "
-        "whoever reaches one can replace the weights that are served.",
-    )
     listen: tuple[Annotated[str, AfterValidator(_checked_endpoint)], ...] = Field(
         default=(),
-        description="Endpoints for trainers besides ipc://<runtime_dir>/front.sock, which is always there. "
-        'tcp://ADDRESS:PORT or ipc:///PATH, for example ["tcp://0.0.0.0:5555"]; tcp needs insecure: true.',
+        description="Endpoints for trainers and operators besides ipc://<runtime_dir>/front.sock, which is always "
+        'there. tcp://ADDRESS:PORT or ipc:///PATH, for example ["tcp://0.0.0.0:5555"]; tcp takes only clients whose '
+        "keys are allowed (`cpe keys`).",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Listen on tcp without keys: no encryption, and whoever reaches an endpoint can replace the "
+        "weights that are served.",
+    )
+    messages_per_second: int = Field(
+        default=10_000,
+        ge=10,
+        le=10_000_000,
+        description="What one client may send, a chunk being one message; more is refused. Raise it for chunks "
+        "far smaller than 1MiB.",
     )
     credits: int = Field(
         default=16,
@@ -213,6 +215,7 @@ class Config(Section):
     )
     arena: ArenaConfig = Field(default_factory=ArenaConfig)
     ingest: IngestConfig = Field(default_factory=IngestConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     push: PushConfig = Field(default_factory=PushConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)

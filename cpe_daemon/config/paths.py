@@ -9,6 +9,7 @@ from typing import Final
 
 SYSTEM_DIR: Final = Path("/run/cpe")
 SYSTEM_STATE_DIR: Final = Path("/var/lib/cpe-daemon")
+SYSTEM_KEYS_DIR: Final = Path("/etc/cpe-daemon/keys")
 FRONT_SOCKET: Final = "front.sock"
 """Trainers and operators connect here; always there, whatever else is listened on."""
 
@@ -51,3 +52,18 @@ def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
     if personal.startswith("/"):
         return Path(personal) / "cpe"
     return Path(environ.get("HOME") or os.path.expanduser("~")) / ".local" / "state" / "cpe"
+
+
+def default_keys_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where keys are kept unless told otherwise.
+
+    ``/etc/cpe-daemon/keys`` for root and where it exists and can be read, else ``$XDG_CONFIG_HOME/cpe/keys``, else
+    ``~/.config/cpe/keys``.
+    """
+    environ = os.environ if environ is None else environ
+    if os.getuid() == 0 or os.access(SYSTEM_KEYS_DIR, os.R_OK | os.X_OK):
+        return SYSTEM_KEYS_DIR
+    personal = environ.get("XDG_CONFIG_HOME", "")
+    if personal.startswith("/"):
+        return Path(personal) / "cpe" / "keys"
+    return Path(environ.get("HOME") or os.path.expanduser("~")) / ".config" / "cpe" / "keys"

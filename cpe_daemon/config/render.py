@@ -41,7 +41,8 @@ def annotated_default() -> str:
         lines.append(f"{name}:")
         for inner, entry in section.model_fields.items():
             lines += _comment(f"{entry.description}{_bounds(inner, entry)}", "  ")
-            lines.append(f"  {inner}: {_written(inner, entry.default)}")
+            known = entry.default_factory is None
+            lines.append(f"  {inner}: {_written(inner, entry.default)}" if known else f"  # {inner}:")
     return "\n".join(lines) + "\n"
 
 

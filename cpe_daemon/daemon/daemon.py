@@ -18,10 +18,11 @@ import zmq
 
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
-from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET, Config
+from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Config
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.daemon.drain import Drain
+from cpe_daemon.daemon.front import Front
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.devices.copypool import CopyPool
@@ -39,11 +40,10 @@ from cpe_daemon.observe.tls import Certificate
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Catalogue
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
-from cpe_daemon.wire.messages import FrontMessage, StatusReply, StatusRequest, WorkerMessage
+from cpe_daemon.wire.messages import WorkerMessage
 
 log = structlog.get_logger(__name__)
 
-_FRONT_QUEUE: Final = 256
 _ENGINES_QUEUE: Final = 4096
 _CANCEL_SECONDS: Final = 2.0
 
@@ -139,19 +139,12 @@ class Daemon:
         )
         self._http: Listener | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        largest = max(MAX_HEADER_BYTES, config.ingest.chunk_bytes, config.ingest.landing_chunk_bytes)
-        self._front = Router(
-            "front",
+        self._front = Front(
+            config,
             self._context,
-            accepts=FrontMessage,
-            handlers={
-                **self.trainers.handlers(),
-                **self.ingest.handlers(),
-                **self.operations.handlers(),
-                StatusRequest: self._on_status,
-            },
-            max_frame_bytes=largest,
-            queue=_FRONT_QUEUE,
+            handlers={**self.trainers.handlers(), **self.ingest.handlers(), **self.operations.handlers()},
+            status=self.accounts.status,
+            trainers=self.trainers,
             on_protocol_error=count_error,
         )
         self._engines = Router(
@@ -163,7 +156,7 @@ class Daemon:
             queue=_ENGINES_QUEUE,
             on_protocol_error=count_error,
         )
-        self.accounts.routers = (self._front, self._engines)
+        self.accounts.routers = (*self._front.routers, self._engines)
 
     async def start(self, progress: Callable[[int, int], None]) -> None:
         """Provide the memory, then open the doors.
@@ -172,8 +165,9 @@ class Daemon:
             progress: called with the bytes of the arena that are there, and all.
 
         Raises:
-            ConfigError: the memory or an endpoint cannot be had.
+            ConfigError: the keys, the memory or an endpoint cannot be had.
         """
+        await self._front.load_keys()
         self._listen()
         await self.arena.prefault(self._config.arena.prefault_thread_count, progress)
         await self.device.open()
@@ -181,8 +175,8 @@ class Daemon:
         self.operations.connect(self._front)
         self.registry.connect(self._engines)
         runtime = self._config.runtime_dir
-        for endpoint in (f"ipc://{runtime / FRONT_SOCKET}", *self._config.ingest.listen):
-            self.accounts.endpoints.append(self._front.bind(endpoint))
+        self.accounts.endpoints += self._front.open(self._spawn)
+        self.accounts.routers = (*self._front.routers, self._engines)
         self.accounts.endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
         self.handoff.start()
         self._front.start()
@@ -255,9 +249,6 @@ class Daemon:
         log.info("http.listening", url=self._http.url)
         if settings.exposed:
             log.warning("http.exposed", url=self._http.url, mend="listen on 127.0.0.1, or set http.tls_certificate")
-
-    def _on_status(self, peer: bytes, _: StatusRequest, __: object) -> None:
-        self._front.send(peer, StatusReply(self.accounts.status()))
 
     def _live(self, model: str) -> VersionId | None:
         live = self.catalogue.live(model)

@@ -115,6 +115,13 @@ class Trainers:
             if self._clock() - session.seen_at > limit:
                 self._lose(session, f"silent for {limit:g} s")
 
+    def drop(self, refused: Callable[[bytes], bool], reason: str) -> list[bytes]:
+        """Give up every link whose peer is ``refused``; return those peers."""
+        dropped = [session for session in self if refused(session.peer)]
+        for session in dropped:
+            self._lose(session, reason)
+        return [session.peer for session in dropped]
+
     def turn_away(self, reason: str) -> None:
         """Let no trainer in any more: whoever says hello hears a farewell."""
         self._farewell = Farewell(reason)

@@ -6,7 +6,6 @@ Other threads wake the owner by `wake`; everything else belongs to the thread th
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from types import UnionType
@@ -15,6 +14,9 @@ from typing import Final
 import zmq
 
 from cpe_daemon.errors import ConfigError, PeerLostError
+from cpe_daemon.links.handshake import Handshakes
+from cpe_daemon.links.identity import new_routing_id
+from cpe_daemon.links.keys import Credentials
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES, Codec, encode
 from cpe_daemon.wire.messages import Message
 
@@ -27,12 +29,13 @@ class Dealer:
     Args:
         endpoint: ``ipc://PATH`` or ``tcp://HOST:PORT``.
         accepts: union of the message types that the daemon sends in this conversation.
+        credentials: the keys for an endpoint over tcp; None where it takes none.
 
     Raises:
         ConfigError: the endpoint is malformed.
     """
 
-    def __init__(self, endpoint: str, accepts: UnionType) -> None:
+    def __init__(self, endpoint: str, accepts: UnionType, credentials: Credentials | None = None) -> None:
         self.endpoint = endpoint
         self._codec = Codec(accepts)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -47,12 +50,18 @@ class Dealer:
             (zmq.IMMEDIATE, 1),  # while nobody is connected a send waits, instead of being queued for later
         ):
             self._socket.setsockopt(option, value)
-        self._socket.setsockopt(zmq.IDENTITY, b"c" + secrets.token_bytes(16))
+        self._socket.setsockopt(zmq.IDENTITY, new_routing_id(credentials.pair.public if credentials else None))
+        if credentials is not None:
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
+        self._handshakes: Handshakes | None = None
+        if endpoint.startswith("tcp://"):
+            self._handshakes = Handshakes(self._socket, endpoint, keyed=credentials is not None)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
-            self._socket.close()
-            self._context.term()
+            self._close_socket()
             raise ConfigError(f"cannot use endpoint {endpoint!r}: {error}") from None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = zmq.Poller()
@@ -66,6 +75,7 @@ class Dealer:
 
         Raises:
             PeerLostError: the daemon did not take it in time.
+            AccessError: it never will, because of the keys.
         """
         parts: list[bytes | memoryview | zmq.Frame] = [encode(message), *frames]
         deadline = time.monotonic() + timeout
@@ -78,7 +88,7 @@ class Dealer:
                     raise PeerLostError(
                         f"the daemon at {self.endpoint} took no message for {timeout:g} s; is it running there?"
                     ) from None
-                self._socket.poll(int(min(left, 1.0) * 1000) + 1, zmq.POLLOUT)
+                self._await_room(min(left, 1.0))
             else:
                 return
 
@@ -94,6 +104,8 @@ class Dealer:
             ready = dict(self._poller.poll(int(timeout * 1000)))
             if self._wake_read in ready:
                 self._clear_wake()
+            if self._handshakes is not None:
+                self._handshakes.look()  # what is not read waits in memory
             if not self._readable():
                 return None
         try:
@@ -112,10 +124,28 @@ class Dealer:
 
     def close(self) -> None:
         """Close at once; what was not delivered is dropped."""
-        self._socket.close()
-        self._context.term()
+        self._close_socket()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def _await_room(self, seconds: float) -> None:
+        """Wait until something may be sent, or is known of why it may not.
+
+        Raises:
+            AccessError: it is the keys.
+        """
+        waiting = zmq.Poller()
+        waiting.register(self._socket, zmq.POLLOUT)
+        if self._handshakes is not None:
+            self._handshakes.check()
+            waiting.register(self._handshakes.monitor, zmq.POLLIN)
+        waiting.poll(int(seconds * 1000) + 1)
+
+    def _close_socket(self) -> None:
+        if self._handshakes is not None:
+            self._handshakes.close()
+        self._socket.close()
+        self._context.term()
 
     def _readable(self) -> bool:
         """Whether a message waits. Asks the socket itself: a poll costs ten times as much."""

@@ -1,13 +1,15 @@
 """The daemon's side of ZeroMQ: a ROUTER on the event loop that hands decoded messages to handlers.
 
-It refuses whatever is not a message, counts it, and never waits for a peer: a reply that does not fit into the peer's
-queue is dropped, and the caller is told. Handlers are plain functions; what takes time they hand to a task.
+It refuses whatever is not a message, comes too often, or lacks the role that it takes, and counts it. It never waits
+for a peer: a reply that does not fit into the peer's queue is dropped, and the caller is told. Handlers are plain
+functions; what takes time they hand to a task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -16,7 +18,13 @@ from typing import Any, Final
 import structlog
 import zmq
 
-from cpe_daemon.errors import ConfigError, CpeError, ProtocolError
+from cpe_daemon.core.rates import Rates
+from cpe_daemon.errors import AccessError, BusyError, ConfigError, CpeError, ProtocolError
+from cpe_daemon.links.access import Access
+from cpe_daemon.links.allowed import Client
+from cpe_daemon.links.curve import secure
+from cpe_daemon.links.identity import is_keyed
+from cpe_daemon.links.keys import KeyPair
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import ErrorReply, Message
 from cpe_daemon.wire.reports import ErrorInfo
@@ -29,7 +37,17 @@ Handler = Callable[[bytes, Any, Sequence[memoryview]], None]
 _TURN: Final = 64
 """Messages taken in one go before other tasks of the loop get their turn."""
 
+_MOST_FRAMES: Final = 2
+"""A header and its bulk bytes. More are thrown away as they come, without a list of them."""
+
+_DISCARDS: Final = 1024
+"""Frames thrown away in one go."""
+
+_TELL_SECONDS: Final = 1.0
+"""A peer that speaks too often is told so once in as long."""
+
 _SOCKET_MODE: Final = 0o660
+_BACKLOG: Final = 1024
 _LINGER_MILLISECONDS: Final = 500
 
 
@@ -43,7 +61,12 @@ class Router:
         handlers: by message type; a type without one is refused.
         max_frame_bytes: larger frames cut the connection before they are held in memory.
         queue: messages queued a peer and direction.
-        on_protocol_error: called with the router's name for each refused message.
+        handshake_seconds: a connection that has not introduced itself in as long is cut.
+        pair: the daemon's keys: every endpoint takes clients with keys only, by CURVE, as soon as ``access`` lets
+            them in; None for endpoints of this host, whose files say who may connect.
+        access: the rights of those clients; goes with ``pair``.
+        rates: how often each peer may speak; None for no limit.
+        on_protocol_error: called with the router's name for each message that is refused for one of these reasons.
     """
 
     def __init__(
@@ -55,11 +78,19 @@ class Router:
         handlers: Mapping[type[Message], Handler],
         max_frame_bytes: int,
         queue: int = 1000,
+        handshake_seconds: float = 10.0,
+        pair: KeyPair | None = None,
+        access: Access | None = None,
+        rates: Rates | None = None,
         on_protocol_error: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.name = name
         self._codec = Codec(accepts)
         self._handlers = handlers
+        self._access = access
+        self._rates = rates
+        self._tellings = Rates(1 / _TELL_SECONDS, 1)
+        self._discarding = False
         self._on_protocol_error = on_protocol_error
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
@@ -75,8 +106,12 @@ class Router:
             (zmq.SNDHWM, queue),
             (zmq.HEARTBEAT_IVL, 5_000),
             (zmq.HEARTBEAT_TIMEOUT, 20_000),
+            (zmq.HANDSHAKE_IVL, int(handshake_seconds * 1000)),
+            (zmq.BACKLOG, _BACKLOG),
         ):
             self._socket.setsockopt(option, value)
+        if pair is not None:
+            secure(self._socket, pair)
 
     @property
     def unknown_fields(self) -> int:
@@ -89,10 +124,13 @@ class Router:
         Raises:
             ConfigError: the endpoint cannot be bound; names it.
         """
+        umask = os.umask(0o777 & ~_SOCKET_MODE)  # for libzmq, which makes the file, and asks for no mode
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on {endpoint}: {error}") from None
+        finally:
+            os.umask(umask)
         if endpoint.startswith("ipc://"):
             path = Path(endpoint.removeprefix("ipc://"))
             os.chmod(path, _SOCKET_MODE)
@@ -142,30 +180,55 @@ class Router:
 
     def _drain(self) -> None:
         self._scheduled = False
+        now = time.monotonic()
         for _ in range(_TURN):
             if self._loop is None:
                 return
             try:
-                parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+                if self._discarding:
+                    self._discard()
+                    continue
+                frames = self._receive()
             except zmq.Again:
                 return
-            peer, *frames = (memoryview(part.buffer) for part in parts)
-            self._take(bytes(peer), frames)
+            self._take(frames, now)
         self._schedule()
 
-    def _take(self, peer: bytes, frames: Sequence[memoryview]) -> None:
+    def _receive(self) -> list[zmq.Frame]:
+        """Return the peer's routing id and the frames of its next message, of which the last may be one too many."""
+        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
+        while frames[-1].more and len(frames) <= 1 + _MOST_FRAMES:
+            frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
+        self._discarding = bool(frames[-1].more)
+        return frames
+
+    def _discard(self) -> None:
+        """Throw away what is left of a message with too many frames, a turn's worth at a time."""
+        for _ in range(_DISCARDS):
+            if not self._socket.recv(zmq.NOBLOCK, copy=False).more:
+                self._discarding = False
+                return
+
+    def _take(self, frames: Sequence[zmq.Frame], now: float) -> None:
         """Decode and hand over one message; tell the peer if it is refused."""
-        stream = 0
+        peer, stream = frames[0].bytes, 0
+        if self._rates is not None and not self._rates.take(peer, now):
+            self._hush(peer, now)
+            return
         try:
-            if not frames:
-                raise ProtocolError("empty message")
-            message = self._codec.decode(frames[0])
+            client = self._client(peer, frames[0])
+            if not 1 < len(frames) <= 1 + _MOST_FRAMES:
+                raise ProtocolError(f"a message has 1 to {_MOST_FRAMES} frames")
+            header, *bulk = (memoryview(frame.buffer) for frame in frames[1:])
+            message = self._codec.decode(header)
             stream = getattr(message, "stream", 0)
+            if client is not None and self._access is not None:
+                self._access.check(client, type(message))
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"{type(message).__name__} is not accepted here")
-            handler(peer, message, frames[1:])
-        except ProtocolError as error:
+            handler(peer, message, bulk)
+        except (ProtocolError, AccessError) as error:
             self._on_protocol_error(self.name)
             log.debug("message.refused", socket=self.name, reason=error.message)
             self.refuse(peer, error, stream)
@@ -174,6 +237,30 @@ class Router:
         except Exception as error:  # task boundary: a bug met by one peer's message must not keep the others waiting
             log.exception("message.failed", socket=self.name)
             self.refuse(peer, CpeError(f"{type(error).__name__} in the daemon, whose log has more"), stream)
+
+    def _client(self, peer: bytes, frame: zmq.Frame) -> Client | None:
+        """Who says this; None is anybody who may connect here.
+
+        Raises:
+            AccessError: it comes with no key that is allowed, or under another one's routing id.
+        """
+        if self._access is not None:
+            try:
+                public = str(frame.get("User-Id"))
+            except zmq.ZMQError:
+                public = None
+            return self._access.client(peer, public)
+        if is_keyed(peer):
+            raise AccessError("this routing id is for clients with keys, which connect over tcp")
+        return None
+
+    def _hush(self, peer: bytes, now: float) -> None:
+        """Refuse what came too soon after too much else."""
+        self._on_protocol_error(self.name)
+        if self._tellings.take(peer, now):
+            error = BusyError("more messages a second than ingest.messages_per_second allows: some are not taken")
+            log.warning("peer.hushed", socket=self.name, reason=error.message)
+            self.refuse(peer, error)
 
     def refuse(self, peer: bytes, error: CpeError, stream: int = 0) -> None:
         """Tell a peer why something of it was refused."""

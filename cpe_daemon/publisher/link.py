@@ -8,8 +8,9 @@ import time
 from typing import Final
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import CpeError, DeadlineError, PeerError, PeerLostError, PublishError, from_code
+from cpe_daemon.errors import AccessError, CpeError, DeadlineError, PeerError, PeerLostError, PublishError, from_code
 from cpe_daemon.links.dealer import Dealer
+from cpe_daemon.links.keys import Credentials
 from cpe_daemon.publisher.delivery import Bell
 from cpe_daemon.publisher.session import FarewellError, Session, greet
 from cpe_daemon.wire.messages import FrontReply, TrainerHello
@@ -34,13 +35,23 @@ class Link:
         hello: who this rank is.
         bell: guards ``session`` and ``refusal``, and rings when they change.
         send_timeout: see `cpe_daemon.publisher.sending.Sending`.
+        credentials: keys, if the endpoint takes any.
 
     Raises:
         ConfigError: the endpoint is malformed.
     """
 
-    def __init__(self, endpoint: str, hello: TrainerHello, bell: Bell, *, send_timeout: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        hello: TrainerHello,
+        bell: Bell,
+        *,
+        send_timeout: float,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.endpoint = endpoint
+        self._credentials = credentials
         self._hello = hello
         self._bell = bell
         self._send_timeout = send_timeout
@@ -50,7 +61,7 @@ class Link:
         self._away_since = time.monotonic()
         self._closing = threading.Event()
         self._greet_now = threading.Event()
-        self._dealer: Dealer | None = Dealer(endpoint, FrontReply)
+        self._dealer: Dealer | None = Dealer(endpoint, FrontReply, credentials)
         self._thread = threading.Thread(target=self._run, name=f"cpe-link {endpoint}", daemon=True)
         self._thread.start()
 
@@ -136,7 +147,7 @@ class Link:
 
     def _greet(self) -> Session | None:
         """Return a session; None if the thread is to end."""
-        dealer, self._dealer = self._dealer or Dealer(self.endpoint, FrontReply), None
+        dealer, self._dealer = self._dealer or Dealer(self.endpoint, FrontReply, self._credentials), None
         kept = False
         try:
             welcome = greet(dealer, self._hello, self._closing.is_set)
@@ -164,7 +175,7 @@ class Link:
             log.info("%s", error.message)
             ended = FarewellError(error.message)
             session.part(ended, _GOODBYE_SECONDS)
-        except PeerError as error:
+        except (PeerError, AccessError) as error:
             log.warning("%s", error.message)
             ended = from_code(error.code, error.message)  # without the traceback, which holds the session's memory
         except Exception as error:  # task boundary: what waits for this session must fail, not hang

@@ -8,7 +8,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from typing import Final, Self, SupportsIndex
 from cpe_daemon.core.manifest import Layout
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseError
+from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_for
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle, raise_failures
 from cpe_daemon.publisher.link import Link
@@ -52,9 +53,12 @@ class Publisher:
             wait of the next one.
         landing: False sends the bytes through the socket even to a daemon of this host, with which a trainer shares
             a landing ring otherwise: slower, and nothing of the daemon's is mapped here.
+        key: this side's key pair for endpoints over tcp, or the path of its ``.key_secret`` file (`cpe keys new`).
+        server_key: the public key by which the daemons are recognised, or the path of a file with it; if they have
+            keys of their own, a mapping from endpoints to those.
 
     Raises:
-        ConfigError: an endpoint is malformed.
+        ConfigError: an endpoint is malformed, or a key cannot be used.
         MisuseError: another argument makes no sense.
     """
 
@@ -69,6 +73,8 @@ class Publisher:
         connect_timeout: float = 30.0,
         send_timeout: float = 60.0,
         landing: bool = True,
+        key: KeyPair | str | Path | None = None,
+        server_key: PublicKey | Mapping[str, PublicKey] | None = None,
     ) -> None:
         names = [_endpoint(name) for name in ([endpoints] if isinstance(endpoints, str) else endpoints)]
         if not names or len(set(names)) != len(names):
@@ -89,7 +95,8 @@ class Publisher:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for name in names:
-                self._links.append(Link(name, hello, self._bell, send_timeout=send_timeout))
+                keys = credentials(key, server_key_for(name, server_key), name)
+                self._links.append(Link(name, hello, self._bell, send_timeout=send_timeout, credentials=keys))
             undo.pop_all()
 
     def __enter__(self) -> Self:

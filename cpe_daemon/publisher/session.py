@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cpe_daemon.devices.memory import SharedMemory
-from cpe_daemon.errors import ConfigError, CpeError, PeerError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.errors import AccessError, ConfigError, CpeError, PeerError, PeerLostError, ProtocolError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.publisher.delivery import Bell
@@ -205,6 +205,8 @@ class Session:
                 raise PeerLostError(f"{self._dealer.endpoint} does not know this trainer any more: it was restarted")
             self._doubt = ProtocolError(f"{message.error.message} (said {self._dealer.endpoint})")
             self._ping(time.monotonic())
+        elif isinstance(message, ErrorReply) and message.error.code == AccessError.code:
+            raise AccessError(f"{message.error.message} (said {self._dealer.endpoint})")  # nothing more will be taken
         elif isinstance(message, ErrorReply) and message.stream == 0:
             log.warning("%s refused a message: %s", self._dealer.endpoint, message.error.message)
         else:

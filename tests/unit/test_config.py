@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cpe_daemon.config import Config, annotated_default, effective, load_config, load_with_origins
 from cpe_daemon.config.endpoints import SOCKET_PATH_BYTES
-from cpe_daemon.config.paths import default_runtime_dir, default_state_dir
+from cpe_daemon.config.paths import default_keys_dir, default_runtime_dir, default_state_dir
 from cpe_daemon.config.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 from cpe_daemon.errors import ConfigError
 
@@ -292,20 +292,32 @@ def test_endpoint_is_refused(endpoint: str, said: str) -> None:
         load_config(environ={}, overrides={"ingest.listen": [endpoint], "ingest.insecure": "true"})
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "whom"),
-    [
-        ("tcp://0.0.0.0:5555", "everyone who can reach it"),
-        ("tcp://127.0.0.1:5555", "every process of this host"),
-        ("tcp://[::1]:5555", "every process of this host"),
-    ],
-)
-def test_tcp_needs_insecure_even_on_loopback(endpoint: str, whom: str, tmp_path: Path) -> None:
-    lines = refused(f"ingest:\n  listen:\n    - ipc:///run/a.sock\n    - {endpoint}\n", tmp_path)
-    assert len(lines) == 1
-    assert lines[0].startswith("F:4: ingest.listen[1]: ")
-    assert whom in lines[0]
-    assert "ingest.insecure: true" in lines[0]
+@pytest.mark.parametrize("insecure", [False, True])
+def test_tcp_may_be_listened_on_with_keys_and_without(insecure: bool) -> None:
+    endpoint = "tcp://0.0.0.0:5555"
+    config = load_config(environ={}, overrides={"ingest.listen": endpoint, "ingest.insecure": insecure})
+    assert config.front_endpoints[1:] == (endpoint,)
+    assert config.ingest.insecure is insecure
+
+
+def test_keys_are_kept_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    monkeypatch.setattr("cpe_daemon.config.paths.SYSTEM_KEYS_DIR", tmp_path / "system")
+    assert default_keys_dir({"HOME": "/home/me"}) == Path("/home/me/.config/cpe/keys")
+    assert default_keys_dir({"HOME": "/home/me", "XDG_CONFIG_HOME": "/conf"}) == Path("/conf/cpe/keys")
+    assert default_keys_dir({"HOME": "/home/me", "XDG_CONFIG_HOME": "relative"}) == Path("/home/me/.config/cpe/keys")
+    (tmp_path / "system").mkdir()
+    assert default_keys_dir({"HOME": "/home/me"}) == tmp_path / "system"
+
+
+def test_root_keeps_keys_in_etc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert default_keys_dir({"XDG_CONFIG_HOME": "/conf"}) == Path("/etc/cpe-daemon/keys")
+
+
+def test_keys_dir_is_absolute(tmp_path: Path) -> None:
+    (line,) = refused("security:\n  keys_dir: keys\n", tmp_path)
+    assert line.startswith("F:2: security.keys_dir: ")
 
 
 def test_endpoint_named_twice_is_refused() -> None:
