@@ -8,6 +8,7 @@ from cpe_daemon import __version__
 from cpe_daemon.cli.completion import completion_command
 from cpe_daemon.cli.demo import demo_command
 from cpe_daemon.cli.failures import FailingGroup, debug_option
+from cpe_daemon.cli.keys import keys_command
 from cpe_daemon.cli.publish import publish_command
 from cpe_daemon.cli.serve import serve_command
 from cpe_daemon.cli.settings import config_command
@@ -33,6 +34,7 @@ From a trainer's side:
 Environment:
   CPE_CONFIG              configuration file (--config)
   CPE_RUNTIME_DIR         directory of the daemon's sockets
+  CPE_KEY, CPE_SERVER_KEY this side's secret key file, and the daemon's public key (--key, --server-key)
   CPE_<SECTION>__<NAME>   any setting, for example CPE_DEVICE__SLOTS=4
   CPE_DEBUG=1             as --debug
 
@@ -41,7 +43,8 @@ Exit status:
   0  done                             5  a deadline passed
   1  a bug in cpe                     6  no room, or busy
   2  command line or configuration    7  an engine or a publish failed
-  3  asked for something impossible   130  interrupted
+  3  asked for something impossible,  130  interrupted
+     or not allowed to this key
   4  peer unreachable or misbehaving
 """
 
@@ -66,6 +69,7 @@ for command in (
     config_command,
     publish_command,
     status_command,
+    keys_command,
     demo_command,
     completion_command,
     version_command,

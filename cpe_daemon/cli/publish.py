@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from cpe_daemon.cli.failures import debug_option
-from cpe_daemon.cli.settings import LOCAL_DAEMON, front_endpoint
+from cpe_daemon.cli.settings import KEY, LOCAL_DAEMON, SERVER_KEY, front_endpoint
 from cpe_daemon.errors import EngineError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _SEND_SECONDS: Final = 60.0
 @click.option("--run", default="manual", show_default=True, help="The trainer's run that numbers count in.")
 @click.option("--to", "endpoints", multiple=True, metavar="ENDPOINT", help="A daemon. May be repeated.")
 @LOCAL_DAEMON
+@KEY
+@SERVER_KEY
 @click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Whose part DIR is.")
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="How many ranks have parts.")
 @click.option(
@@ -60,6 +62,8 @@ def publish_command(
     run: str,
     endpoints: tuple[str, ...],
     runtime_dir: Path | None,
+    key: Path | None,
+    server_key: str | None,
     rank: int,
     world_size: int,
     wait: str,
@@ -75,7 +79,7 @@ def publish_command(
     Examples:
       cpe publish ./step-700 --model qwen3 --version 7
       cpe publish ./step-700 --model qwen3 --version 7 --wait staged \\
-          --to tcp://10.0.0.7:5555 --to tcp://10.0.0.8:5555
+          --to tcp://10.0.0.7:5555 --key run-7.key_secret --server-key daemon.key
       cpe publish ./best --model qwen3 --version 3 --force --json
     """  # noqa: D301 - click wants the \b itself
     if rank >= world_size:
@@ -92,6 +96,8 @@ def publish_command(
         world_size=world_size,
         connect_timeout=min(timeout, _CONNECT_SECONDS),
         send_timeout=min(timeout, _SEND_SECONDS),
+        key=key,
+        server_key=server_key,
     ) as publisher:
         with progress_bar(f"{model}@{run}#{number}") as progress:
             handle = publisher.publish(source, version=number, progress=progress, force=force)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from cpe_daemon.cli.failures import debug_option
 
 if TYPE_CHECKING:
     from cpe_daemon.config import Loaded
+    from cpe_daemon.links.keys import Credentials
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +48,22 @@ LOCAL_DAEMON: Final = click.option(
 )
 
 
+KEY: Final = click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="CPE_KEY",
+    metavar="FILE",
+    help="This side's secret key file, for tcp; see cpe keys.  [env: CPE_KEY]",
+)
+SERVER_KEY: Final = click.option(
+    "--server-key",
+    envvar="CPE_SERVER_KEY",
+    metavar="KEY|FILE",
+    shell_complete=lambda *_: [CompletionItem("", type="file")],
+    help="The public key by which the daemon is recognised.  [env: CPE_SERVER_KEY]",
+)
+
+
 def settings_options(command: F) -> F:
     """Give a command --config, --set and --runtime-dir."""
     decorated: F = _CONFIG(_SET(_RUNTIME_DIR(command)))
@@ -76,6 +94,19 @@ def front_endpoint(runtime_dir: Path | None) -> str:
     from cpe_daemon.config import FRONT_SOCKET, default_runtime_dir
 
     return f"ipc://{(runtime_dir or default_runtime_dir()).absolute() / FRONT_SOCKET}"
+
+
+def credentials_for(endpoint: str, key: Path | None, server_key: str | None) -> Credentials | None:
+    """Return the keys that a connection to ``endpoint`` takes; None where it takes none.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    if not endpoint.startswith("tcp://") or (key is None and server_key is None):
+        return None
+    from cpe_daemon.links.keys import credentials
+
+    return credentials(key, server_key, endpoint)
 
 
 @click.command("config", short_help="Check and show the configuration.")
