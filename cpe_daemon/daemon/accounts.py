@@ -23,8 +23,9 @@ from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
-from cpe_daemon.observe.http import Answer, Paced, Page, as_json
+from cpe_daemon.observe.http import Page
 from cpe_daemon.observe.metrics import Metrics, Readings
+from cpe_daemon.observe.pages import make_pages
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.readiness import Readiness, judge
 from cpe_daemon.readings import (
@@ -48,8 +49,6 @@ from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import PROTOCOL
 
 _LAG_SECONDS: Final = 0.5
-_PAGE_SECONDS: Final = 0.05
-"""Pages that take milliseconds are made 20 times a second at most."""
 
 
 class Accounts:
@@ -107,6 +106,8 @@ class Accounts:
         """Where the daemon listens; whoever binds adds to it."""
         self.routers: Sequence[Router] = ()
         """The sockets, as soon as there are any."""
+        self.warnings: Callable[[], list[str]] = list
+        """What else strangers could reach, or an operator should know of keys, each in a line."""
         self.started = False
         """Whether the doors are open."""
         self.draining = False
@@ -151,7 +152,7 @@ class Accounts:
             draining=self.draining,
             engines=self._registry,
             absent=[spec.name for spec in self._registry.absent],
-            insecure=_insecure(self._config),
+            insecure=[*_insecure(self._config), *self.warnings()],
         )
 
     def _readings(self) -> Readings:
@@ -170,34 +171,19 @@ class Accounts:
             readings.add("cpe_unknown_fields_total", router.unknown_fields, router.name)
         return readings
 
-    # --- pages -------------------------------------------------------------------------------------------------------
-
     def pages(self) -> dict[str, Page]:
         """What the HTTP listener shows, by path."""
-        return {
-            "/metrics": Paced(self._metrics_page, _PAGE_SECONDS),
-            "/healthz": self._health_page,
-            "/readyz": Paced(self._readiness_page, _PAGE_SECONDS),
-            "/status": Paced(self._status_page, _PAGE_SECONDS),
-        }
+        return make_pages(
+            metrics=self._metrics_text,
+            health=self._health.reasons,
+            readiness=lambda: self.readiness().plain(),
+            status=self.status,
+        )
 
-    async def _metrics_page(self, accept: str) -> Answer:
+    async def _metrics_text(self, accept: str) -> tuple[bytes, str]:
         """Read on the loop, written down beside it: with many engines that takes a while."""
         self._metrics.keep_engines([engine.name for engine in self._registry])
-        body, content_type = await asyncio.to_thread(self._metrics.encode, self._readings(), accept)
-        return Answer(body, content_type)
-
-    async def _health_page(self, _: str) -> Answer:
-        """That it is answered says that the loop goes round."""
-        reasons = self._health.reasons()
-        return as_json({"healthy": not reasons, "reasons": reasons}, 503 if reasons else 200)
-
-    async def _readiness_page(self, _: str) -> Answer:
-        readiness = self.readiness()
-        return as_json(readiness.plain(), 200 if readiness.ready else 503)
-
-    async def _status_page(self, _: str) -> Answer:
-        return await asyncio.to_thread(as_json, self.status())
+        return await asyncio.to_thread(self._metrics.encode, self._readings(), accept)
 
     # --- counting ----------------------------------------------------------------------------------------------------
 
