@@ -37,6 +37,7 @@ cpe_daemon/daemon/__init__.py
 cpe_daemon/demo/__init__.py
 cpe_daemon/devices/__init__.py
 cpe_daemon/devices/shm.py
+cpe_daemon/doctor/__init__.py
 cpe_daemon/engines/__init__.py
 cpe_daemon/errors.py
 cpe_daemon/ingest/__init__.py
@@ -79,6 +80,7 @@ PLANTED = [
     (LAYERS, ["cpe_daemon.arena: cpe_daemon.engines"]),
     (LAYERS, ["cpe_daemon.links: cpe_daemon.devices"]),
     (LAYERS, ["cpe_daemon.daemon: cpe_daemon.cli"]),
+    (LAYERS, ["cpe_daemon.doctor: cpe_daemon.demo"]),
     (LAYERS, ["cpe_daemon.daemon: cpe_daemon.publisher"]),
     (LAYERS, ["cpe_daemon.homeless: cpe_daemon.errors"]),
     (PURE, ["cpe_daemon.core: time"]),
@@ -102,9 +104,11 @@ PLANTED = [
 
 ALLOWED = [
     "cpe_daemon.cli: cpe_daemon.daemon",
+    "cpe_daemon.cli: cpe_daemon.doctor",
     "cpe_daemon.daemon: cpe_daemon.transports.mooncake",
     "cpe_daemon.daemon: cpe_daemon.devices.shm",
     "cpe_daemon.demo: inference_plugins.torch.worker",
+    "cpe_daemon.doctor: cpe_daemon.config",
     "cpe_daemon.ingest: cpe_daemon.versions",
     "cpe_daemon.push: cpe_daemon.devices",
     "cpe_daemon.peers: cpe_daemon.transports",
