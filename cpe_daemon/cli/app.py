@@ -7,6 +7,7 @@ import click
 from cpe_daemon import __version__
 from cpe_daemon.cli.completion import completion_command
 from cpe_daemon.cli.demo import demo_command
+from cpe_daemon.cli.doctor import doctor_command
 from cpe_daemon.cli.failures import FailingGroup, debug_option
 from cpe_daemon.cli.keys import keys_command
 from cpe_daemon.cli.publish import publish_command
@@ -23,6 +24,7 @@ Try it, without a GPU:
 On an inference node:
   cpe config --default > cpe.yaml      every setting, explained
   cpe config --config cpe.yaml         check it, and see what is in effect
+  cpe doctor --config cpe.yaml         what this host lacks for it, and the mend
   cpe serve --config cpe.yaml
   cpe status
 
@@ -41,7 +43,8 @@ Environment:
 \b
 Exit status:
   0  done                             5  a deadline passed
-  1  a bug in cpe                     6  no room, or busy
+  1  a bug in cpe, or cpe doctor      6  no room, or busy
+     found what does not work
   2  command line or configuration    7  an engine or a publish failed
   3  asked for something impossible,  130  interrupted
      or not allowed to this key
@@ -67,6 +70,7 @@ def main() -> None:
 for command in (
     serve_command,
     config_command,
+    doctor_command,
     publish_command,
     status_command,
     keys_command,
