@@ -93,7 +93,7 @@ class Drain:
 
     async def run(self, hurried: asyncio.Event) -> None:
         """Drain. ``hurried``: do not wait for the push in flight, but undo it."""
-        log.info("daemon.draining", at_most_seconds=longest_stop_seconds(self._deadlines))
+        log.info("daemon.draining", at_most_seconds=round(longest_stop_seconds(self._deadlines), 3))
         began = time.monotonic()
         self._ingest.stop(_REASON)
         self._trainers.turn_away(_REASON)

@@ -26,10 +26,13 @@ class Health:
         self._stuck_seconds = stuck_seconds
         self._stuck: frozenset[str] = frozenset()
 
+    def ages(self) -> dict[str, float]:
+        """Seconds for which the oldest copy of each kind has been in flight."""
+        return {what: age() for what, age in self._copying.items()}
+
     def reasons(self) -> list[str]:
         """Why the daemon is not well, each in a line; empty if it is. Logged once, when it begins and when it ends."""
-        ages = {what: age() for what, age in self._copying.items()}
-        stuck = {what: seconds for what, seconds in ages.items() if seconds > self._stuck_seconds}
+        stuck = {what: seconds for what, seconds in self.ages().items() if seconds > self._stuck_seconds}
         for what in stuck.keys() - self._stuck:
             log.error("daemon.stuck", copies=what, seconds=stuck[what], limit_seconds=self._stuck_seconds)
         for what in self._stuck - stuck.keys():

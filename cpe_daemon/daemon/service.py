@@ -99,8 +99,8 @@ class _Life:
         held, doubtful = holdings(self._daemon.registry)
         log.critical(
             "daemon.stop_timed_out",
-            seconds=seconds,
-            reasons=self._daemon.health.reasons(),
+            seconds=round(seconds, 3),
+            copies=self._daemon.health.ages(),
             engines=held,
             in_doubt=doubtful,
         )

@@ -58,8 +58,9 @@ class Notifier:
             self._send(STATUS=text)
 
     def feed_watchdog(self) -> None:
-        """The service is well."""
-        self._send(WATCHDOG="1")
+        """The service is well; nothing is said where there is no watchdog."""
+        if self.watchdog_seconds:
+            self._send(WATCHDOG="1")
 
     def extend_timeout(self, seconds: float) -> None:
         """Starting, or stopping, goes on: whatever its time limit, it has ``seconds`` from now."""

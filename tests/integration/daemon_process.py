@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import uvloop  # noqa: F401 - so that children need not
 
 import cpe_daemon.daemon
-import cpe_daemon.observe.logs  # noqa: F401 - so that children need not
+import cpe_daemon.daemon.daemon
+import cpe_daemon.daemon.drain
+import cpe_daemon.observe.logs
 from cpe_daemon.cli import main as cpe
+from cpe_daemon.devices.copypool import CopyPool
 
 
 def main(arguments: dict[str, Any]) -> None:
+    os.environ.update(arguments["environment"])
+    play(**arguments["tricks"])
     cpe(["serve", "--config", arguments["config"]], prog_name="cpe")
+
+
+def play(copies_wait_for: str = "", close_seconds: float = 0.0) -> None:
+    """Have something be wrong with this daemon, or different.
+
+    Args:
+        copies_wait_for: a FIFO; a thread that copies into the arena is stuck until somebody opens it to write.
+        close_seconds: how long a daemon that stops waits for its threads.
+    """
+    if copies_wait_for:
+
+        class StuckPool(CopyPool):
+            def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                def stuck() -> Any:
+                    with open(copies_wait_for, "rb"):
+                        return fn(*args, **kwargs)
+
+                return super().submit(stuck)
+
+        vars(cpe_daemon.daemon.daemon)["CopyPool"] = StuckPool
+    if close_seconds:
+        vars(cpe_daemon.daemon.drain)["CLOSE_SECONDS"] = close_seconds

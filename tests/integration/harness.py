@@ -183,34 +183,57 @@ class Node:
             raise RuntimeError("no daemon was started")
         return self._daemon
 
-    def start_daemon(self, runtime_dir: Path | None = None, *, fresh: bool = False, **changes: Any) -> Daemon:
+    def start_daemon(
+        self,
+        runtime_dir: Path | None = None,
+        *,
+        fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
+        tricks: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Daemon:
         """Start a daemon and wait until it answers.
 
         Args:
             runtime_dir: the node's if None.
             fresh: start an interpreter of its own, as an init system does, rather than fork one.
+            environment: variables that it has beside this process's.
+            tricks: what is wrong with it; see `tests.integration.daemon_process`. Not for a fresh one.
             changes: settings: ``deadlines__bucket_seconds=1``.
         """
-        daemon = self.launch_daemon(runtime_dir, fresh=fresh, **changes)
+        daemon = self.launch_daemon(runtime_dir, fresh=fresh, environment=environment, tricks=tricks, **changes)
         daemon.await_ready()
         self._daemon = daemon
         return daemon
 
-    def launch_daemon(self, runtime_dir: Path | None = None, *, fresh: bool = False, **changes: Any) -> Daemon:
-        """Start a daemon without waiting for it."""
+    def launch_daemon(
+        self,
+        runtime_dir: Path | None = None,
+        *,
+        fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
+        tricks: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Daemon:
+        """`start_daemon` without the waiting."""
         directory = runtime_dir or self.runtime_dir
         name = f"daemon-{len(self._processes)}"
         config, log = self._logs / f"{name}.yaml", self._logs / f"{name}.log"
         made = settings({key.replace("__", "."): value for key, value in changes.items()})
         config.write_text(yaml.safe_dump({"runtime_dir": str(directory), **made}))
         if not fresh:
-            forked = self._zygote.fork("daemon_process", {"config": str(config)}, log)
-            return self._keep(Daemon(name, forked, directory, log))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CPE_")}
+            arguments = {"config": str(config), "environment": environment or {}, "tricks": tricks or {}}
+            return self._keep(Daemon(name, self._zygote.fork("daemon_process", arguments, log), directory, log))
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CPE_")}
         command = [sys.executable, "-m", "cpe_daemon", "serve", "--config", str(config)]
         with log.open("wb") as err:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=err, stderr=err
+                command,
+                cwd=ROOT,
+                env=inherited | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=err,
+                stderr=err,
             )
         return self._keep(Daemon(name, process, directory, log))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
 from cpe_daemon.daemon.health import Health
+from cpe_daemon.devices import copypool
 from cpe_daemon.devices.copypool import CopyPool, longest
 
 _SECONDS = 20.0
@@ -46,7 +48,7 @@ def test_pool_without_work_is_stuck_in_nothing(pool: CopyPool) -> None:
 
 def test_age_is_that_of_the_oldest_copy_in_flight(pool: CopyPool, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("cpe_daemon.devices.copypool.time.monotonic", lambda: now)
+    monkeypatch.setattr(copypool, "time", SimpleNamespace(monotonic=lambda: now))
     first, second, waiting = Copy(), Copy(), Copy()
     copying = [pool.submit(first, "one")]
     assert first.begun.wait(_SECONDS)

@@ -54,7 +54,7 @@ def system(no_leaks: None, runtime_dir: Path, request: pytest.FixtureRequest) ->
 
 @pytest.fixture
 def notifier(system: InitSystem) -> Iterator[Notifier]:
-    made = Notifier({"NOTIFY_SOCKET": system.name})
+    made = Notifier({"NOTIFY_SOCKET": system.name, "WATCHDOG_USEC": "30000000"})
     yield made
     made.close()
 
@@ -139,6 +139,13 @@ def test_address_that_cannot_be_used_is_said_and_nothing_more(no_leaks: None, ad
         notifier.status("well")
         notifier.close()
     assert len(logs) == 1
+
+
+def test_watchdog_that_is_not_there_is_not_fed(system: InitSystem) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": system.name})
+    notifier.feed_watchdog()
+    assert system.hear() == []
+    notifier.close()
 
 
 def test_nothing_is_said_once_it_is_closed(system: InitSystem, notifier: Notifier) -> None:
