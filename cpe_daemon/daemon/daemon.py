@@ -157,6 +157,7 @@ class Daemon:
             on_protocol_error=count_error,
         )
         self.accounts.routers = (*self._front.routers, self._engines)
+        self.accounts.warnings = self._front.warnings
 
     async def start(self, progress: Callable[[int, int], None]) -> None:
         """Provide the memory, then open the doors.

@@ -76,7 +76,6 @@ class Front:
         """The sockets that there are."""
         return (self._local,) if self._remote is None else (self._local, self._remote)
 
-    @property
     def warnings(self) -> list[str]:
         """What an operator should know of who may come in, each in a line."""
         lines = []
@@ -115,7 +114,7 @@ class Front:
             self._remote = self._router(
                 "remote", frame_bytes=ingest.chunk_bytes, credit=ingest.credits, curve=self._curve
             )
-        for warning in self.warnings:
+        for warning in self.warnings():
             log.warning("front.insecure", warning=warning, mend="cpe keys new --daemon, and ingest.insecure: false")
         bound = []
         for endpoint in self._config.front_endpoints:
