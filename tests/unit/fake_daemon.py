@@ -28,6 +28,7 @@ from cpe_daemon.wire.messages import (
     Chunk,
     ChunkDone,
     ErrorReply,
+    Farewell,
     FrontMessage,
     ManifestPart,
     Message,
@@ -35,6 +36,7 @@ from cpe_daemon.wire.messages import (
     Ping,
     Pong,
     Seal,
+    TrainerBye,
     TrainerHello,
     TrainerWelcome,
     VersionOpened,
@@ -72,6 +74,8 @@ class Received:
 class Script:
     """What it does instead of what a daemon does. Tests change it before they provoke the message that it is about."""
 
+    farewell: str = ""
+    """Answer every hello by a farewell."""
     refuse_hello: CpeError | None = None
     refuse_open: CpeError | None = None
     refuse_chunk: CpeError | None = None
@@ -179,6 +183,7 @@ class FakeDaemon:
             Chunk: self._on_chunk,
             Seal: self._on_seal,
             Abandon: self._on_abandon,
+            TrainerBye: self._on_ping,
             Ping: self._on_ping,
         }
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -220,6 +225,9 @@ class FakeDaemon:
     def _on_hello(self, peer: bytes, hello: TrainerHello, _: object) -> None:
         if self.script.refuse_hello is not None:
             raise self.script.refuse_hello
+        if self.script.farewell:
+            self._router.send(peer, Farewell(self.script.farewell))
+            return
         token = b""
         if self.landing:
             ring = self._rings[peer] = SharedMemory.create("fake-landing", self.credits * self.chunk_bytes)
@@ -238,7 +246,7 @@ class FakeDaemon:
             ),
         )
 
-    def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
+    def _on_ping(self, peer: bytes, _: Ping | TrainerBye, __: object) -> None:
         if not self.script.mute:
             self._router.send(peer, Pong(self.generation))
 

@@ -33,10 +33,12 @@ from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
     ErrorReply,
+    Farewell,
     ManifestPart,
     OpenVersion,
     Pong,
     Seal,
+    TrainerBye,
     TrainerHello,
     VersionStatus,
 )
@@ -456,6 +458,29 @@ def test_pong_of_another_generation_means_a_restart(daemon: FakeDaemon) -> None:
         with pytest.raises(PeerLostError, match="restarted"):
             handle.live(WAIT_SECONDS)
         pub.publish(some(), 2).staged(WAIT_SECONDS)
+
+
+def test_farewell_fails_what_is_pending_at_once_and_is_no_reason_to_worry(
+    daemon: FakeDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    daemon.script.after_seal = ("staged",)
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        daemon.script.farewell = "it is upgraded"
+        daemon.say(Farewell("it is upgraded"))
+        with pytest.raises(PeerLostError, match=r"said farewell: it is upgraded \(m@r#1 was staged\)"):
+            handle.live(WAIT_SECONDS)
+        daemon.wait_for_message(TrainerBye)
+        daemon.wait_for_message(TrainerHello, 3)  # it comes back, again and again, and is turned away
+        daemon.stop()
+        daemon.script.farewell = ""
+        daemon.start()
+        pub.publish(some(), 2).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(some())
+    said = [record.message for record in caplog.records if record.name.startswith("cpe_daemon")]
+    assert said == [f"the daemon at {daemon.endpoint} said farewell: it is upgraded"]
 
 
 # --- several daemons -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cpe_daemon.wire.messages import (
     Abort,
     Begin,
     ErrorReply,
+    Farewell,
     Finish,
     Load,
     Message,
@@ -309,6 +310,63 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
     thread.join(_SECONDS)
     assert closed.is_set()
     monkeypatch.setattr(receiver, "close", lambda: None)  # it is closed
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
+    daemon: FakeDaemon,
+    running: Running,
+    slots: list[FakeSlots],
+    loader: FakeLoader,
+    touched: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    loader.touched, loader.serving = touched, not touched
+    daemon.say(Farewell("it is upgraded"))
+    assert daemon.expect(WorkerBye)
+    daemon.say(Pong("generation"))
+    hello = daemon.expect(WorkerHello)
+    assert isinstance(hello, WorkerHello)
+    assert hello.touched is touched
+    assert loader.serving is not touched
+    daemon.say(Farewell("it is upgraded"))  # it was still there, and takes nobody in
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    assert loader.serving is not touched
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+def test_farewell_of_a_daemon_that_is_gone_is_not_answered(
+    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+) -> None:
+    """As one finds it whose process was stopped for a while."""
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    slots[-1].lost = True
+    daemon.say(Farewell("it was upgraded"))
+    assert daemon.expect(WorkerHello)  # nothing before it but pings
+    daemon.welcome()
+    assert daemon.expect(Ping)
+
+
+def test_daemon_that_takes_no_workers_is_named_by_who_cannot_attach(daemon: FakeDaemon, receiver: Receiver) -> None:
+    refused: list[str] = []
+
+    def attach() -> None:
+        with pytest.raises(PeerLostError) as raised:
+            receiver.attach(0.3)
+        refused.append(str(raised.value))
+
+    thread = threading.Thread(target=attach)
+    thread.start()
+    assert daemon.expect(WorkerHello)
+    daemon.say(Farewell("it is upgraded"))
+    thread.join(_SECONDS)
+    assert refused == [f"the daemon at {daemon.endpoint} takes no workers: it is upgraded"]
 
 
 # --- an engine that raises -------------------------------------------------------------------------------------------
