@@ -1,17 +1,22 @@
-"""Writes what ARCHITECTURE.md shows of the code: the state diagrams, out of the transition tables that decide.
+"""Writes what documents show of the code, out of the code.
 
-`make docs` runs it; a test fails when the document is behind the tables.
+The state diagrams of ARCHITECTURE.md are drawn out of the transition tables that decide, METRICS.md is made of the
+inventory of metrics and of the alerts that ship, and configs/default.yaml of the settings. `make docs` runs this; tests
+fail when a document is behind.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import yaml
+
+from cpe_daemon.config import annotated_default
 from cpe_daemon.core.lifecycle import (
     ENGINE_TABLE,
     ROUND_TABLE,
@@ -20,11 +25,39 @@ from cpe_daemon.core.lifecycle import (
     RoundState,
     VersionState,
 )
+from cpe_daemon.observe.instrument import Instrument
+from cpe_daemon.observe.inventory import PHASES, SOCKETS, STAGES, THEMES
 
 S = TypeVar("S", bound=StrEnum)
 E = TypeVar("E", bound=StrEnum)
 
-ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
+ROOT = Path(__file__).parent.parent
+ARCHITECTURE = ROOT / "ARCHITECTURE.md"
+METRICS = ROOT / "docs" / "METRICS.md"
+SETTINGS = ROOT / "configs" / "default.yaml"
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
+
+_METRICS_HEAD = """\
+# Metrics
+
+<!-- Written by `make docs` out of cpe_daemon/observe/inventory.py and deploy/prometheus/alerts.yml: change those. -->
+
+A daemon shows these at `/metrics` of its HTTP listener (`http.listen`, 127.0.0.1:9845 unless told otherwise), in
+Prometheus's text or in OpenMetrics, as the scraper asks. [scrape.yml](../deploy/prometheus/scrape.yml) is a
+configuration to begin with, [alerts.yml](../deploy/prometheus/alerts.yml) what to be told of, and
+[cpe-daemon.json](../deploy/grafana/cpe-daemon.json) a dashboard for Grafana. Beside `/metrics` there are `/healthz`
+(503 if a copy is stuck), `/readyz` (503 with reasons, unless the node is ready for work), and `/status`, which is what
+`cpe status --json` prints.
+
+Bytes and seconds are meant where a name says so; everything else counts things. A version is a value and never a label.
+Labels that peers choose are bounded: the 64 models that were used last, and engines that the daemon knows; series of an
+engine that has detached are gone with it. Nothing is counted per chunk or bucket but in plain numbers, which are read
+when somebody asks.
+"""
+_METRICS_TAIL = """\
+`process_*` (processor time, resident and virtual memory, open descriptors, start) and `python_gc_*` are those that
+Prometheus's client for Python shows of any process. The arena is shared memory, and part of the resident memory.
+"""
 
 
 def diagram(table: Mapping[tuple[S, E], S], initial: S) -> str:
@@ -61,9 +94,61 @@ def generated(text: str) -> str:
     return text
 
 
+def metrics() -> str:
+    """The document of the metrics."""
+    parts = [_METRICS_HEAD]
+    for theme, instruments in THEMES.items():
+        rows = [_metric(instrument) for instrument in instruments]
+        parts += [f"## {theme}\n", _table(("metric", "type", "labels", "unit", "meaning", "used for"), rows)]
+        if theme == "Updates":
+            parts += [_values("phase", PHASES), _values("stage", STAGES)]
+    parts.append(_values("socket", SOCKETS))
+    alerts = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    parts += [
+        "## Of the process\n",
+        _METRICS_TAIL,
+        "## Alerts\n",
+        _table(("alert", "severity", "after", "condition"), [_alert(alert) for alert in alerts]),
+    ]
+    return "\n".join(parts)
+
+
+def _metric(metric: Instrument) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    panel = f"Panel “{metric.panel}”." if metric.panel else ""
+    alerts = f"Alert {', '.join(metric.alerts)}." if metric.alerts else ""
+    use = " ".join(part for part in (panel, alerts, metric.hint) if part)
+    return f"`{metric.name}`", metric.kind, labels, metric.unit, metric.text, use
+
+
+def _values(label: str, meanings: Mapping[str, str]) -> str:
+    """The values of a label."""
+    rows = [(f"`{value}`", text) for value, text in meanings.items()]
+    return f"A `{label}` is one of:\n\n{_table((label, 'what it is'), rows)}"
+
+
+def _alert(rule: Mapping[str, Any]) -> tuple[str, ...]:
+    return rule["alert"], rule["labels"]["severity"], rule.get("for", "at once"), f"`{rule['expr']}`"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+DOCUMENTS: Mapping[Path, Callable[[], str]] = {
+    ARCHITECTURE: lambda: generated(ARCHITECTURE.read_text()),
+    METRICS: metrics,
+    SETTINGS: annotated_default,
+}
+"""Every document that is made of the code, or of itself and the code."""
+
+
 if __name__ == "__main__":
-    before = ARCHITECTURE.read_text()
-    after = generated(before)
-    if after != before:
-        ARCHITECTURE.write_text(after)
-    sys.stdout.write(f"{ARCHITECTURE.name}: {'written' if after != before else 'current'}\n")
+    for path, make in DOCUMENTS.items():
+        before = path.read_text() if path.exists() else ""
+        after = make()
+        if after != before:
+            path.write_text(after)
+        sys.stdout.write(f"{path.relative_to(ROOT)}: {'written' if after != before else 'current'}\n")

@@ -19,7 +19,8 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from cpe_daemon.errors import CODES
-from cpe_daemon.observe.inventory import INSTRUMENTS, SOCKETS, Instrument
+from cpe_daemon.observe.instrument import Instrument
+from cpe_daemon.observe.inventory import INSTRUMENTS, SOCKETS
 
 _UPDATE_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Seconds: from a resume of some milliseconds to the receiving of a large model over a slow network."""

@@ -158,7 +158,6 @@ def test_inventory_keeps_the_rules_for_names() -> None:
         assert "version" not in instrument.labels or name == "cpe_build_info"
         assert all(re.fullmatch("[a-z]+", label) for label in instrument.labels)
         assert instrument.text.endswith(".")
-        assert instrument.use.endswith(".")
     assert INSTRUMENTS["cpe_stage_bytes_total"].unit == "bytes"
     assert INSTRUMENTS["cpe_live_version"].unit == ""
 
