@@ -8,9 +8,11 @@ from cpe_daemon import __version__
 from cpe_daemon.cli.completion import completion_command
 from cpe_daemon.cli.demo import demo_command
 from cpe_daemon.cli.doctor import doctor_command
+from cpe_daemon.cli.engine import engine_command
 from cpe_daemon.cli.failures import FailingGroup, debug_option
 from cpe_daemon.cli.keys import keys_command
 from cpe_daemon.cli.publish import publish_command
+from cpe_daemon.cli.push import push_command
 from cpe_daemon.cli.serve import serve_command
 from cpe_daemon.cli.settings import config_command
 from cpe_daemon.cli.status import status_command
@@ -26,7 +28,8 @@ On an inference node:
   cpe config --config cpe.yaml         check it, and see what is in effect
   cpe doctor --config cpe.yaml         what this host lacks for it, and the mend
   cpe serve --config cpe.yaml
-  cpe status
+  cpe status --watch
+  cpe push policy                      a version that waits, or the live one again
 
 \b
 From a trainer's side:
@@ -72,7 +75,9 @@ for command in (
     config_command,
     doctor_command,
     publish_command,
+    push_command,
     status_command,
+    engine_command,
     keys_command,
     demo_command,
     completion_command,

@@ -1,11 +1,24 @@
-"""``cpe completion``: what a shell needs to complete our commands."""
+"""``cpe completion``: what a shell needs to complete our commands, and the names that a running daemon knows.
+
+Somebody has pressed a key and waits: whatever goes wrong, or takes long, completes nothing and says nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
 import click
 
+from cpe_daemon.cli.conversation import DaemonAddress, ask_status
 from cpe_daemon.cli.failures import debug_option
+from cpe_daemon.cli.settings import front_endpoint
 from cpe_daemon.errors import MisuseError
+
+Complete = Callable[[click.Context, click.Parameter, str], list[str]]
+
+_ASK_SECONDS: Final = 0.5
+_PUSHABLE: Final = ("staged", "live")
 
 
 @click.command("completion", short_help="Make a shell complete these commands.")
@@ -32,3 +45,61 @@ def completion_command(ctx: click.Context, shell: str) -> None:
 def _words() -> dict[str, str]:
     """What click's templates ask for. Its own ``source()`` starts a bash to look at its version first."""
     return {"complete_func": "_cpe_completion", "complete_var": "_CPE_COMPLETE", "prog_name": "cpe"}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _completing(names: Callable[[click.Context], Iterable[str]]) -> Complete:
+    """Make a callback of click's out of a function that names what there is."""
+
+    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        try:
+            found = sorted(set(names(context)))
+        except Exception:  # task boundary: a shell shows whatever a completion says, in the middle of a line
+            return []
+        return [name for name in found if name.startswith(incomplete)]
+
+    return complete
+
+
+def _status(context: click.Context) -> Mapping[str, Any]:
+    """Ask the daemon that the command would talk to."""
+    options = context.params
+    return ask_status(DaemonAddress(options.get("to") or front_endpoint(options.get("runtime_dir"))), _ASK_SECONDS)
+
+
+def _engines(context: click.Context) -> Iterable[str]:
+    return (str(engine["engine"]) for engine in _status(context)["engines"])
+
+
+def _models(context: click.Context) -> Iterable[str]:
+    status = _status(context)
+    return (str(entry["model"]) for entry in [*status["versions"], *status["engines"]] if entry["model"])
+
+
+def _versions(context: click.Context) -> Iterable[str]:
+    held = [version for version in _status(context)["versions"] if version["state"] in _PUSHABLE]
+    models = [str(version["model"]) for version in held]
+    return [*models, *(f"{version['model']}@{version['run']}#{version['number']}" for version in held)]
+
+
+def _kinds(_context: click.Context) -> Iterable[str]:
+    from importlib.metadata import entry_points
+
+    from cpe_daemon.engines.drivers import GROUP
+
+    return entry_points(group=GROUP).names
+
+
+complete_engines: Final = _completing(_engines)
+"""The engines that a daemon knows or expects."""
+
+complete_models: Final = _completing(_models)
+"""The models that a daemon knows."""
+
+complete_versions: Final = _completing(_versions)
+"""The versions that could be pushed, and their models."""
+
+complete_kinds: Final = _completing(_kinds)
+"""The kinds of engines that have a plugin here."""

@@ -17,29 +17,48 @@ if TYPE_CHECKING:
 @click.command("status", short_help="Show what a daemon holds and whom it serves.")
 @daemon_options
 @timeout_option(5.0, "How long to wait for it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, as described above.")
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C; waits for a daemon that is away.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to look, with --watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as described above; with --watch one object a line.")
 @debug_option
-def status_command(daemon: DaemonAddress, timeout: float, as_json: bool) -> None:
+def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval: float, as_json: bool) -> None:
     """Show what a daemon holds and whom it serves. Without options, the daemon of this node.
 
     \b
     Examples:
       cpe status
+      cpe status --watch
       cpe status --to tcp://10.0.0.7:5555 --key alice.key_secret --server-key daemon.key
       cpe status --json | jq '.engines[] | select(.ready | not)'
 
     \b
     Keys of the JSON object (sizes in bytes, times in seconds):
       daemon     version, node, pid, generation, uptime_seconds, protocol, endpoints
+      readiness  ready, reasons: [code, engine, message], warnings: [code, message]
       arena      size_bytes, free_bytes, largest_free_bytes, prefaulted
       device     kind, gpus: [uuid, slots, slot_bytes]
       versions   [model, run, number, state, nbytes, tensors, ranks_sealed, world_size,
                  age_seconds, error]
-      engines    [engine, model, kind, state, ready, content, world_size,
+      push       automatic, waiting, round: null, or number, version, phase, seconds,
+                 nbytes, loaded_bytes, engines, dropped
+      engines    [engine, model, kind, state, ready, expected, url, content, world_size,
                  workers: [rank, pid, node, gpu, present], error, last_push_seconds]
-      trainers   [model, run, rank, world_size, transport, version]
+      trainers   [model, run, rank, world_size, transport, version, received_bytes,
+                 total_bytes]
       counters   value by metric name
     """  # noqa: D301 - click wants the \b itself
+    if watch:
+        from cpe_daemon.cli.watch import watch as watch_daemon
+
+        watch_daemon(daemon, interval=interval, timeout=timeout, as_json=as_json)
+        return
     status = ask_status(daemon, timeout)
     if as_json:
         click.echo(json.dumps(status, indent=2, default=str))

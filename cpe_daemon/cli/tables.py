@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from cpe_daemon.cli.text import bytes_text, plain_text, seconds_text
 
 _PIPE_COLUMNS: Final = 200
 """Width where there is no terminal to ask: wide enough to cut nothing that `grep` might look for."""
@@ -27,148 +29,200 @@ _COLOURS: Final[Mapping[str, str]] = {
     "no": "yellow",
 }
 
-Cell = Callable[[Mapping[str, Any]], object]
+_WHOLE: Final = ("staged", "pushing", "live")
+
+Columns = Mapping[str, str | Callable[[Mapping[str, Any]], object]]
+"""By heading: the key of an entry, or what is made of the entry."""
 
 
 def show_status(status: Mapping[str, Any]) -> None:
     """Print a daemon's state on standard output."""
-    console = Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False, emoji=False
+    console(sys.stdout).print(Group(*_parts(status)))
+
+
+def console(file: TextIO) -> Console:
+    """Make a console for what a daemon says: its text is shown as it is."""
+    return Console(
+        file=file, width=None if file.isatty() else _PIPE_COLUMNS, highlight=False, emoji=False, markup=False
     )
-    console.print(Group(*_parts(status)))
 
 
-def bytes_text(value: object) -> str:
-    """Write a size for a person, rounded: "1.50 GiB"."""
-    if not isinstance(value, int | float):
-        return _plain(value)
-    size, units = float(value), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
-
-
-def seconds_text(value: object) -> str:
-    """Write a duration for a person, rounded: "152 ms", "3.2 s", "5 m 10 s", "2 d 3 h"."""
-    if not isinstance(value, int | float):
-        return _plain(value)
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    if value < 60:
-        return f"{value:.1f} s"
-    whole = int(value)
-    for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
-    return _plain(value)
+def show_engines(status: Mapping[str, Any]) -> None:
+    """Print the engines that a daemon knows or expects on standard output."""
+    console(sys.stdout).print(table("", entries(status, "engines"), _LISTED_COLUMNS))
 
 
 def _parts(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _summary(status)
-    yield _table("Versions", _entries(status, "versions"), _VERSION_COLUMNS)
-    yield _table("Engines", _entries(status, "engines"), _ENGINE_COLUMNS)
-    yield _table("Trainers", _entries(status, "trainers"), _TRAINER_COLUMNS)
+    yield table("Versions", entries(status, "versions"), VERSION_COLUMNS)
+    yield table("Engines", entries(status, "engines"), engine_columns(status))
+    yield table("Trainers", entries(status, "trainers"), TRAINER_COLUMNS)
     counters = status.get("counters")
     moved = [
         {"name": name, "value": value}
         for name, value in (counters.items() if isinstance(counters, Mapping) else ())
         if isinstance(value, int | float) and value and not str(name).startswith("cpe_build_info")
     ]
-    yield _table("Counters", moved, {"name": "name", "value": lambda row: f"{row['value']:.10g}"})
+    yield table("Counters", moved, {"name": "name", "value": lambda row: f"{row['value']:.10g}"})
 
 
 def _summary(status: Mapping[str, Any]) -> RenderableType:
-    daemon, arena, device = (_section(status, name) for name in ("daemon", "arena", "device"))
+    daemon, arena, device = (section(status, name) for name in ("daemon", "arena", "device"))
     grid = Table.grid(padding=(0, 2))
     prefault = "" if arena.get("prefaulted", True) else ", not all of it touched yet"
-    gpus = _entries(device, "gpus")
-    slots = [f"{_plain(gpu.get('slots'))} × {bytes_text(gpu.get('slot_bytes'))}" for gpu in gpus]
+    gpus = entries(device, "gpus")
+    slots = [f"{plain_text(gpu.get('slots'))} × {bytes_text(gpu.get('slot_bytes'))}" for gpu in gpus]
+    warnings = [plain_text(warning.get("message")) for warning in entries(section(status, "readiness"), "warnings")]
     for name, value in (
-        ("node", f"{_plain(daemon.get('node'))}, up {seconds_text(daemon.get('uptime_seconds'))}"),
-        ("daemon", f"cpe-daemon {_plain(daemon.get('version'))}, protocol {_plain(daemon.get('protocol'))}"),
-        ("process", f"{_plain(daemon.get('pid'))}, generation {_plain(daemon.get('generation'))}"),
-        ("endpoints", "\n".join(_plain(endpoint) for endpoint in daemon.get("endpoints") or ["-"])),
+        ("node", f"{plain_text(daemon.get('node'))}, up {seconds_text(daemon.get('uptime_seconds'))}"),
+        ("daemon", f"cpe-daemon {plain_text(daemon.get('version'))}, protocol {plain_text(daemon.get('protocol'))}"),
+        ("process", f"{plain_text(daemon.get('pid'))}, generation {plain_text(daemon.get('generation'))}"),
+        ("endpoints", "\n".join(plain_text(endpoint) for endpoint in daemon.get("endpoints") or ["-"])),
         (
             "arena",
             f"{bytes_text(arena.get('free_bytes'))} free of {bytes_text(arena.get('size_bytes'))}"
             f" (largest run {bytes_text(arena.get('largest_free_bytes'))}){prefault}",
         ),
-        ("device", f"{_plain(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
+        ("push", push_text(status)),
+        ("device", f"{plain_text(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
+        *([("warnings", "\n".join(warnings))] if warnings else []),
     ):
         grid.add_row(Text(name, style="bold"), Text(value))
     return grid
 
 
-def _table(title: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str | Cell]) -> RenderableType:
+def table(title: str, rows: Iterable[Mapping[str, Any]], columns: Columns, *, fold: bool = True) -> RenderableType:
+    """Make a table of entries under a title; ``fold``: what is too long goes on in the next line."""
     rows = list(rows)
     if not rows:
-        return Group("", Text(f"{title}: none", style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        return Group("", Text(f"{title}: none", style="bold")) if title else Text("none")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(name, overflow="fold")
+        made.add_column(name, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
     for row in rows:
-        cells = (cell(row) if callable(cell) else row.get(cell) for cell in columns.values())
-        table.add_row(*(_cell(value) for value in cells))
-    return Group("", Text(title, style="bold"), table)
+        cells = (of(row) if callable(of) else row.get(of) for of in columns.values())
+        made.add_row(*(cell(value) for value in cells))
+    return Group("", Text(title, style="bold"), made) if title else made
 
 
-def _cell(value: object) -> Text:
-    text = _plain(value)
+def cell(value: object) -> Text:
+    """Write a value in the colour of what it says."""
+    text = plain_text(value)
     return Text(text, style=_COLOURS.get(text, ""))
 
 
-def _plain(value: object) -> str:
-    """Write a value without whatever would steer a terminal."""
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value))
-
-
-def _section(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a part of a status, empty if it is not there."""
     section = status.get(name)
     return section if isinstance(section, Mapping) else {}
 
 
-def _entries(status: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def entries(status: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """Return a list in a status, without what is no entry."""
     entries = status.get(name)
     return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
 
 
-def _version(row: Mapping[str, Any]) -> str:
+def version_text(row: Mapping[str, Any]) -> str:
+    """Name an entry's version."""
     return f"{row.get('model')}@{row.get('run')}#{row.get('number')}"
 
 
+def _names(row: Mapping[str, Any], key: str) -> str:
+    names = row.get(key)
+    return ", ".join(plain_text(name) for name in names) if isinstance(names, list) else "-"
+
+
 def _workers(row: Mapping[str, Any]) -> str:
-    present = sum(1 for worker in _entries(row, "workers") if worker.get("present"))
-    return f"{present} of {row.get('world_size')}"
+    present = sum(1 for worker in entries(row, "workers") if worker.get("present"))
+    return f"{present} of {row.get('world_size') or '?'}"
 
 
-_VERSION_COLUMNS: Final[Mapping[str, str | Cell]] = {
-    "version": _version,
+def newest(status: Mapping[str, Any], model: object) -> Mapping[str, Any] | None:
+    """Return the version of a model that was staged last, if its bytes are still there."""
+    staged = [row for row in entries(status, "versions") if row.get("model") == model and row.get("state") in _WHOLE]
+    return staged[-1] if staged else None
+
+
+def lag_text(status: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
+    """By how many versions an engine is behind the newest that is staged; "-" if there is none."""
+    version = newest(status, engine.get("model"))
+    if version is None:
+        return "-"
+    wanted, held = version_text(version), str(engine.get("content") or "")
+    if held == wanted:
+        return "0"
+    (run, _, number), (held_run, _, held_number) = wanted.rpartition("#"), held.rpartition("#")
+    if run != held_run or not (number + held_number).isdecimal():
+        return "another run" if held else "holds none"
+    return str(max(0, int(number) - int(held_number)))
+
+
+def push_text(status: Mapping[str, Any]) -> str:
+    """Say in a line which push is in flight and what waits; "idle" if nothing does."""
+    push = section(status, "push")
+    current, parts = section(push, "round"), []
+    if current:
+        dropped = f" ({_names(current, 'dropped')} dropped)" if current.get("dropped") else ""
+        parts.append(
+            f"{plain_text(current.get('version'))} into {_names(current, 'engines')}{dropped}:"
+            f" {plain_text(current.get('phase'))}, {bytes_text(current.get('loaded_bytes'))} of"
+            f" {bytes_text(current.get('nbytes'))} loaded, {seconds_text(current.get('seconds'))}"
+        )
+    if push.get("waiting"):
+        parts.append(f"{plain_text(push['waiting'])} more to come")
+    if push.get("automatic") is False:
+        held = [version_text(row) for row in entries(status, "versions") if row.get("state") == "staged"]
+        parts += [f"{plain_text(version)} waits for `cpe push`" for version in held]
+    return "; ".join(parts) or "idle"
+
+
+def engine_columns(status: Mapping[str, Any]) -> Columns:
+    """The columns of a table of engines."""
+    return {
+        "engine": "engine",
+        "kind": "kind",
+        "model": "model",
+        "state": "state",
+        "ready": "ready",
+        "content": "content",
+        "behind": lambda row: lag_text(status, row),
+        "workers": _workers,
+        "last push": lambda row: seconds_text(row.get("last_push_seconds") or None),
+        "error": "error",
+    }
+
+
+def _received(row: Mapping[str, Any]) -> str:
+    total = row.get("total_bytes")
+    return f"{bytes_text(row.get('received_bytes'))} of {bytes_text(total)}" if total else "-"
+
+
+VERSION_COLUMNS: Final[Columns] = {
+    "version": version_text,
     "state": "state",
     "size": lambda row: bytes_text(row.get("nbytes")),
     "tensors": "tensors",
-    "ranks": lambda row: f"{_plain(row.get('ranks_sealed'))} of {_plain(row.get('world_size'))}",
+    "ranks": lambda row: f"{plain_text(row.get('ranks_sealed'))} of {plain_text(row.get('world_size'))}",
     "age": lambda row: seconds_text(row.get("age_seconds")),
     "error": "error",
 }
-_ENGINE_COLUMNS: Final[Mapping[str, str | Cell]] = {
+TRAINER_COLUMNS: Final[Columns] = {
+    "trainer": lambda row: f"{row.get('model')}@{row.get('run')}",
+    "rank": lambda row: f"{plain_text(row.get('rank'))} of {plain_text(row.get('world_size'))}",
+    "transport": "transport",
+    "sending": "version",
+    "received": _received,
+}
+_LISTED_COLUMNS: Final[Columns] = {
     "engine": "engine",
     "kind": "kind",
     "model": "model",
+    "expected": "expected",
     "state": "state",
     "ready": "ready",
     "content": "content",
     "workers": _workers,
-    "last push": lambda row: seconds_text(row.get("last_push_seconds")),
+    "url": "url",
     "error": "error",
-}
-_TRAINER_COLUMNS: Final[Mapping[str, str | Cell]] = {
-    "trainer": lambda row: f"{row.get('model')}@{row.get('run')}",
-    "rank": lambda row: f"{_plain(row.get('rank'))} of {_plain(row.get('world_size'))}",
-    "transport": "transport",
-    "sending": "version",
 }

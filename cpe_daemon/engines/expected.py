@@ -118,11 +118,13 @@ class Expected:
         """Set what is expected. It holds for workers that say hello while it is written already."""
         before, self._specs = self._specs, specs
         content = msgspec.json.encode(_File(_FORMAT, list(specs.values())))
+        written = False
         try:
             await self._file.replace(msgspec.json.format(content, indent=2) + b"\n")
-        except BaseException:
-            self._specs = before
-            raise
+            written = True
+        finally:
+            if not written:
+                self._specs = before
 
 
 def check_fit(spec: EngineSpec, *, kind: str, model: str, world_size: int) -> None:

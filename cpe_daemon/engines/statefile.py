@@ -84,9 +84,8 @@ def _put(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(fd)
         os.replace(fresh, path)
-    except BaseException:
-        Path(fresh).unlink(missing_ok=True)
-        raise
+    finally:
+        Path(fresh).unlink(missing_ok=True)  # it has gone, unless something went wrong
     with contextlib.suppress(OSError):  # not every file system can; the file has its name already
         _sync_directory(path.parent)
 

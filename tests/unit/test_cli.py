@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from cpe_daemon import __version__, errors
 from cpe_daemon.cli import main
 from cpe_daemon.cli.failures import exit_status
-from cpe_daemon.cli.tables import bytes_text, seconds_text
+from cpe_daemon.cli.text import bytes_text, seconds_text
 from cpe_daemon.config import Config, annotated_default
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, EngineError
