@@ -1,15 +1,19 @@
-"""Tensors out of a bucket's bytes: views of the slot for whole ones; those that were split are put together."""
+"""Tensors out of a bucket's bytes: copied to their places by address, or views of the slot for the engine to load.
+
+Tensors that were split and have no place are put together first.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from cpe_daemon.core.dtypes import ITEMSIZE
-from cpe_daemon.devices.slots import fill
+from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import EngineError, ProtocolError
 from cpe_daemon.wire.messages import TensorPart
 
@@ -26,91 +30,127 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def meta_of(spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor of that dtype and shape, without memory.
+
+    Raises:
+        EngineError: this torch does not have its dtype.
+    """
+    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
+
+
 def view_as(data: torch.Tensor, part: TensorPart) -> torch.Tensor:
     """See uint8 ``data`` ``[nbytes]`` as the tensor that it is, without a copy."""
     return data.view(dtype_of(part.dtype)).view(part.shape)
 
 
 class Place(NamedTuple):
-    """Where a split tensor's bytes are written: ``memory``, uint8 ``[n]``, takes ``n`` of them from ``start`` on.
+    """Memory of this process in which a tensor's bytes belong: ``nbytes`` of them, from its byte ``start`` on.
 
-    The others are not wanted here: tensor-parallel ranks share the tensor.
+    The others are not wanted here, for tensor-parallel ranks share the tensor. Whoever names a place vouches that the
+    memory stays until the bytes that it is asked for have been copied.
     """
 
-    memory: torch.Tensor
-    start: int
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        """Write ``data``, the tensor's bytes from ``offset`` on, as far as they belong here."""
-        first = max(offset, self.start)
-        end = min(offset + data.numel(), self.start + self.memory.numel())
-        if first < end:
-            fill(self.memory.narrow(0, first - self.start, end - first), data.narrow(0, first - offset, end - first))
-
-
-Find = Callable[[TensorPart], Place | None]
-"""Tells, at a split tensor's first part, where the engine wants it written; None: put it together first."""
+    address: int
+    nbytes: int
+    start: int = 0
 
 
 class Assembly:
-    """Puts split tensors together, one at a time: in their place if the engine names one, else in a buffer.
+    """Takes buckets apart, and puts split tensors that have no place together, one at a time, in a buffer.
 
     The buffer lives from a tensor's first part to its last.
     """
 
     def __init__(self) -> None:
         self.placed = 0
-        """Split tensors that the last `take` completed in their place: these are not given out."""
-        self._name = ""
+        """Tensors that the last `take` completed in their places."""
+        self._name: str | None = None
         self._place: Place | None = None
         self._buffer: torch.Tensor | None = None
         self._filled = 0
 
     def take(
-        self, parts: Sequence[TensorPart], slot: torch.Tensor, find: Find = lambda part: None
+        self, parts: Sequence[TensorPart], slot: torch.Tensor, places: Iterable[Place | None]
     ) -> list[tuple[str, torch.Tensor]]:
-        """Return the tensors that are whole now, in order; valid until the slot is reused or `take` is called again.
+        """Copy what has a place, and return the other tensors that are whole now, in order.
+
+        They are valid until the slot is reused or `take` is called again. Nothing is copied to a place before all
+        parts are known to be good. The copies come one after another then: each leaves the caches empty, and what is
+        done between two of them takes many times as long as before them all.
 
         Args:
             parts: of one bucket, in order.
             slot: uint8 ``[slot_bytes]``, in which they lie.
-            find: asked where a split tensor goes.
+            places: of each tensor that begins in this bucket, in order; None for one that is to be returned. The slot
+                has to be in this process's memory for one that is not.
 
         Raises:
-            ProtocolError: the parts do not follow one another.
+            ProtocolError: the parts do not follow one another, or lie outside the slot.
         """
-        self.placed = 0
         tensors: list[tuple[str, torch.Tensor]] = []
+        runs: list[tuple[int, int, int]] = []
+        base, slot_bytes, begun = slot.data_ptr(), slot.numel(), iter(places)
+        self.placed = 0
         for part in parts:
-            data = slot.narrow(0, part.slot_offset, part.nbytes)
+            if not 0 <= part.slot_offset <= part.slot_offset + part.nbytes <= slot_bytes:
+                raise ProtocolError(f"{part.name} lies outside of a slot of {slot_bytes} bytes")
             nbytes = math.prod(part.shape) * ITEMSIZE.get(part.dtype, 0)
-            if part.nbytes == nbytes:
-                tensors.append((part.name, view_as(data, part)))
-            elif self._add(part, data, nbytes, find):
+            if part.tensor_offset == 0:
+                place = next(begun)
+                if part.nbytes == nbytes:
+                    if place is None:
+                        tensors.append((part.name, view_as(slot.narrow(0, part.slot_offset, nbytes), part)))
+                    else:
+                        runs.append(_run(place, part, base))
+                        self.placed += 1
+                    continue
+                self._begin(part, nbytes, place, slot.device)
+            if self._add(part, nbytes, slot, runs):
                 if self._buffer is None:
                     self.placed += 1
                 else:
                     tensors.append((part.name, view_as(self._buffer, part)))
                 self.clear()
+        for destination, source, count in runs:
+            copy(destination, source, count)
         return tensors
 
     def clear(self) -> None:
         """Forget a tensor that is not whole, and let the buffer go."""
-        self._place = self._buffer = None
+        self._name = self._place = self._buffer = None
         self._filled = 0
 
-    def _add(self, part: TensorPart, data: torch.Tensor, nbytes: int, find: Find) -> bool:
-        """Write one part; True if it was the last."""
-        if part.tensor_offset == 0:
-            self.clear()
-            self._name, self._place = part.name, find(part)
-            if self._place is None:
-                self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=data.device)
-                self._place = Place(self._buffer, 0)
-        if self._place is None or part.name != self._name or part.tensor_offset != self._filled:
+    def _begin(self, part: TensorPart, nbytes: int, place: Place | None, device: torch.device) -> None:
+        self.clear()
+        self._name, self._place = part.name, place
+        if place is None:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def _add(self, part: TensorPart, nbytes: int, slot: torch.Tensor, runs: list[tuple[int, int, int]]) -> bool:
+        """Take one part of a split tensor; True if it is the last."""
+        if part.name != self._name or part.tensor_offset != self._filled:
             raise ProtocolError(f"a part of {part.name} at {part.tensor_offset} follows nothing")
-        if self._filled + part.nbytes > nbytes:
-            raise ProtocolError(f"{self._filled + part.nbytes} bytes of {part.name}, which has {nbytes}")
-        self._place.write(part.tensor_offset, data)
         self._filled += part.nbytes
+        if self._filled > nbytes:
+            raise ProtocolError(f"{self._filled} bytes of {part.name}, which has {nbytes}")
+        if self._place is not None:
+            runs.append(_run(self._place, part, slot.data_ptr()))
+        elif self._buffer is not None:
+            data = slot.narrow(0, part.slot_offset, part.nbytes)
+            self._buffer.narrow(0, part.tensor_offset, part.nbytes).copy_(data)
         return self._filled == nbytes
+
+
+def _run(place: Place, part: TensorPart, base: int) -> tuple[int, int, int]:
+    """What is to be copied of a part, if anything: to where, from where, how many bytes.
+
+    Args:
+        place: where the tensor's bytes belong.
+        part: lies in a slot.
+        base: the slot's address.
+    """
+    first = max(part.tensor_offset, place.start)
+    count = min(part.tensor_offset + part.nbytes, place.start + place.nbytes) - first
+    source = base + part.slot_offset + first - part.tensor_offset
+    return place.address + first - place.start, source, max(count, 0)

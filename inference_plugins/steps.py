@@ -15,7 +15,7 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Slots
 from cpe_daemon.errors import CpeError, EngineError
-from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
+from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.assembly import Assembly, Place
 
@@ -54,10 +54,11 @@ class Loader(Protocol):
         """Make ready for the tensors of a version; forget an update that was not finished."""
         ...
 
-    def place(self, tensor: TensorSpec) -> Place | None:
-        """Say where a tensor that comes in several parts is written as they come; it is not given to `load` then.
+    def place(self, tensors: Sequence[TensorSpec]) -> Sequence[Place | None]:
+        """Say where the bytes of each of these belong: they are about to be copied there, and count as loaded.
 
-        It is about to be written: count it as loaded. None: it is put together first, in memory of its own size.
+        The receiver copies them itself, by address, a tensor that comes in several parts as these come. None: the
+        tensor cannot be written in this way, and is given to `load`, whole. Asked only if slots are in host memory.
         """
         ...
 
@@ -155,13 +156,13 @@ class Steps:
     def _load(self, load: Load, slots: Slots) -> None:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
-        tensors = self._assembly.take(load.parts, slots.slot(load.slot), self._find)
-        placed = self._assembly.placed
-        self._loader.load(tensors)
-        self._loaded += len(tensors) + placed
-
-    def _find(self, part: TensorPart) -> Place | None:
-        return self._loader.place(TensorSpec(part.name, part.dtype, part.shape))
+        slot = slots.slot(load.slot)
+        begun = [TensorSpec(part.name, part.dtype, part.shape) for part in load.parts if part.tensor_offset == 0]
+        places = self._loader.place(begun) if slot.is_cpu and begun else [None] * len(begun)
+        tensors = self._assembly.take(load.parts, slot, places)
+        if tensors:
+            self._loader.load(tensors)
+        self._loaded += self._assembly.placed + len(tensors)
 
     def _finish(self, finish: Finish) -> None:
         begun = self._update

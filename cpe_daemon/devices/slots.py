@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
-from torch.autograd.graph import increment_version
 
-from cpe_daemon.devices.memory import SharedMemory, copy
+from cpe_daemon.devices.memory import SharedMemory
 from cpe_daemon.errors import PeerError
 from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.wire.messages import SlotSet
-
-_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
-"""Subclasses may hold their bytes elsewhere."""
 
 
 class Slots(Protocol):
@@ -89,23 +85,3 @@ class ShmSlots:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._memory.close()
         self._tether.close()
-
-
-def is_flat(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values lie in this process's memory one after another, as in a version's bytes."""
-    if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        return False
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def fill(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a tensor of the same dtype and shape into place.
-
-    Where both are plain bytes this is one `memmove` on the calling thread. torch's ``copy_`` would share it out between
-    its threads, and while the daemon's copies keep the other cores busy that takes twice as long.
-    """
-    if destination.dtype == source.dtype and is_flat(destination) and is_flat(source):
-        copy(destination.data_ptr(), source.data_ptr(), source.nbytes)
-        increment_version(destination)  # as any change in place does, for whoever watches it
-    else:
-        destination.detach().copy_(source)

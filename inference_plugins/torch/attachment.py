@@ -18,7 +18,7 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, MisuseError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
-from inference_plugins.assembly import Place, dtype_of
+from inference_plugins.assembly import Place, meta_of
 from inference_plugins.receiver import Receiver
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Callback, Slicer, Slicing, Target, make_target
@@ -52,24 +52,23 @@ class _TorchLoader:
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
         self._trouble = None
         with self._explaining():
-            self._target.expect([(tensor.name, _meta(tensor)) for tensor in tensors])
+            self._target.expect([(tensor.name, meta_of(tensor)) for tensor in tensors])
 
     def begin(self) -> None:
         self._target.begin()
 
-    def place(self, tensor: TensorSpec) -> Place | None:
+    def place(self, tensors: Sequence[TensorSpec]) -> Sequence[Place | None]:
         with self._explaining():
-            place = self._target.place(tensor.name, _meta(tensor))
-            if place is not None:
-                self._touch()
-        return place
+            places = self._target.place(tensors)
+        if any(places):
+            self._touch()
+        return places
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         with self._explaining():
             self._target.check(tensors)
-            if tensors:
-                self._touch()
+            self._touch()
             for name, tensor in tensors:
                 self._target.write(name, tensor)
 
@@ -111,11 +110,6 @@ class _TorchLoader:
         with self._changed:
             self.serving = serving
             self._changed.notify_all()
-
-
-def _meta(spec: TensorSpec) -> torch.Tensor:
-    """A tensor of that dtype and shape, without memory."""
-    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
 
 
 class Attachment:

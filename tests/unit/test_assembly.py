@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpe_daemon.core.dtypes import ITEMSIZE
-from cpe_daemon.core.plan import PlanTensor, Segment, Topology, make_plan
+from cpe_daemon.core.plan import Topology
 from cpe_daemon.core.topology import Gpu
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.errors import EngineError, ProtocolError
 from cpe_daemon.wire.messages import TensorPart
 from inference_plugins.assembly import Assembly, Place, dtype_of
+from tests.unit.planning import make_plan, whole
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
 
 A = ALIGNMENT_BYTES
@@ -36,7 +37,7 @@ def test_whole_tensor_is_a_view_of_the_slot(dtype: str, shape: tuple[int, ...]) 
     tensor = tensor_of(dtype, *shape)
     content = bytes_of(tensor)
     slot = slot_of(bytes(A) + content + bytes(A))
-    ((name, got),) = Assembly().take([TensorPart("w", dtype, shape, 0, len(content), A)], slot)
+    ((name, got),) = Assembly().take([TensorPart("w", dtype, shape, 0, len(content), A)], slot, [None])
     assert (name, got.dtype, tuple(got.shape)) == ("w", tensor.dtype, shape)
     assert bytes_of(got) == content
     assert got.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr()
@@ -50,93 +51,106 @@ def test_dtype_that_this_torch_has_not_is_an_engine_error() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_planned_buckets_become_the_tensors_that_were_planned(data: st.DataObject) -> None:
-    """Through a plan's own buckets, with slots that are too small for some of the tensors."""
+    """Through a plan's own buckets, with slots that are too small for some of the tensors, some of which have places.
+
+    A place takes any run of its tensor's bytes, as the ranks of an engine do.
+    """
     slot_bytes = A * data.draw(st.integers(1, 6))
     sizes = data.draw(st.lists(st.integers(0, 20 * A), min_size=1, max_size=8))
     rng = random.Random(data.draw(st.integers(0, 1 << 30)))
     arena = rng.randbytes(sum(align(nbytes) for nbytes in sizes))
     at, tensors = 0, []
+    memory, places = dict[str, torch.Tensor](), dict[str, Place]()
+    expected = dict[str, bytes]()
     for index, nbytes in enumerate(sizes):
         spec = TensorSpec(f"layers.{index // 2}.w{index}", "uint8", (nbytes,))
-        tensors.append(PlanTensor(spec, (Segment(0, nbytes, at),) if nbytes else ()))
+        tensors.append(whole(spec, at))
+        start, end = 0, nbytes
+        if data.draw(st.booleans()):
+            start = data.draw(st.integers(0, nbytes))
+            end = data.draw(st.integers(start, nbytes))
+            memory[spec.name] = torch.zeros(end - start, dtype=torch.uint8)
+            places[spec.name] = Place(memory[spec.name].data_ptr(), end - start, start)
+        expected[spec.name] = arena[at : at + nbytes][start:end]
         at += align(nbytes)
     plan = make_plan(tensors, slot_bytes=slot_bytes, topology=Topology((Gpu("g"),), peer_access=False))
-    assembly, got = Assembly(), dict[str, bytes]()
+    assembly, got, placed = Assembly(), dict[str, bytes](), 0
     for bucket in plan.buckets:
-        slot = bytearray(slot_bytes)
+        content = bytearray(slot_bytes)
         for item in bucket.pulls[0]:
-            slot[item.slot_offset : item.slot_offset + item.nbytes] = arena[item.address : item.address + item.nbytes]
+            content[item.slot_offset : item.slot_offset + item.nbytes] = arena[
+                item.address : item.address + item.nbytes
+            ]
         specs = [tensors[p.tensor].spec for p in bucket.parts]
         parts = [
             TensorPart(spec.name, spec.dtype, spec.shape, p.tensor_offset, p.nbytes, p.slot_offset)
             for p, spec in zip(bucket.parts, specs, strict=True)
         ]
-        for name, tensor in assembly.take(parts, slot_of(bytes(slot))):
+        slot = slot_of(bytes(content))
+        begun = [places.get(part.name) for part in parts if part.tensor_offset == 0]
+        for name, tensor in assembly.take(parts, slot, begun):
             assert name not in got
             got[name] = bytes_of(tensor)
-    expected = {
-        tensor.spec.name: b"".join(arena[s.address : s.address + s.nbytes] for s in tensor.segments)
-        for tensor in tensors
-    }
-    assert got == expected
+        placed += assembly.placed
+        slot.zero_()
+    assert placed == len(places)
+    assert got | {name: bytes_of(tensor) for name, tensor in memory.items()} == expected
 
 
 def test_split_tensor_comes_with_its_last_part() -> None:
-    assembly, slot = Assembly(), slot_of(b"abcdef")
-    assert assembly.take([part("w", 10, 0, 6)], slot) == []
-    taken = assembly.take([part("w", 10, 6, 4), part("v", 2, 0, 2, 4)], slot_of(b"ghijkl"))
+    assembly = Assembly()
+    assert assembly.take([part("w", 10, 0, 6)], slot_of(b"abcdef"), [None]) == []
+    taken = assembly.take([part("w", 10, 6, 4), part("v", 2, 0, 2, 4)], slot_of(b"ghijkl"), [None])
     assert [(name, bytes_of(tensor)) for name, tensor in taken] == [("w", b"abcdefghij"), ("v", b"kl")]
 
 
 def test_split_tensor_does_not_change_when_the_slot_is_filled_anew() -> None:
     assembly, slot = Assembly(), slot_of(b"abcd")
-    assembly.take([part("w", 6, 0, 4)], slot)
+    assembly.take([part("w", 6, 0, 4)], slot, [None])
     slot[:] = torch.frombuffer(bytearray(b"efgh"), dtype=torch.uint8)
-    ((_, tensor),) = assembly.take([part("w", 6, 4, 2)], slot)
+    ((_, tensor),) = assembly.take([part("w", 6, 4, 2)], slot, [])
     slot.zero_()
     assert bytes_of(tensor) == b"abcdef"
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 10), (0, 3), (3, 4), (4, 2), (7, 3), (6, 4), (0, 0), (10, 0)])
-@pytest.mark.parametrize("cuts", [(6, 4), (1, 2, 3, 4), (4, 2, 4)], ids=str)
-def test_split_tensor_is_written_to_its_place_as_it_comes(cuts: tuple[int, ...], start: int, count: int) -> None:
-    """A place may be for some of the bytes only, wherever the tensor is parted."""
-    content = b"abcdefghij"
-    memory = torch.zeros(count, dtype=torch.uint8)
-    asked: list[str] = []
-
-    def find(one: TensorPart) -> Place:
-        asked.append(one.name)
-        return Place(memory, start)
-
+@pytest.mark.parametrize("cuts", [(10,), (6, 4), (1, 2, 3, 4), (4, 2, 4)], ids=str)
+def test_tensor_with_a_place_is_copied_there_as_it_comes(cuts: tuple[int, ...], start: int, count: int) -> None:
+    """A place may be for some of the bytes only, wherever the tensor is parted; nothing around it is touched."""
+    content, around = b"abcdefghij", torch.zeros(count + 2, dtype=torch.uint8)
+    place = Place(around.data_ptr() + 1, count, start)
     assembly, offset = Assembly(), 0
     for nbytes in cuts:
         assert assembly.placed == 0
-        slot = slot_of(content[offset : offset + nbytes])
-        assert assembly.take([part("w", 10, offset, nbytes)], slot, find) == []
+        slot = slot_of(b"__" + content[offset : offset + nbytes])
+        places = [place] if offset == 0 else []
+        assert assembly.take([part("w", 10, offset, nbytes, 2)], slot, places) == []
         offset += nbytes
     assert assembly.placed == 1
-    assert asked == ["w"]
-    assert bytes_of(memory) == content[start : start + count]
-    assert assembly.take([part("v", 2, 0, 2)], slot_of(b"kl"), find) != []
+    assert bytes_of(around) == b"\0" + content[start : start + count] + b"\0"
+    assert [name for name, _ in assembly.take([part("v", 2, 0, 2)], slot_of(b"kl"), [None])] == ["v"]
     assert assembly.placed == 0
 
 
 def test_tensors_with_and_without_a_place_follow_one_another() -> None:
     memory = torch.zeros(6, dtype=torch.uint8)
-    assembly = Assembly()
-
-    def find(one: TensorPart) -> Place | None:
-        return Place(memory, 0) if one.name == "placed" else None
-
-    assert assembly.take([part("placed", 6, 0, 4)], slot_of(b"abcd"), find) == []
+    place, assembly = Place(memory.data_ptr(), 6), Assembly()
+    assert assembly.take([part("placed", 6, 0, 4)], slot_of(b"abcd"), [place]) == []
     both = [part("placed", 6, 4, 2), part("built", 4, 0, 2, 2)]
-    assert assembly.take(both, slot_of(b"efgh"), find) == []
+    assert assembly.take(both, slot_of(b"efgh"), [None]) == []
     assert assembly.placed == 1
-    ((name, tensor),) = assembly.take([part("built", 4, 2, 2)], slot_of(b"ij"), find)
+    ((name, tensor),) = assembly.take([part("built", 4, 2, 2)], slot_of(b"ij"), [])
     assert (name, bytes_of(tensor), bytes_of(memory)) == ("built", b"ghij", b"abcdef")
+
+
+def test_nothing_is_copied_out_of_a_bucket_with_a_bad_part() -> None:
+    memory = torch.zeros(4, dtype=torch.uint8)
+    parts = [part("good", 4, 0, 4), part("bad", 9, 5, 4, 4)]
+    with pytest.raises(ProtocolError, match="follows nothing"):
+        Assembly().take(parts, slot_of(b"abcdefgh"), [Place(memory.data_ptr(), 4)])
+    assert not memory.any()
 
 
 @pytest.mark.parametrize(
@@ -154,29 +168,34 @@ def test_tensors_with_and_without_a_place_follow_one_another() -> None:
 def test_parts_that_do_not_follow_one_another_are_refused(parts: list[TensorPart]) -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
     for one in parts[:-1]:
-        assembly.take([one], slot)
+        assembly.take([one], slot, [None])
     with pytest.raises(ProtocolError, match="follows nothing"):
-        assembly.take([parts[-1]], slot)
+        assembly.take([parts[-1]], slot, [None])
 
 
 def test_more_bytes_than_a_tensor_has_are_refused() -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
-    assembly.take([part("w", 10, 0, 4)], slot)
+    assembly.take([part("w", 10, 0, 4)], slot, [None])
     with pytest.raises(ProtocolError, match="12 bytes of w, which has 10"):
-        assembly.take([part("w", 10, 4, 8)], slot)
+        assembly.take([part("w", 10, 4, 8)], slot, [])
 
 
 def test_cleared_assembly_has_forgotten_what_was_begun() -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
-    assembly.take([part("w", 10, 0, 4)], slot)
+    assembly.take([part("w", 10, 0, 4)], slot, [None])
     assembly.clear()
     with pytest.raises(ProtocolError):
-        assembly.take([part("w", 10, 4, 6)], slot)
-    assembly.take([part("w", 10, 0, 4)], slot)
-    assert len(assembly.take([part("w", 10, 4, 6)], slot)) == 1
+        assembly.take([part("w", 10, 4, 6)], slot, [])
+    assembly.take([part("w", 10, 0, 4)], slot, [None])
+    assert len(assembly.take([part("w", 10, 4, 6)], slot, [])) == 1
 
 
-@pytest.mark.parametrize("bad", [part("w", 4, 0, 4, 14), part("w", 4, 0, 4, -1), part("w", 99, 0, 99)])
-def test_part_outside_the_slot_raises(bad: TensorPart) -> None:
-    with pytest.raises((RuntimeError, IndexError)):
-        Assembly().take([bad], slot_of(bytes(16)))
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize(
+    "bad", [part("w", 4, 0, 4, 14), part("w", 4, 0, 4, -1), part("w", 99, 0, 99), part("w", 9, 0, -4, 8)], ids=str
+)
+def test_part_outside_the_slot_is_refused(bad: TensorPart, placed: bool) -> None:
+    memory = torch.zeros(99, dtype=torch.uint8)
+    with pytest.raises(ProtocolError, match="w lies outside of a slot of 16 bytes"):
+        Assembly().take([bad], slot_of(bytes(range(16))), [Place(memory.data_ptr(), 99) if placed else None])
+    assert not memory.any()

@@ -77,9 +77,9 @@ class FakeLoader:
     def begin(self) -> None:
         self._maybe_break("begin")
 
-    def place(self, tensor: TensorSpec) -> Place | None:
+    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
         self._maybe_break("place")
-        return None
+        return [None] * len(tensors)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.touched = True

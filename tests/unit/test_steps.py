@@ -26,7 +26,8 @@ class FakeLoader:
         self.calls: list[str] = []
         self.error: Exception | None = None
         self.misfit: Exception | None = None
-        self.memory: torch.Tensor | None = None
+        self.memory: dict[str, torch.Tensor] = {}
+        """Where tensors are placed."""
 
     def pause(self, seconds: float) -> None:
         self.calls.append("pause")
@@ -41,12 +42,13 @@ class FakeLoader:
     def begin(self) -> None:
         self.calls.append("begin")
 
-    def place(self, tensor: TensorSpec) -> Place | None:
-        self.calls.append(f"place {tensor.name} {tensor.dtype} {list(tensor.shape)}")
-        if self.memory is None:
-            return None
+    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
+        if not self.memory:
+            return [None] * len(tensors)
+        self.calls += [f"place {tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors]
         self.touched = True
-        return Place(self.memory, 0)
+        held = [self.memory.get(tensor.name) for tensor in tensors]
+        return [None if here is None else Place(here.data_ptr(), here.nbytes) for here in held]
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.touched |= bool(tensors)
@@ -105,29 +107,43 @@ def test_round_is_carried_out(steps: Steps, loader: FakeLoader) -> None:
     assert loader.content == NEW
 
 
-HALVES = [Load(7, half, 0, [TensorPart("w", "float32", (4,), 8 * half, 8, 0)]) for half in (0, 1)]
+HALVES = [Load(7, half, 0, [TensorPart("split", "float32", (4,), 8 * half, 8, 0)]) for half in (0, 1)]
 
 
-def test_split_tensor_is_loaded_in_its_place(steps: Steps, loader: FakeLoader) -> None:
-    loader.memory = torch.zeros(16, dtype=torch.uint8)
+def test_tensors_are_loaded_in_their_places(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = {"split": torch.zeros(4), "w": torch.zeros(2)}
     do(steps, Begin(7, NEW, 2, 24), *HALVES, LOAD, Finish(7))
-    assert loader.calls == ["begin", "place w float32 [4]", "w [1.5, -2.0]"]
-    assert loader.memory.view(torch.float32).tolist() == [1.5, -2.0, 1.5, -2.0]
+    assert loader.calls == ["begin", "place split float32 [4]", "place w float32 [2]"]
+    assert loader.memory["split"].tolist() == [1.5, -2.0, 1.5, -2.0]
+    assert loader.memory["w"].tolist() == [1.5, -2.0]
     assert loader.content == NEW
 
 
-def test_split_tensor_without_a_place_is_loaded_whole(steps: Steps, loader: FakeLoader) -> None:
-    do(steps, Begin(7, NEW, 1, 16), HALVES[0])
-    assert not loader.touched
-    do(steps, HALVES[1], Finish(7))
-    assert loader.calls == ["begin", "place w float32 [4]", "w [1.5, -2.0, 1.5, -2.0]"]
+def test_tensor_without_a_place_is_loaded_whole(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = {"w": torch.zeros(2)}
+    do(steps, Begin(7, NEW, 2, 24), *HALVES, LOAD, Finish(7))
+    assert loader.calls[2:] == ["split [1.5, -2.0, 1.5, -2.0]", "place w float32 [2]"]
 
 
 def test_tensor_in_its_place_whose_end_is_missing_did_not_come(steps: Steps, loader: FakeLoader) -> None:
-    loader.memory = torch.zeros(16, dtype=torch.uint8)
+    loader.memory = {"split": torch.zeros(4)}
     do(steps, Begin(7, NEW, 1, 16), HALVES[0])
     assert refused(steps, Finish(7)) == "0 of 1 tensors came"
     assert do(steps, Abort(7, "a sibling failed")).touched
+
+
+def test_places_are_for_slots_in_host_memory_only(steps: Steps, loader: FakeLoader) -> None:
+    """Bytes of a GPU's slot have no address here."""
+
+    class FarSlots(FakeSlots):
+        def slot(self, index: int) -> torch.Tensor:
+            return torch.empty(8, dtype=torch.uint8, device="meta")
+
+    loader.memory = {"w": torch.zeros(2)}
+    do(steps, Begin(7, NEW, 1, 8))
+    assert isinstance(steps.carry_out(LOAD, FarSlots()), StepFailed)  # the fake cannot say what a meta tensor holds
+    assert loader.calls == ["begin"]
+    assert not loader.memory["w"].any()
 
 
 def test_version_that_does_not_fit_is_refused_at_its_beginning(steps: Steps, loader: FakeLoader) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import EngineError, ManifestError
+from inference_plugins.assembly import Place
 from inference_plugins.torch.targets import CallbackTarget, Slicer, Slicing, Target, TensorTarget, make_target
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
 
@@ -22,14 +26,41 @@ def target_of(
     return make_target(target, Slicer(slicing, rank, world_size), ignore)
 
 
+@pytest.fixture(params=[True, False], ids=["by address", "by torch"], autouse=True)
+def by_address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether slots are in host memory, so that tensors with a place are copied there. All holds either way."""
+    monkeypatch.setattr(sys.modules[__name__], "ASK_FOR_PLACES", request.param)
+    return bool(request.param)
+
+
+ASK_FOR_PLACES = True
+
+
 def update(target: Target, tensors: Mapping[str, Tensor]) -> list[str]:
     """What an update does; returns what it brought nothing for."""
     target.begin()
-    target.check(list(tensors.items()))
+    left = put(target, tensors) if ASK_FOR_PLACES else list(tensors.items())
+    target.check(left)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in left:
             target.write(name, tensor)
     return target.missing()
+
+
+def put(target: Target, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Copy what has a place as the receiver does, by address; returns the rest."""
+    left = []
+    places = target.place([spec_of(name, tensor) for name, tensor in tensors.items()])
+    for (name, tensor), place in zip(tensors.items(), places, strict=True):
+        if place is None:
+            left.append((name, tensor))
+        else:
+            ctypes.memmove(place.address, bytes_of(tensor)[place.start :], place.nbytes)
+    return left
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 # --- values and layouts ----------------------------------------------------------------------------------------------
@@ -155,30 +186,21 @@ def test_place_of_a_subclass_is_written_by_its_own_rules() -> None:
     assert (Counting.copies, place.sum().item()) == (1, 3.0)
 
 
-# --- tensors that come in parts --------------------------------------------------------------------------------------
+# --- places ----------------------------------------------------------------------------------------------------------
 
 
-def stream(target: Target, name: str, tensor: Tensor, piece_bytes: int) -> bool:
-    """Write a tensor in pieces, as far as the target has a place for them; False: it wants it whole."""
-    place = target.place(name, tensor.to("meta"))
-    if place is None:
-        return False
-    content = torch.frombuffer(bytearray(bytes_of(tensor)), dtype=torch.uint8)
-    for offset in range(0, content.numel(), piece_bytes):
-        place.write(offset, content[offset : offset + piece_bytes])
-    return True
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 7, 16, 1000])
-@pytest.mark.parametrize("rank", range(3))
-def test_rank_s_rows_are_written_as_they_come(rank: int, piece_bytes: int) -> None:
-    new, held = torch.arange(24.0).reshape(6, 4), {"w": torch.zeros(2, 4)}
-    target = target_of(held, slicing={"w": 0}, rank=rank, world_size=3)
+def place_of(target: Target, name: str, tensor: Tensor) -> Place | None:
+    """Where a target wants a tensor of a version copied; None: it has to be given it."""
     target.begin()
-    assert target.missing() == ["w"]
-    assert stream(target, "w", new, piece_bytes)
-    assert torch.equal(held["w"], new[2 * rank : 2 * rank + 2])
-    assert target.missing() == []
+    (place,) = target.place([spec_of(name, tensor)])
+    return place
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_place_of_a_rank_s_rows_is_its_own_tensor(rank: int) -> None:
+    new, held = torch.arange(24.0).reshape(6, 4), {"w": torch.zeros(2, 4)}
+    place = place_of(target_of(held, slicing={"w": 0}, rank=rank, world_size=3), "w", new)
+    assert place == Place(held["w"].data_ptr(), 2 * 4 * 4, rank * 2 * 4 * 4)
 
 
 @pytest.mark.parametrize(
@@ -191,43 +213,70 @@ def test_rank_s_rows_are_written_as_they_come(rank: int, piece_bytes: int) -> No
     ],
     ids=["transposed", "every other row", "a rank's columns", "real parts"],
 )
-def test_tensor_whose_place_is_no_run_of_bytes_has_to_come_whole(place: Tensor, slicing: dict[str, int]) -> None:
-    new = torch.arange(24.0).reshape(4, 6)
+def test_what_is_no_run_of_bytes_has_no_place(place: Tensor, slicing: dict[str, int]) -> None:
     target = target_of({"w": place}, slicing=slicing, world_size=2 if slicing else 1)
-    target.begin()
-    assert not stream(target, "w", new, 8)
+    assert place_of(target, "w", torch.empty(4, 6)) is None
     assert target.missing() == ["w"]
-    assert not place.any()
-    target.write("w", new)
-    assert torch.equal(place, new[:, : place.shape[1]])
 
 
-def test_parameter_is_written_as_it_comes() -> None:
-    layer = nn.Linear(3, 2, bias=False)
-    before, version = layer.weight, layer.weight._version
+def test_place_is_looked_up_anew_where_memory_has_changed() -> None:
+    """An address that was good once is the worst that there is: between updates, and within one."""
+    layer, new = nn.Linear(4, 2, bias=False), torch.ones(2, 4)
     target = target_of(layer)
+    first = place_of(target, "weight", new)
+    assert place_of(target, "weight", new) == first
+    kept = layer.weight.data
+    layer.weight.data = torch.zeros(2, 4)
+    second = place_of(target, "weight", new)
+    assert second == Place(layer.weight.data_ptr(), 32)
+    assert second != first
+    layer.weight.data = kept
+    assert target.place([spec_of("weight", new)]) == [first]
+    layer.weight = nn.Parameter(torch.zeros(4, 2).t())
+    assert place_of(target, "weight", new) is None
+    layer.weight = nn.Parameter(torch.zeros(3, 4))
     target.begin()
-    assert stream(target, "weight", torch.ones(2, 3), 5)
-    assert layer.weight is before
-    assert layer.weight._version > version
-    assert torch.equal(layer.weight, torch.ones(2, 3))
+    with pytest.raises(ManifestError, match=r"weight is \[3, 4\] here, \[2, 4\] in the version"):
+        target.place([spec_of("weight", new)])
 
 
-def test_part_of_what_does_not_fit_is_refused_and_of_what_is_ignored_passed_over() -> None:
+def test_place_is_for_the_dtype_and_shape_that_it_was_looked_up_for() -> None:
+    target = target_of({"w": torch.zeros(2, 4)})
+    assert place_of(target, "w", torch.ones(2, 4)) is not None
+    for wrong in (torch.ones(4, 2), torch.ones(2, 4, dtype=torch.int32)):
+        with pytest.raises(ManifestError, match="w is"):
+            target.place([spec_of("w", wrong)])
+
+
+def test_tensor_counts_as_written_once_its_place_was_asked_for() -> None:
+    target = target_of({"w": torch.zeros(2), "v": torch.zeros(2)})
+    assert place_of(target, "w", torch.ones(2)) is not None
+    assert target.missing() == ["v"]
+    target.begin()
+    assert target.missing() == ["w", "v"]
+
+
+def test_nothing_of_an_ignored_tensor_has_a_place() -> None:
     held = {"w": torch.zeros(2, 3)}
     target = target_of(held, ignore=("mtp.w",))
-    target.begin()
-    with pytest.raises(ManifestError, match=r"w is \[2, 3\] here, \[3, 3\] in the version"):
-        target.place("w", torch.empty(3, 3, device="meta"))
-    with pytest.raises(ManifestError, match="no tensor here is called u"):
-        target.place("u", torch.empty(3, 3, device="meta"))
-    assert stream(target, "mtp.w", torch.ones(9), 4)
+    place = place_of(target, "mtp.w", torch.ones(9))
+    assert place is not None
+    assert place.nbytes == 0
     assert target.missing() == ["w"]
+    with pytest.raises(ManifestError, match="no tensor here is called u"):
+        target.place([TensorSpec("u", "float32", (2, 3))])
 
 
-def test_callback_is_given_whole_tensors() -> None:
-    target = target_of(lambda name, tensor: None)
-    assert not stream(target, "w", torch.ones(4), 4)
+def test_callback_is_given_every_tensor() -> None:
+    assert place_of(target_of(lambda name, tensor: None), "w", torch.ones(4)) is None
+
+
+def test_expecting_an_update_is_no_change(by_address: bool) -> None:
+    """It is compared while the engine serves."""
+    held = {"w": torch.zeros(2)}
+    before = held["w"]._version
+    target_of(held).expect([("w", torch.empty(2, device="meta"))])
+    assert held["w"]._version == before
 
 
 # --- tied weights ----------------------------------------------------------------------------------------------------
