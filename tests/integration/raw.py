@@ -15,6 +15,7 @@ from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import from_code
 from cpe_daemon.links.dealer import Dealer
+from cpe_daemon.links.keys import Credentials
 from cpe_daemon.wire.messages import (
     PROTOCOL,
     Chunk,
@@ -39,8 +40,16 @@ _SECONDS = 15.0
 class RawTrainer:
     """One rank, over the socket, without a landing ring. It sends no heartbeats by itself. A context manager."""
 
-    def __init__(self, endpoint: str, *, rank: int = 0, world_size: int = 1, run: str = RUN) -> None:
-        self._dealer = Dealer(endpoint, FrontReply)
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        run: str = RUN,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self._dealer = Dealer(endpoint, FrontReply, credentials)
         self._run = run
         self._streams = itertools.count(1)
         self._dealer.send(TrainerHello(PROTOCOL, MODEL, run, rank, world_size))
