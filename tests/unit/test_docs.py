@@ -14,7 +14,7 @@ from cpe_daemon.config.model import settings
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
-OURS = ("cpe_daemon/", "inference_plugins/", "tests/", "configs/", "examples/", "docs/")
+OURS = ("cpe_daemon/", "inference_plugins/", "tests/", "configs/", "deploy/", "examples/", "docs/")
 
 
 def generator() -> ModuleType:
