@@ -18,8 +18,8 @@ from cpe_daemon.arena import Arena
 from cpe_daemon.core.admission import History, admit
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState, advance
-from cpe_daemon.core.manifest import Manifest
-from cpe_daemon.core.plan import PlanTensor, locate
+from cpe_daemon.core.manifest import Manifest, Tensor
+from cpe_daemon.core.plan import HERE, Base
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import ArenaFullError, CpeError, MisuseError, PublishError, VersionRefusedError
 from cpe_daemon.wire.reports import VersionReport
@@ -73,15 +73,16 @@ class Version:
         """From its first rank's opening to staged; 0 before that."""
         return self.staged_at - self.opened_at if self.staged_at else 0.0
 
-    def tensors(self) -> tuple[PlanTensor, ...]:
-        """Every tensor with its place in the arena, for a plan.
+    def located(self) -> tuple[Sequence[Tensor], Sequence[Base]]:
+        """Its tensors, and where in the arena each rank's extent begins, for a plan.
 
         Raises:
             MisuseError: it is not staged.
         """
         if self.manifest is None:
             raise MisuseError(f"{self.id} is not staged")
-        return locate(self.manifest, [self.contributions[rank].extent.offset for rank in range(self.world_size)])
+        bases = [Base(HERE, self.contributions[rank].extent.offset) for rank in range(self.world_size)]
+        return self.manifest.tensors, bases
 
 
 class Catalogue:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import msgspec
 
-from cpe_daemon.core.groups import LEVELS, group_of_module
+from cpe_daemon.core.dtypes import ITEMSIZE
+from cpe_daemon.core.groups import LEVELS, module_groups
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.errors import MisuseError
 
@@ -70,25 +72,10 @@ def cut(specs: Sequence[TensorSpec], slot_bytes: int) -> Cut:
     if slot_bytes <= 0 or slot_bytes % ALIGNMENT_BYTES:
         raise MisuseError(f"slots of {slot_bytes} bytes: a positive multiple of {ALIGNMENT_BYTES} is due")
     names = [spec.name for spec in specs]
-    sizes = [spec.nbytes for spec in specs]
+    sizes = [prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in specs]
     packer = _Packer(names, sizes, slot_bytes)
-    for group in _module_groups(names):
-        packer.add(group)
+    packer.add(module_groups(names))
     return Cut(tuple(sizes), slot_bytes, packer.finish(), packer.largest_split_bytes)
-
-
-def _module_groups(names: Iterable[str]) -> Iterable[list[int]]:
-    """Indexes into ``names`` by module group, in the order of the groups' first tensors."""
-    groups: dict[str, list[int]] = {}
-    group: list[int] = []
-    last: str | None = None
-    for index, name in enumerate(names):
-        module = name.rpartition(".")[0]
-        if module != last:  # weight and scale are neighbours, mostly
-            group = groups.setdefault(group_of_module(module), [])
-            last = module
-        group.append(index)
-    return groups.values()
 
 
 class _Packer:
@@ -98,46 +85,50 @@ class _Packer:
         self.largest_split_bytes = 0
         self._names = names
         self._sizes = sizes
-        self._rooms = [align(nbytes) for nbytes in sizes]
+        aligned = {nbytes: align(nbytes) for nbytes in set(sizes)}  # few sizes for many tensors
+        self._rooms = [aligned[nbytes] for nbytes in sizes]
         self._slot_bytes = slot_bytes
         self._fillings: list[Filling] = []
         self._parts: list[Part] = []
         self._used = 0
 
-    def add(self, unit: Sequence[int], level: int = 0) -> None:
-        """Add what has one key at ``level`` of `LEVELS`: whole if a slot can hold it, else level by level."""
-        room = self._room(unit)
-        if room <= self._slot_bytes:
-            if self._used + room > self._slot_bytes:
+    def add(self, units: Iterable[Sequence[int]], level: int = 0) -> None:
+        """Add what has one key each at ``level`` of `LEVELS`: whole if a slot can hold it, else level by level."""
+        sizes, rooms, slot_bytes = self._sizes, self._rooms, self._slot_bytes
+        for unit in units:
+            room = sum([rooms[index] for index in unit])
+            if room > slot_bytes:
+                self._divide(unit, level)
+                continue
+            if self._used + room > slot_bytes:
                 self._close()
-            self._put(unit)
-        elif level + 1 < len(LEVELS):
-            for finer in self._gather(unit, LEVELS[level + 1]):
-                self.add(finer, level + 1)
-        else:
-            self._part(unit)
+            parts, used = self._parts, self._used
+            for index in unit:
+                nbytes = sizes[index]
+                parts.append(Part(index, 0, nbytes, used if nbytes else 0))
+                used += rooms[index]
+            self._used = used
 
     def finish(self) -> tuple[Filling, ...]:
         """Close the last bucket and return all."""
         self._close()
         return tuple(self._fillings)
 
+    def _divide(self, unit: Sequence[int], level: int) -> None:
+        """Add what is larger than a slot by finer keys, and what has none in parts."""
+        if level + 1 < len(LEVELS):
+            self.add(self._gather(unit, LEVELS[level + 1]), level + 1)
+        else:
+            self._part(unit)
+
     def _room(self, unit: Iterable[int]) -> int:
-        rooms = self._rooms
-        return sum([rooms[index] for index in unit])
+        return sum([self._rooms[index] for index in unit])
 
     def _gather(self, unit: Iterable[int], key: Callable[[str], str]) -> Iterable[list[int]]:
         units: dict[str, list[int]] = {}
         for index in unit:
             units.setdefault(key(self._names[index]), []).append(index)
         return units.values()
-
-    def _put(self, unit: Iterable[int]) -> None:
-        """Place whole tensors, for which there is room."""
-        for index in unit:
-            nbytes = self._sizes[index]
-            self._parts.append(Part(index, 0, nbytes, self._used if nbytes else 0))
-            self._used += self._rooms[index]
 
     def _part(self, unit: Sequence[int]) -> None:
         """Place a weight and its companions, together larger than a slot.
@@ -154,8 +145,7 @@ class _Packer:
         for index in large:
             joins = index == large[-1] and beside_bytes < self._slot_bytes
             self._split(index, beside_bytes if joins else 0)
-        for index in small:
-            self.add([index])
+        self.add([index] for index in small)
 
     def _split(self, index: int, beside_bytes: int) -> None:
         """Place a tensor in parts, the last of which leaves ``beside_bytes`` of its bucket free."""

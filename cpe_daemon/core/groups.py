@@ -16,7 +16,7 @@ A group larger than a slot is parted along `LEVELS`, from coarse to fine.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 _COUNTED: Final = re.compile(
@@ -61,19 +61,27 @@ _ORDINARY: Final = frozenset(
 """Leaves of a module that has but one weight, without their roles."""
 
 
-def group_of_module(module: str) -> str:
-    """The module group of all tensors whose `module_key` is ``module``."""
-    before, experts, behind = module.rpartition("experts.")
-    number, _, rest = behind.partition(".")
-    if experts and number.isdecimal() and "." not in rest:
-        return f"{before}{experts}{number}"  # what `_COUNTED` finds: nearly all modules of a large model
-    match = _COUNTED.match(module) or _NUMBERED.match(module)
-    return match.group() if match else _fused_module(module)
+def module_groups(names: Iterable[str]) -> Iterable[Sequence[int]]:
+    """Gather tensors by `group_key`: indexes into ``names``, groups in the order of their first tensors."""
+    groups: dict[str, list[int]] = {}
+    experts: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        parent = name.rsplit(".", 2)[0]
+        group = experts.get(parent)  # a short way past the rule: nearly all tensors of a large model are experts'
+        if group is None:
+            if _is_expert(parent):
+                group = experts[parent] = groups.setdefault(parent, [])
+            else:
+                group = groups.setdefault(group_key(name), [])
+        group.append(index)
+    return groups.values()
 
 
 def group_key(name: str) -> str:
     """The module group of a tensor: those with the same key travel in one bucket if a slot can hold them."""
-    return group_of_module(module_key(name))
+    module = module_key(name)
+    match = _COUNTED.match(module) or _NUMBERED.match(module)
+    return match.group() if match else _fused_module(module)
 
 
 def fused_key(name: str) -> str:
@@ -99,6 +107,12 @@ def companion_key(name: str) -> str:
 
 LEVELS: Final[tuple[Callable[[str], str], ...]] = (group_key, fused_key, module_key, companion_key)
 """The ways to gather tensors, each finer than the one before; behind the last, a tensor is alone."""
+
+
+def _is_expert(path: str) -> bool:
+    """Whether a path ends in an expert's number: then it is the group of all modules right below it, by `_COUNTED`."""
+    number = path.rpartition("experts.")[2]
+    return number.isdecimal() and number != path
 
 
 def _fused_module(module: str) -> str:

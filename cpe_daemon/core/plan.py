@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import msgspec
-
 from cpe_daemon.core.buckets import Cut, Filling, Part, cut
-from cpe_daemon.core.copies import HERE, Copy, PeerCopy, Segment, deal, exchange, fill, sources
-from cpe_daemon.core.manifest import Manifest
+from cpe_daemon.core.copies import HERE, Base, Copy, Located, PeerCopy, deal, exchange, fill, locate, sources
+from cpe_daemon.core.manifest import Tensor
 from cpe_daemon.core.topology import Gpu, Region, Share, Topology, equal_shares, near_shares
-from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import MisuseError
 
 __all__ = [
     "HERE",
+    "Base",
     "Bucket",
     "Copy",
     "Cut",
@@ -28,22 +26,11 @@ __all__ = [
     "Part",
     "PeerCopy",
     "Plan",
-    "PlanTensor",
     "Region",
-    "Segment",
     "Topology",
     "assign",
     "cut",
-    "locate",
-    "make_plan",
 ]
-
-
-class PlanTensor(msgspec.Struct, frozen=True, gc=False):
-    """A tensor and where its bytes lie: segments in order that cover it exactly; none for an empty tensor."""
-
-    spec: TensorSpec
-    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +71,7 @@ class Plan:
     largest_split_bytes: int
 
 
-def locate(manifest: Manifest, extent_offsets: Sequence[int]) -> tuple[PlanTensor, ...]:
-    """Say where in the arena the tensors of a manifest lie.
-
-    Args:
-        manifest: its runs lie in the ranks' extents.
-        extent_offsets: by rank, where in the arena its extent begins.
-    """
-    located: list[PlanTensor] = []
-    for tensor in manifest.tensors:
-        segments = [
-            Segment(run.tensor_offset, run.nbytes, extent_offsets[run.rank] + run.offset)
-            for run in tensor.runs
-            if run.nbytes
-        ]
-        located.append(PlanTensor(tensor.spec, tuple(segments)))
-    return tuple(located)
-
-
-def make_plan(tensors: Sequence[PlanTensor], *, slot_bytes: int, topology: Topology) -> Plan:
-    """Plan a push from nothing. Whoever keeps the `Cut` of such tensors calls `assign` alone.
-
-    Raises:
-        MisuseError: the slots' size is no positive multiple of the alignment, or a tensor is not covered.
-    """
-    return assign(cut([tensor.spec for tensor in tensors], slot_bytes), tensors, topology)
-
-
-def assign(buckets: Cut, tensors: Sequence[PlanTensor], topology: Topology) -> Plan:
+def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology) -> Plan:
     """Give each GPU its copies.
 
     With peer access each GPU pulls an equal share of every bucket, from memory near to it as far as that
@@ -119,38 +79,27 @@ def assign(buckets: Cut, tensors: Sequence[PlanTensor], topology: Topology) -> P
 
     Args:
         buckets: the cut of these tensors, or of others with the same names and sizes in the same order.
-        tensors: where the bytes lie.
+        tensors: a manifest's.
+        bases: by rank of that manifest, where its extent begins.
         topology: the GPUs.
 
     Raises:
-        MisuseError: the tensors are not those that were cut, or one's segments do not cover it exactly.
+        MisuseError: the tensors are not those that were cut, or one's runs do not cover it exactly.
     """
     if len(tensors) != len(buckets.sizes):
         raise MisuseError(f"{len(tensors)} tensors for a cut of {len(buckets.sizes)}")
-    for tensor, nbytes in zip(tensors, buckets.sizes, strict=True):
-        _check_covered(tensor, nbytes)
-    segments = [tensor.segments for tensor in tensors]
+    located = locate(tensors, buckets.sizes, bases)
     return Plan(
-        tuple(_bucket(index, filling, segments, topology) for index, filling in enumerate(buckets.fillings)),
+        tuple([_bucket(index, filling, located, topology) for index, filling in enumerate(buckets.fillings)]),
         buckets.slot_bytes,
         sum(buckets.sizes),
         buckets.largest_split_bytes,
     )
 
 
-def _check_covered(tensor: PlanTensor, nbytes: int) -> None:
-    end = 0
-    for segment in tensor.segments:
-        if segment.tensor_offset != end or segment.nbytes <= 0:
-            raise MisuseError(f"tensor {tensor.spec.name}: {segment} where one from {end} on is due")
-        end += segment.nbytes
-    if end != nbytes:
-        raise MisuseError(f"tensor {tensor.spec.name}: its segments cover {end} of {nbytes} bytes")
-
-
-def _bucket(index: int, filling: Filling, segments: Sequence[Sequence[Segment]], topology: Topology) -> Bucket:
+def _bucket(index: int, filling: Filling, located: Located, topology: Topology) -> Bucket:
     nbytes, parts = filling.nbytes, filling.parts
-    copies = fill(parts, segments)
+    copies = fill(parts, located)
     count = len(topology.gpus)
     if not topology.peer_access:
         return Bucket(index, nbytes, parts, (tuple(copies),) * count, ((),) * count)

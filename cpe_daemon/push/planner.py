@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpe_daemon.core.plan import Cut, Plan, PlanTensor, Topology, assign, cut
+from cpe_daemon.core.manifest import Tensor
+from cpe_daemon.core.plan import Base, Cut, Plan, Topology, assign, cut
 from cpe_daemon.core.types import TensorSpec
 
 
@@ -19,18 +20,26 @@ class Planner:
         self._slot_bytes = slot_bytes
         self._cuts: dict[str, tuple[list[TensorSpec], Cut]] = {}
 
-    def plan(self, model: str, tensors: Sequence[PlanTensor], topology: Topology) -> tuple[Sequence[TensorSpec], Plan]:
+    def plan(
+        self, model: str, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology
+    ) -> tuple[Sequence[TensorSpec], Plan]:
         """Plan a push of a model's tensors; takes tenths of a second for 140,000.
+
+        Args:
+            model: whose tensors they are.
+            tensors: a manifest's.
+            bases: by rank of that manifest, where its extent begins.
+            topology: the GPUs.
 
         Returns:
             What the tensors are, the same object as long as they are the same, and the plan.
 
         Raises:
-            MisuseError: the tensors are not covered by their segments.
+            MisuseError: the tensors are not covered by their runs.
         """
         specs = [tensor.spec for tensor in tensors]
         known, made = self._cuts.get(model, (None, None))
         if made is None or known != specs:
             made = cut(specs, self._slot_bytes)
             self._cuts[model] = (specs, made)
-        return self._cuts[model][0], assign(made, tensors, topology)
+        return self._cuts[model][0], assign(made, tensors, bases, topology)

@@ -245,8 +245,7 @@ class Pusher:
             gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
             full = self._device.topology
             topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
-            tensors = await asyncio.to_thread(version.tensors)
-            specs, plan = await asyncio.to_thread(self._planner.plan, version.id.model, tensors, topology)
+            specs, plan = await asyncio.to_thread(self._planner.plan, version.id.model, *version.located(), topology)
             served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
             participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
             if not participants:

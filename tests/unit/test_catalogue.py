@@ -17,6 +17,7 @@ from cpe_daemon.core.admission import History, admit
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import Manifest, layout, merge
+from cpe_daemon.core.plan import HERE
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, VersionId, align
 from cpe_daemon.errors import (
     ArenaFullError,
@@ -330,7 +331,7 @@ def describe(version: Version) -> tuple[object, ...]:
 
 def test_tensors_of_a_version_that_is_not_staged_is_misuse(shelf: Shelf) -> None:
     with pytest.raises(MisuseError, match="not staged"):
-        shelf.receive(number(1)).tensors()
+        shelf.receive(number(1)).located()
 
 
 def test_tensors_lie_where_their_ranks_extents_do(shelf: Shelf) -> None:
@@ -342,8 +343,13 @@ def test_tensors_lie_where_their_ranks_extents_do(shelf: Shelf) -> None:
     seal(version)
     shelf.catalogue.stage(version, manifest_of(version))
     zero, one = (version.contributions[rank].extent.offset for rank in range(2))
-    placed = {t.spec.name: [(s.tensor_offset, s.nbytes, s.address) for s in t.segments] for t in version.tensors()}
-    assert placed == {"a": [(0, 3, zero)], "b": [(0, 4, one), (4, 4, zero + A)], "none": []}
+    tensors, bases = version.located()
+    assert {base.origin for base in bases} == {HERE}
+    placed = {
+        tensor.spec.name: [(run.tensor_offset, run.nbytes, bases[run.rank].address + run.offset) for run in tensor.runs]
+        for tensor in tensors
+    }
+    assert placed == {"a": [(0, 3, zero)], "b": [(0, 4, one), (4, 4, zero + A)], "none": [(0, 0, one + A)]}
 
 
 # --- leases and room -------------------------------------------------------------------------------------------------

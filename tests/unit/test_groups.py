@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cpe_daemon.core.groups import LEVELS, companion_key, fused_key, group_key, group_of_module, module_key
+from cpe_daemon.core.groups import LEVELS, companion_key, fused_key, group_key, module_groups, module_key
 from tests.unit.model_names import COUNTS, MODELS, tensors_of
 
 
@@ -76,12 +80,44 @@ def test_group_key_does_not_take_a_number_inside_a_word_for_a_layer() -> None:
     assert group_key("model.layersx.3.a.b.weight") == "model.layersx.3.a"
 
 
-def test_group_of_an_experts_module_is_the_same_by_its_shortcut_and_by_the_rule() -> None:
-    """`group_of_module` has a quick way for the usual expert; one component more takes the rule."""
-    for module in ("m.layers.1.mlp.experts.17", "experts.0", "shared_experts.3", "m.experts.5"):
-        assert group_of_module(module) == module
-        assert group_of_module(f"{module}.w1") == module
-        assert group_of_module(f"{module}.w1.inner") == module
+def gathered(names: Sequence[str]) -> list[list[int]]:
+    """What `module_groups` is to give, by the rule alone."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        groups[group_key(name)].append(index)
+    return list(groups.values())
+
+
+COMPONENTS = (
+    "model",
+    "layers",
+    "h",
+    "experts",
+    "local_experts",
+    "0",
+    "1",
+    "17",
+    "²",
+    "٣",
+    "w1",
+    "self_attn",
+    "weight",
+    "",
+)
+
+
+@given(st.lists(st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=9).map(".".join), max_size=40))
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_gathering_has_short_ways_but_follows_the_rule(names: list[str]) -> None:
+    assert list(module_groups(names)) == gathered(names)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gathering_a_models_tensors_follows_the_rule_in_any_order(model: str) -> None:
+    names = [spec.name for spec in tensors_of(model, layers=3)]
+    assert list(module_groups(names)) == gathered(names)
+    random.Random(5).shuffle(names)
+    assert list(module_groups(names)) == gathered(names)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from cpe_daemon.core.manifest import (
     layout,
     merge,
 )
-from cpe_daemon.core.plan import locate
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, TensorSpec, VersionId, align
 from cpe_daemon.errors import ManifestError
 
@@ -186,8 +185,8 @@ def test_any_parting_over_ranks_joins_to_the_tensors_bytes(seed: int, world_size
             arena += data + b"\xee" * (align(len(data)) - len(data))
         assert len(arena) - extent_offsets[-1] == layout(shards).nbytes
     found = {
-        tensor.spec.name: b"".join(arena[s.address : s.address + s.nbytes] for s in tensor.segments)
-        for tensor in locate(manifest, extent_offsets)
+        tensor.spec.name: b"".join(arena[extent_offsets[run.rank] + run.offset :][: run.nbytes] for run in tensor.runs)
+        for tensor in manifest.tensors
     }
     assert found == whole
     assert manifest.nbytes == sum(map(len, whole.values()))

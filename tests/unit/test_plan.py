@@ -12,25 +12,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpe_daemon.core.groups import companion_key, fused_key, group_key, module_key
-from cpe_daemon.core.manifest import Manifest, Run, Tensor
+from cpe_daemon.core.manifest import Run, Tensor
 from cpe_daemon.core.plan import (
+    Base,
     Bucket,
     Copy,
     Gpu,
     PeerCopy,
     Plan,
-    PlanTensor,
     Region,
-    Segment,
     Topology,
     assign,
     cut,
-    locate,
-    make_plan,
 )
-from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, VersionId, align
+from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.errors import MisuseError
 from tests.unit.model_names import MODELS, tensors_of
+from tests.unit.planning import ARENA, PEER, addresses_of, in_runs, make_plan, whole
 
 A = ALIGNMENT_BYTES
 MIB = 1 << 20
@@ -67,11 +65,11 @@ def gpus(count: int, *, peer_access: bool = True) -> Topology:
     return Topology(tuple(Gpu(f"GPU-{index}") for index in range(count)), peer_access)
 
 
-def side_by_side(specs: Sequence[TensorSpec], start: int = 0) -> list[PlanTensor]:
+def side_by_side(specs: Sequence[TensorSpec], start: int = 0) -> list[Tensor]:
     """Tensors one after another in one extent, as a trainer of one rank lays them out."""
     tensors = []
     for spec in specs:
-        tensors.append(PlanTensor(spec, (Segment(0, spec.nbytes, start),) if spec.nbytes else ()))
+        tensors.append(whole(spec, start))
         start = align(start + spec.nbytes)
     return tensors
 
@@ -98,7 +96,7 @@ def carried_out(plan: Plan, bucket: Bucket, arena: bytes) -> list[bytearray]:
     return slots
 
 
-def loaded(plan: Plan, tensors: Sequence[PlanTensor], arena: bytes, gpu: int) -> dict[int, bytes]:
+def loaded(plan: Plan, tensors: Sequence[Tensor], arena: bytes, gpu: int) -> dict[int, bytes]:
     """What a worker of a GPU puts together, with the one assembly buffer that it has."""
     whole: dict[int, bytes] = {}
     assembly = bytearray()
@@ -199,8 +197,8 @@ def topologies(draw: st.DrawFn, arena_bytes: int) -> Topology:
 
 
 @st.composite
-def scattered(draw: st.DrawFn) -> tuple[list[PlanTensor], bytes]:
-    """Tensors in segments over the extents of several ranks, in any order, with holes; and such an arena."""
+def scattered_tensors(draw: st.DrawFn) -> tuple[list[Tensor], bytes]:
+    """Tensors in runs over the extents of several ranks, in any order, with holes; and such an arena."""
     names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=14))
     shuffled = random.Random(draw(st.integers(0, 1 << 32)))
     pieces: list[tuple[int, int, int]] = []
@@ -211,19 +209,19 @@ def scattered(draw: st.DrawFn) -> tuple[list[PlanTensor], bytes]:
             pieces.append((tensor, 0, 0))
     if draw(st.booleans()):
         shuffled.shuffle(pieces)
-    segments: dict[int, list[Segment]] = defaultdict(list)
+    runs: dict[int, list[Run]] = defaultdict(list)
     end = 0
     for tensor, offset, nbytes in pieces:
         start = align(end) + shuffled.choice((0, 0, 0, A, 3 * A))
-        if nbytes:
-            segments[tensor].append(Segment(offset, nbytes, start))
-            end = start + nbytes
-        else:
-            segments[tensor] += []
+        rank = shuffled.choice([rank for rank in (0, 2, 3) if ARENA[rank].address <= start])
+        runs[tensor].append(Run(offset, nbytes, rank, start - ARENA[rank].address))
+        end = start + nbytes
     tensors = [
-        PlanTensor(spec_of(name, sum(s.nbytes for s in segments[index])), tuple(sorted_segments))
+        in_runs(
+            spec_of(name, sum(run.nbytes for run in runs[index])),
+            *sorted(runs[index], key=lambda run: run.tensor_offset),
+        )
         for index, name in enumerate(names)
-        for sorted_segments in [sorted(segments[index], key=lambda segment: segment.tensor_offset)]
     ]
     return tensors, bytes(random.Random(end).choices(range(STALE), k=end))
 
@@ -231,7 +229,7 @@ def scattered(draw: st.DrawFn) -> tuple[list[PlanTensor], bytes]:
 @given(data=st.data(), slot_blocks=st.sampled_from([1, 2, 3, 8, 16, 64]))
 @settings(max_examples=220, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_plan_brings_every_byte_to_every_gpu_exactly_once(data: st.DataObject, slot_blocks: int) -> None:
-    tensors, arena = data.draw(scattered())
+    tensors, arena = data.draw(scattered_tensors())
     topology = data.draw(topologies(len(arena)))
     plan = make_plan(tensors, slot_bytes=slot_blocks * A, topology=topology)
     specs = [tensor.spec for tensor in tensors]
@@ -239,7 +237,7 @@ def test_plan_brings_every_byte_to_every_gpu_exactly_once(data: st.DataObject, s
     for key in (group_key, fused_key, module_key, companion_key):
         check_units_whole(plan, specs, key)
     expected = {
-        index: b"".join(arena[s.address : s.address + s.nbytes] for s in tensor.segments)
+        index: b"".join(arena[address : address + nbytes] for _, nbytes, address in addresses_of(tensor))
         for index, tensor in enumerate(tensors)
     }
     for gpu in range(len(topology.gpus)):
@@ -248,7 +246,7 @@ def test_plan_brings_every_byte_to_every_gpu_exactly_once(data: st.DataObject, s
         check_copies(bucket, tensors, topology)
 
 
-def check_copies(bucket: Bucket, tensors: Sequence[PlanTensor], topology: Topology) -> None:
+def check_copies(bucket: Bucket, tensors: Sequence[Tensor], topology: Topology) -> None:
     """No GPU writes a slot byte twice; shares are within the quota, aligned, and of the right number."""
     count = len(topology.gpus)
     assert len(bucket.pulls) == len(bucket.exchanges) == count
@@ -259,7 +257,7 @@ def check_copies(bucket: Bucket, tensors: Sequence[PlanTensor], topology: Topolo
         assert all(start + nbytes <= after for (start, nbytes), (after, _) in pairwise(sorted(written)))
         for copy in bucket.pulls[gpu]:
             within = [r for r in readable if r[0] <= copy.address and copy.address + copy.nbytes <= r[1]]
-            assert within, "a copy reads what no segment, nor the padding between two, holds"
+            assert within, "a copy reads what no run, nor the padding between two, holds"
     for exchanges in bucket.exchanges:
         assert all(copy.slot_offset % A == copy.nbytes % A == 0 for copy in exchanges)
     if topology.peer_access:
@@ -270,16 +268,16 @@ def check_copies(bucket: Bucket, tensors: Sequence[PlanTensor], topology: Topolo
         assert len(set(bucket.pulls)) == 1
 
 
-def readable_ranges(bucket: Bucket, tensors: Sequence[PlanTensor]) -> list[tuple[int, int]]:
-    """Arena ranges that hold the bucket's segments, and paddings of less than an alignment between two of them."""
+def readable_ranges(bucket: Bucket, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Arena ranges that hold the bucket's runs, and paddings of less than an alignment between two of them."""
     ranges: list[tuple[int, int]] = []
     for start, end in sorted(
-        (max(segment.tensor_offset, first) + shift, min(segment.tensor_offset + segment.nbytes, last) + shift)
+        (max(offset, first) + shift, min(offset + nbytes, last) + shift)
         for part in bucket.parts
         for first, last in [(part.tensor_offset, part.tensor_offset + part.nbytes)]
-        for segment in tensors[part.tensor].segments
-        for shift in [segment.address - segment.tensor_offset]
-        if segment.tensor_offset < last and first < segment.tensor_offset + segment.nbytes
+        for offset, nbytes, address in addresses_of(tensors[part.tensor])
+        for shift in [address - offset]
+        if offset < last and first < offset + nbytes
     ):
         if ranges and start - ranges[-1][1] < A:
             start = ranges.pop()[0]
@@ -290,11 +288,11 @@ def readable_ranges(bucket: Bucket, tensors: Sequence[PlanTensor]) -> list[tuple
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_cut_serves_every_topology(data: st.DataObject) -> None:
-    tensors, arena = data.draw(scattered())
+    tensors, arena = data.draw(scattered_tensors())
     buckets = cut([tensor.spec for tensor in tensors], 8 * A)
     for _ in range(3):
         topology = data.draw(topologies(len(arena)))
-        assert assign(buckets, tensors, topology) == make_plan(tensors, slot_bytes=8 * A, topology=topology)
+        assert assign(buckets, tensors, ARENA, topology) == make_plan(tensors, slot_bytes=8 * A, topology=topology)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
@@ -392,7 +390,7 @@ def test_empty_tensors_are_in_the_bucket_of_their_group() -> None:
 
 def test_zero_dimensional_tensors_are_one_element() -> None:
     spec = TensorSpec("input_scale", "float32", ())
-    plan = make_plan([PlanTensor(spec, (Segment(0, 4, 100),))], slot_bytes=A, topology=one_gpu())
+    plan = make_plan([whole(spec, 100)], slot_bytes=A, topology=one_gpu())
     assert plan.buckets[0].pulls == ((Copy("", 100, 0, 4),),)
     assert plan.buckets[0].nbytes == A
 
@@ -406,15 +404,15 @@ def test_neighbours_in_the_arena_are_one_copy() -> None:
     assert plan.buckets[0].pulls == ((Copy("", 5 * A, 0, 4 * A),),)
 
 
-def test_a_copy_ends_with_its_last_segment_and_not_with_the_padding() -> None:
+def test_a_copy_ends_with_its_last_run_and_not_with_the_padding() -> None:
     plan = make_plan(side_by_side([spec_of("a", 10)]), slot_bytes=A, topology=one_gpu())
     assert plan.buckets[0].pulls == ((Copy("", 0, 0, 10),),)
 
 
-def test_segments_of_other_origins_are_copies_of_their_own() -> None:
+def test_runs_of_other_origins_are_copies_of_their_own() -> None:
     spec = spec_of("a", 3 * A)
-    segments = (Segment(0, A, 0), Segment(A, A, A, "node-7"), Segment(2 * A, A, 2 * A))
-    plan = make_plan([PlanTensor(spec, segments)], slot_bytes=4 * A, topology=one_gpu())
+    runs = (Run(0, A, 0, 0), Run(A, A, 1, A), Run(2 * A, A, 0, 2 * A))
+    plan = make_plan([in_runs(spec, *runs)], slot_bytes=4 * A, topology=one_gpu())
     assert [(c.origin, c.address, c.nbytes) for c in plan.buckets[0].pulls[0]] == [
         ("", 0, A),
         ("node-7", A, A),
@@ -424,7 +422,7 @@ def test_segments_of_other_origins_are_copies_of_their_own() -> None:
 
 def test_bytes_apart_in_the_arena_are_not_joined() -> None:
     specs = [spec_of("x.a", A), spec_of("x.b", A)]
-    tensors = [PlanTensor(specs[0], (Segment(0, A, 0),)), PlanTensor(specs[1], (Segment(0, A, 2 * A),))]
+    tensors = [whole(specs[0], 0), whole(specs[1], 2 * A)]
     plan = make_plan(tensors, slot_bytes=4 * A, topology=one_gpu())
     assert plan.buckets[0].pulls == ((Copy("", 0, 0, A), Copy("", 2 * A, A, A)),)
 
@@ -485,8 +483,8 @@ def test_memory_outside_of_every_region_is_near_to_none() -> None:
 def test_a_peers_bytes_are_near_to_no_gpu() -> None:
     """Their addresses are in the peer's arena, not in this node's regions."""
     topology = numa_topology(Region(0, 8 * A, 1), nodes=(0, 1))
-    for origin, first in (("", 4), ("node-7", 0)):
-        tensor = PlanTensor(spec_of("a", 8 * A), (Segment(0, 8 * A, 0, origin),))
+    for rank, origin, first in ((0, "", 4), (1, PEER, 0)):
+        tensor = in_runs(spec_of("a", 8 * A), Run(0, 8 * A, rank, 0))
         plan = make_plan([tensor], slot_bytes=8 * A, topology=topology)
         assert plan.buckets[0].pulls[0] == (Copy(origin, first * A, first * A, 4 * A),)
 
@@ -526,43 +524,43 @@ def test_regions_must_not_overlap() -> None:
 
 
 @pytest.mark.parametrize(
-    "segments",
+    "runs",
     [
         (),
-        (Segment(0, 9, 0),),
-        (Segment(0, 11, 0),),
-        (Segment(1, 9, 0),),
-        (Segment(0, 5, 0), Segment(6, 4, 0)),
-        (Segment(0, 5, 0), Segment(4, 6, 0)),
-        (Segment(5, 5, 0), Segment(0, 5, 0)),
-        (Segment(0, 12, 0), Segment(12, -2, 0)),
-        (Segment(0, 10, 0), Segment(10, 0, 0)),
+        (Run(0, 9, 0, 0),),
+        (Run(0, 11, 0, 0),),
+        (Run(1, 9, 0, 0),),
+        (Run(1, 10, 0, 0),),
+        (Run(0, 9, 1, 0),),
+        (Run(0, 5, 0, 0), Run(6, 4, 0, 0)),
+        (Run(0, 5, 0, 0), Run(4, 6, 0, 0)),
+        (Run(5, 5, 0, 0), Run(0, 5, 0, 0)),
+        (Run(0, 12, 0, 0), Run(12, -2, 0, 0)),
+        (Run(0, 10, 0, 0), Run(9, 0, 0, 0)),
     ],
 )
-def test_segments_must_cover_their_tensor_exactly(segments: tuple[Segment, ...]) -> None:
+def test_runs_must_cover_their_tensor_exactly(runs: tuple[Run, ...]) -> None:
     with pytest.raises(MisuseError, match=r"layers\.0\.q"):
-        make_plan([PlanTensor(spec_of("layers.0.q", 10), segments)], slot_bytes=A, topology=one_gpu())
+        make_plan([in_runs(spec_of("layers.0.q", 10), *runs)], slot_bytes=A, topology=one_gpu())
 
 
 def test_a_cut_is_refused_for_other_tensors() -> None:
     buckets = cut([spec_of("a", 10)], A)
     with pytest.raises(MisuseError, match="2 tensors for a cut of 1"):
-        assign(buckets, side_by_side([spec_of("a", 10), spec_of("b", 10)]), one_gpu())
+        assign(buckets, side_by_side([spec_of("a", 10), spec_of("b", 10)]), ARENA, one_gpu())
     with pytest.raises(MisuseError, match="cover 11 of 10"):
-        assign(buckets, side_by_side([spec_of("a", 11)]), one_gpu())
+        assign(buckets, side_by_side([spec_of("a", 11)]), ARENA, one_gpu())
 
 
 # --- where a manifest's tensors lie ------------------------------------------------------------------------------
 
 
-def test_locate_adds_each_ranks_extent_and_leaves_out_what_is_empty() -> None:
-    spec, nothing = spec_of("a", 20), spec_of("b", 0)
-    runs = (Run(0, 10, 1, 0), Run(10, 10, 0, 256), Run(20, 0, 1, 256))
-    tensors = (Tensor(spec, runs, (b"",) * 3), Tensor(nothing, (Run(0, 0, 0, 512),), (b"",)))
-    assert locate(Manifest(VersionId("m", "r", 1), tensors, 20), [1000, 5000]) == (
-        PlanTensor(spec, (Segment(0, 10, 5000), Segment(10, 10, 1256))),
-        PlanTensor(nothing, ()),
-    )
+def test_runs_lie_in_their_ranks_extents_and_empty_ones_nowhere() -> None:
+    specs = [spec_of("a", 20), spec_of("a.none", 0), spec_of("b", 3)]
+    runs = (Run(0, 10, 1, 0), Run(10, 0, 0, 0), Run(10, 10, 0, 256), Run(20, 0, 1, 256))
+    tensors = [in_runs(specs[0], *runs), in_runs(specs[1], Run(0, 0, 0, 512)), in_runs(specs[2], Run(0, 3, 1, 256))]
+    plan = assign(cut(specs, 4 * A), tensors, (Base("", 1000), Base(PEER, 5000)), one_gpu())
+    assert plan.buckets[0].pulls == ((Copy(PEER, 5000, 0, 10), Copy("", 1256, 10, 10), Copy(PEER, 5256, A, 3)),)
 
 
 # --- the tensors of real models ----------------------------------------------------------------------------------

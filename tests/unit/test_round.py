@@ -12,7 +12,7 @@ import structlog
 from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.driver import Update, Workers
 from cpe_daemon.core.lifecycle import EngineState, RoundState
-from cpe_daemon.core.plan import make_plan
+from cpe_daemon.core.plan import assign, cut
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ResourceError
@@ -48,13 +48,14 @@ async def node() -> AsyncIterator[FakeNode]:
 def make_round(node: FakeNode, *engines: str, **deadlines: float) -> Round:
     version = node.catalogue.find(NEW) or node.stage(NEW)
     limits = DeadlinesConfig.model_validate(deadlines)
-    tensors, gpus = version.tensors(), list(range(len(node.device.topology.gpus)))
-    plan = make_plan(tensors, slot_bytes=node.device.slot_bytes, topology=node.device.topology)
+    tensors, bases = version.located()
+    specs, gpus = [tensor.spec for tensor in tensors], list(range(len(node.device.topology.gpus)))
+    plan = assign(cut(specs, node.device.slot_bytes), tensors, bases, node.device.topology)
     participants = [Participant(node.engine(name), 7, limits, node.clock) for name in engines]
     return Round(
         number=7,
         version=NEW,
-        specs=[tensor.spec for tensor in tensors],
+        specs=specs,
         plan=plan,
         gpus=gpus,
         device=node.device,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cpe_daemon.core.plan import HERE, Copy, PeerCopy, PlanTensor, Segment, make_plan
+from cpe_daemon.core.plan import HERE, Copy, PeerCopy
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.devices import shm
 from cpe_daemon.devices.device import Device
@@ -26,6 +26,7 @@ from cpe_daemon.devices.slots import Slots, open_slots
 from cpe_daemon.errors import PeerError, ResourceError
 from cpe_daemon.links.handoff import HandoffServer, claim
 from cpe_daemon.wire.messages import SlotSet
+from tests.unit.planning import make_plan, whole
 
 A = ALIGNMENT_BYTES
 SLOT_BYTES = 16 * A
@@ -179,8 +180,7 @@ async def test_planned_buckets_arrive_whole_at_every_gpu(gpus: int, node: Made, 
     sizes = [3 * A, 1, A - 1, 0, 20 * A + 3, 7, 4 * A]
     at, tensors = 0, []
     for index, nbytes in enumerate(sizes):
-        segments = (Segment(0, nbytes, at),) if nbytes else ()
-        tensors.append(PlanTensor(TensorSpec(f"layers.{index}.w", "uint8", (nbytes,)), segments))
+        tensors.append(whole(TensorSpec(f"layers.{index}.w", "uint8", (nbytes,)), at))
         at += align(nbytes)
     async with node(gpus=gpus, slots=2) as made:
         device = made.device
@@ -192,8 +192,8 @@ async def test_planned_buckets_arrive_whole_at_every_gpu(gpus: int, node: Made, 
             for gpu in range(gpus):
                 held = made.held(gpu, slot)
                 for part in bucket.parts:
-                    for segment in tensors[part.tensor].segments:
-                        source = segment.address + part.tensor_offset
+                    for run in tensors[part.tensor].runs:
+                        source = run.offset + part.tensor_offset
                         there = held[part.slot_offset : part.slot_offset + part.nbytes]
                         assert there == bytes(arena.view[source : source + part.nbytes])
 
