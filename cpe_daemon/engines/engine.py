@@ -40,6 +40,8 @@ class Engine:
         self.content: VersionId | None = None
         self.error: CpeError | None = None
         self.last_push_seconds = 0.0
+        self.starved = True
+        """Whether it waited for buckets, mostly, in its last round; what is supposed before the first."""
         self.incomplete_since: float | None = None
         """Since when some of its workers are missing; None if they are not, or if that was complained of."""
         self.driver: Driver = make_driver(self.name, EngineWorkers(self))

@@ -28,6 +28,7 @@ class Pipeline:
         buckets: the plan's.
         deliver: stage 3.
         traffic: is told what each stage moves; None if nobody wants to know.
+        prefill: slots to fill before the engines pause; None: all.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Pipeline:
         buckets: Sequence[Bucket],
         deliver: Deliver,
         traffic: Traffic | None = None,
+        prefill: int | None = None,
     ) -> None:
         self._device = device
         self._gpus = gpus
@@ -46,7 +48,11 @@ class Pipeline:
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(device.slot_count):
             self._free.put_nowait(slot)
+        self._prefill = min(device.slot_count if prefill is None else prefill, device.slot_count, len(buckets))
         self._filled = 0
+        self._loading = 0
+        self._hungry = 0
+        """Buckets that came when the engines had nothing left to load, the first ones aside."""
         self._primed = asyncio.Event()
         if not buckets:
             self._primed.set()
@@ -59,8 +65,14 @@ class Pipeline:
         """Slots of each GPU that hold a bucket, or are about to."""
         return self._device.slot_count - self._free.qsize()
 
+    @property
+    def starved(self) -> bool | None:
+        """Whether the engines waited for buckets more often than buckets for the engines; None: too few to tell."""
+        later = len(self._buckets) - self._prefill
+        return 2 * self._hungry > later if later else None
+
     async def primed(self) -> None:
-        """Wait until the slots are full, or hold all there is: nothing more can be done before the engines pause."""
+        """Wait until as many slots are full as are to be before the engines pause, or hold all there is."""
         await self._primed.wait()
 
     def open(self) -> None:
@@ -82,11 +94,14 @@ class Pipeline:
         await self._opened.wait()
         async with self._next_turn:
             await self._next_turn.wait_for(lambda: self._turn == bucket.index)
+            self._hungry += not self._loading and bucket.index >= self._prefill
             loaded = self._deliver(bucket, slot)
+            self._loading += 1
             self._turn += 1
             self._next_turn.notify_all()
         with self._traffic.load.moving(0):
             await loaded
+        self._loading -= 1
         self._free.put_nowait(slot)
 
     async def _fetch(self, bucket: Bucket, slot: int) -> None:
@@ -110,5 +125,5 @@ class Pipeline:
 
     def _count_filled(self) -> None:
         self._filled += 1
-        if self._filled == min(self._device.slot_count, len(self._buckets)):
+        if self._filled == self._prefill:
             self._primed.set()

@@ -70,7 +70,9 @@ class Round:
         self.began_at = clock()
         self._deadlines = deadlines
         self._clock = clock
-        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic)
+        # Slots that are full at the pause shorten it only for engines that load faster than slots fill.
+        prefill = None if any(participant.engine.starved for participant in participants) else 1
+        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic, prefill)
         self._abandoned: CpeError | None = None
         self._updating: asyncio.Timeout | None = None
 
@@ -147,6 +149,8 @@ class Round:
         pushed = self._clock() - opened
         for participant in self.participants:
             participant.phases |= {"prefetch": prefetched, "push": pushed}
+            if (starved := self._pipeline.starved) is not None:
+                participant.engine.starved = starved
         self._change(RoundEvent.STREAMED)
         await self._each(
             "finish",

@@ -134,9 +134,11 @@ class FakeDevice:
         next(future for op, future in self.active.items() if op[:2] == (stage, bucket)).set_exception(error)
 
 
-def pipeline_over(device: FakeDevice, count: int, gpus: Sequence[int] | None = None) -> Pipeline:
+def pipeline_over(
+    device: FakeDevice, count: int, gpus: Sequence[int] | None = None, prefill: int | None = None
+) -> Pipeline:
     taking = list(range(device.gpus)) if gpus is None else list(gpus)
-    return Pipeline(device, taking, buckets_of(count, len(taking)), device.deliver)
+    return Pipeline(device, taking, buckets_of(count, len(taking)), device.deliver, prefill=prefill)
 
 
 async def finished(work: Awaitable[object]) -> None:
@@ -279,10 +281,55 @@ async def test_primed_when_all_slots_are_full_or_hold_all_there_is(count: int, s
     await finished(running)
 
 
+@pytest.mark.parametrize(("prefill", "count", "full"), [(1, 9, 1), (2, 9, 2), (9, 9, 3), (2, 1, 1)])
+async def test_primed_when_as_many_slots_are_full_as_were_asked_for(prefill: int, count: int, full: int) -> None:
+    """The others fill while the engines pause."""
+    device = FakeDevice(3, hold=lambda op: op[0] == "fetch" and op[1] >= full - 1)
+    pipeline = pipeline_over(device, count, prefill=prefill)
+    running = asyncio.create_task(pipeline.run())
+    waiting = asyncio.create_task(pipeline.primed())
+    await device.until(lambda: ("fetch", full - 1) in device.running() and len(device.begun("fetch")) == min(3, count))
+    assert not waiting.done()
+    device.end("fetch", full - 1)
+    await finished(waiting)
+    assert device.begun("load") == []
+    device.hold = lambda op: False
+    for _, bucket in device.running():
+        device.end("fetch", bucket)
+    pipeline.open()
+    await finished(running)
+    assert device.begun("load") == list(range(count))
+
+
 async def test_nothing_to_carry_is_primed_at_once() -> None:
     pipeline = pipeline_over(FakeDevice(), 0)
     await finished(pipeline.primed())
     await finished(pipeline.run())
+
+
+@pytest.mark.parametrize("slow", ["fetch", "load"])
+async def test_engines_starve_when_slots_fill_more_slowly_than_they_load(slow: str) -> None:
+    """The slow stage goes on only when nothing else is going on."""
+    device = FakeDevice(3, hold=lambda op: op[0] == slow)
+    pipeline = pipeline_over(device, 9)
+    pipeline.open()
+    running = asyncio.create_task(pipeline.run())
+    for bucket in range(9):
+        ahead = min(9, bucket + 3)
+        await device.until(lambda ahead=ahead: len(device.begun("fetch")) == ahead)  # type: ignore[misc]
+        await device.until(lambda: {stage for stage, _ in device.running()} == {slow})
+        device.end(slow, bucket)
+        await device.until(lambda bucket=bucket: (slow, bucket) not in device.running())  # type: ignore[misc]
+    await finished(running)
+    assert pipeline.starved is (slow == "fetch")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+async def test_whether_engines_starve_is_unknown_where_slots_hold_all_there_is(count: int) -> None:
+    pipeline = pipeline_over(FakeDevice(3), count)
+    pipeline.open()
+    await finished(pipeline.run())
+    assert pipeline.starved is None
 
 
 # --- the end of it ---------------------------------------------------------------------------------------------------
