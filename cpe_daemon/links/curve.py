@@ -29,7 +29,10 @@ _ADDRESS: Final = 3
 """Which part of a question is the address that it is about."""
 
 _LOGGED_PER_SECOND: Final = 1.0
-_LOGGED_BURST: Final = 20
+_CONNECTED_BURST: Final = 2000
+_REFUSED_BURST: Final = 20
+"""Lines in the log: a training job's ranks come all at once, and strangers must not fill it."""
+
 _EVERYBODY: Final = b""
 
 
@@ -59,7 +62,8 @@ class Curve:
         self._pair: KeyPair | None = None
         self._authenticator: Authenticator | None = None
         self._asked_from = ""
-        self._logged = Rates(_LOGGED_PER_SECOND, _LOGGED_BURST)
+        self._connected = Rates(_LOGGED_PER_SECOND, _CONNECTED_BURST)
+        self._refused = Rates(_LOGGED_PER_SECOND, _REFUSED_BURST)
         self.access = Access({})
         self.trouble = ""
         """Why the list that is in effect is not the file's; empty if it is."""
@@ -126,14 +130,13 @@ class Curve:
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether a key may connect; the authenticator asks."""
-        public = key.decode()
+        public, now = key.decode(), time.monotonic()
         allowed = public in self.access
+        if allowed and self._connected.take(_EVERYBODY, now):
+            log.info("client.connected", client=self.access.name(public), address=self._asked_from)
         if not allowed:
             self._on_refused()
-        if self._logged.take(_EVERYBODY, time.monotonic()):
-            if allowed:
-                log.info("client.connected", client=self.access.name(public), address=self._asked_from)
-            else:
+            if self._refused.take(_EVERYBODY, now):
                 log.warning("client.refused", key=public, address=self._asked_from, mend="cpe keys allow")
         return allowed
 

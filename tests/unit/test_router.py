@@ -329,3 +329,49 @@ async def test_raw_bytes_at_the_socket_are_nobodys_message(daemon: Daemon) -> No
         writer.close()
     assert await daemon.client().ask(encode(Ping())) == Pong("g")
     assert len(daemon.seen) == 1  # random bytes may look like frames of ZMTP 1.0; those are refused as any others
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+async def test_message_of_many_frames_is_refused_once_and_what_follows_is_taken(daemon: Daemon) -> None:
+    client = daemon.client()
+    for number in (3, 4, 5, 5000):
+        client.send(encode(Ping()), *[b"x"] * (number - 1))
+        answer = await client.receive()
+        assert answer == (ErrorReply(ErrorInfo("protocol", "a message has 1 to 2 frames")), [])
+        assert await client.ask(encode(Ping())) == Pong("g")
+    assert daemon.counted == ["front"] * 4
+    assert len(daemon.seen) == 4
+
+
+async def test_others_are_served_while_a_long_message_is_thrown_away(daemon: Daemon) -> None:
+    long, other = daemon.client(), daemon.client()
+    for _ in range(50_000):
+        long.socket.send(b"", zmq.SNDMORE)
+    long.send(b"")
+    assert await other.ask(encode(Ping())) == Pong("g")
+    assert isinstance((await long.receive())[0], ErrorReply)
+
+
+async def test_routing_id_of_a_key_is_refused_without_one(daemon: Daemon) -> None:
+    answer = await daemon.client(b"k" + bytes(48)).ask(encode(Ping()))
+    assert isinstance(answer, ErrorReply)
+    assert answer.error.code == "access"
+    assert daemon.counted == ["front"]
+    assert await daemon.client(b"k" + bytes(47)).ask(encode(Ping())) == Pong("g")
+
+
+async def test_socket_file_is_the_group_s_whatever_the_umask(
+    no_leaks: None, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "chmod", lambda *_: None)
+    for umask in (0, 0o777):
+        before = os.umask(umask)
+        try:
+            with zmq.Context() as context:
+                made = Daemon(context, runtime_dir / "front.sock")
+                assert stat.S_IMODE((runtime_dir / "front.sock").stat().st_mode) == 0o660
+                made.router.close()
+        finally:
+            os.umask(before)
