@@ -12,7 +12,7 @@ import click
 
 from cpe_daemon.cli.conversation import DaemonAddress, ask_status
 from cpe_daemon.cli.failures import debug_option
-from cpe_daemon.cli.settings import front_endpoint
+from cpe_daemon.cli.settings import credentials_for, front_endpoint
 from cpe_daemon.errors import MisuseError
 
 Complete = Callable[[click.Context, click.Parameter, str], list[str]]
@@ -66,7 +66,9 @@ def _completing(names: Callable[[click.Context], Iterable[str]]) -> Complete:
 def _status(context: click.Context) -> Mapping[str, Any]:
     """Ask the daemon that the command would talk to."""
     options = context.params
-    return ask_status(DaemonAddress(options.get("to") or front_endpoint(options.get("runtime_dir"))), _ASK_SECONDS)
+    endpoint = options.get("to") or front_endpoint(options.get("runtime_dir"))
+    keys = credentials_for(endpoint, options.get("key"), options.get("server_key"))
+    return ask_status(DaemonAddress(endpoint, keys), _ASK_SECONDS)
 
 
 def _engines(context: click.Context) -> Iterable[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from cpe_daemon.cli.failures import debug_option
 from cpe_daemon.cli.settings import KEY, LOCAL_DAEMON, SERVER_KEY, front_endpoint
+from cpe_daemon.cli.text import plain_struct
 from cpe_daemon.errors import EngineError
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def _show(report: PublishReport | None, version: VersionId, wait: str, *, as_jso
     reached = "sent" if wait == "none" else wait
     if as_json:
         nodes = {} if report is None else report.nodes
-        click.echo(json.dumps({"version": _plain(version), "state": reached, "nodes": _plain(nodes)}, indent=2))
+        click.echo(
+            json.dumps({"version": plain_struct(version), "state": reached, "nodes": plain_struct(nodes)}, indent=2)
+        )
     else:
         click.echo(str(report or f"{version} is {reached}"))
     if report is not None and not report.engines:
@@ -147,12 +150,3 @@ def _show(report: PublishReport | None, version: VersionId, wait: str, *, as_jso
             f"{name} ({one.outcome}): {one.error.message if one.error else ''}" for name, one in report.behind.items()
         )
         raise EngineError(f"{version} is live, but not in every engine: {why}")
-
-
-def _plain(value: Any) -> Any:
-    """Return structs as dicts with all their fields: unlike on the wire, a script finds defaults too."""
-    import msgspec
-
-    if isinstance(value, msgspec.Struct):
-        value = msgspec.structs.asdict(value)
-    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value

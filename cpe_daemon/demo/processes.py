@@ -140,10 +140,14 @@ def start_daemon(runtime_dir: Path, sizes: Sizes, log: Path) -> Process:
 
 
 def config_text(runtime_dir: Path, sizes: Sizes) -> str:
-    """The daemon's configuration, in YAML. It listens to nobody over HTTP: this host may have a daemon that does."""
+    """The daemon's configuration, in YAML.
+
+    It listens to nobody over HTTP and expects no engines: this host may have a daemon of its own that does.
+    """
     return "\n".join(
         [
             f"runtime_dir: {json.dumps(str(runtime_dir))}",
+            f"state_dir: {json.dumps(str(runtime_dir / 'state'))}",
             "arena:",
             f"  size_bytes: {sizes.arena_bytes}",
             "device:",

@@ -52,7 +52,10 @@ def settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {section: dict(values) for section, values in SETTINGS.items()}
     for name, value in changes.items():
         section, _, key = name.partition(".")
-        made.setdefault(section, {})[key] = value
+        if key:
+            made.setdefault(section, {})[key] = value
+        else:
+            made[name] = value
     return made
 
 
@@ -220,7 +223,9 @@ class Node:
         name = f"daemon-{len(self._processes)}"
         config, log = self._logs / f"{name}.yaml", self._logs / f"{name}.log"
         made = settings({key.replace("__", "."): value for key, value in changes.items()})
-        config.write_text(yaml.safe_dump({"runtime_dir": str(directory), **made}))
+        config.write_text(
+            yaml.safe_dump({"runtime_dir": str(directory), "state_dir": str(directory / "state"), **made})
+        )
         if not fresh:
             arguments = {"config": str(config), "environment": environment or {}, "tricks": tricks or {}}
             return self._keep(Daemon(name, self._zygote.fork("daemon_process", arguments, log), directory, log))

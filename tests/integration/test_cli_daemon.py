@@ -27,6 +27,8 @@ SERVE = [
     "arena.size_bytes=8MiB",
     "--set",
     "device.slot_bytes=1MiB",
+    "--set",
+    "http.listen=127.0.0.1:0",
 ]
 
 
@@ -43,6 +45,7 @@ def daemon(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subpr
     """A daemon in `runtime_dir` that is ready."""
     for name in [name for name in os.environ if name.startswith("CPE_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("CPE_STATE_DIR", str(runtime_dir / "state"))
     command = [*SERVE, "--runtime-dir", str(runtime_dir)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -282,6 +282,13 @@ def test_config_reports_all_problems(tmp_path: Path) -> None:
     ]
 
 
+def test_runtime_dir_may_be_relative_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cpe("config", "--runtime-dir", "run")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["runtime_dir"] == str(tmp_path / "run")
+
+
 def test_set_without_value_is_refused() -> None:
     result = cpe("config", "--set", "device.slots")
     assert result.exit_code == 2
