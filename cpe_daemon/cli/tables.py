@@ -72,7 +72,10 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
     prefault = "" if arena.get("prefaulted", True) else ", not all of it touched yet"
     gpus = entries(device, "gpus")
     slots = [f"{plain_text(gpu.get('slots'))} × {bytes_text(gpu.get('slot_bytes'))}" for gpu in gpus]
-    warnings = [plain_text(warning.get("message")) for warning in entries(section(status, "readiness"), "warnings")]
+    readiness = section(status, "readiness")
+    warnings, reasons = (
+        [plain_text(entry.get("message")) for entry in entries(readiness, name)] for name in ("warnings", "reasons")
+    )
     for name, value in (
         ("node", f"{plain_text(daemon.get('node'))}, up {seconds_text(daemon.get('uptime_seconds'))}"),
         ("daemon", f"cpe-daemon {plain_text(daemon.get('version'))}, protocol {plain_text(daemon.get('protocol'))}"),
@@ -85,6 +88,7 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
         ),
         ("push", push_text(status)),
         ("device", f"{plain_text(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
+        *([("ready", "; ".join([plain_text(readiness.get("ready")), *reasons]))] if readiness else []),
         *([("warnings", "\n".join(warnings))] if warnings else []),
     ):
         grid.add_row(Text(name, style="bold"), Text(value))

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import structlog
 from aiohttp import web
+from yarl import URL
 
 from cpe_daemon.errors import ConfigError
 from cpe_daemon.observe.tls import Certificate
@@ -208,11 +209,11 @@ class Listener:
         return response
 
     async def _answer(self, request: web.BaseRequest) -> Answer:
+        if request.method not in _METHODS:
+            return as_json({"error": f"{request.method[:20]} is not allowed here"}, 405, Allow=", ".join(_METHODS))
         page = self._pages.get(request.path)
         if page is None:
             return as_json({"error": f"no page {request.path[:200]}", "pages": list(self._pages)}, 404)
-        if request.method not in _METHODS:
-            return as_json({"error": f"{request.method} is not allowed here"}, 405, Allow=", ".join(_METHODS))
         return await page(request.headers.get("Accept", ""))
 
     async def _index(self, _: str) -> Answer:
@@ -250,8 +251,16 @@ class _Server(web.Server):
         lost: Callable[[web.RequestHandler], None],
         **terms: Any,
     ) -> None:
-        super().__init__(handle, **terms)
+        super().__init__(handle, request_factory=self._made, **terms)
         self._lost = lost
+
+    def _made(
+        self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: asyncio.Task[None]
+    ) -> web.BaseRequest:
+        """A request. aiohttp's parser lets a CONNECT through that has no target, and its own requests choke on that."""
+        if message.url is None:
+            message = message._replace(url=URL("/"))
+        return web.BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         """Called by aiohttp."""
