@@ -27,6 +27,7 @@ def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: 
     config = load(path, assignments, runtime_dir).config
 
     import asyncio
+    import faulthandler
 
     import uvloop
 
@@ -34,5 +35,6 @@ def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: 
     from cpe_daemon.observe.logs import configure_logging
 
     configure_logging(config.log.level, config.log.format)
+    faulthandler.enable()  # a watchdog ends a daemon that is stuck by SIGABRT: then it says where its threads are
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(config))

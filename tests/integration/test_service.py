@@ -193,6 +193,15 @@ def test_watchdog_is_not_fed_while_a_copy_is_stuck(node: Node, watching: InitSys
     assert len(events(daemon, "daemon.goes_on")) == 1
 
 
+def test_daemon_that_the_watchdog_ends_says_where_its_threads_are(node: Node) -> None:
+    daemon = node.start_daemon(fresh=True)
+    daemon.signal(signal.SIGABRT)
+    daemon.wait()
+    assert daemon.exit_status == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in daemon.said
+    assert "cpe_daemon/daemon/service.py" in daemon.said or "cpe_daemon/cli/serve.py" in daemon.said
+
+
 def test_daemon_with_a_stuck_copy_ends_all_the_same(node: Node, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
