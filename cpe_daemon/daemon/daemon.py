@@ -22,7 +22,7 @@ from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Conf
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.daemon.drain import Drain
-from cpe_daemon.daemon.front import Front
+from cpe_daemon.daemon.front import Front, io_threads
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.devices.copypool import CopyPool
@@ -138,7 +138,7 @@ class Daemon:
             health=self.health,
         )
         self._http: Listener | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=io_threads(config))
         self._front = Front(
             config,
             self._context,

@@ -7,6 +7,7 @@ everybody behind them they are one: a routing id tells which of them its peer is
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
@@ -29,9 +30,18 @@ log = structlog.get_logger(__name__)
 _MESSAGES_BESIDE_CREDITS: Final = 16
 """What a client may have on its way besides chunks: heartbeats, parts of manifests, questions."""
 
+_OUTGOING: Final = 256
+"""Answers that may wait for a client; enough that one which reads them misses none."""
+
+_DECRYPTING_THREADS: Final = min(4, len(os.sched_getaffinity(0)))
 _STATUS_SECONDS: Final = 0.1
 _STATUS_BURST: Final = 100
 _EVERYBODY: Final = b""
+
+
+def io_threads(config: Config) -> int:
+    """How many of ZeroMQ's threads carry bytes: one is enough, but for those that also have to decrypt them."""
+    return _DECRYPTING_THREADS if _keyed(config) else 1
 
 
 class Front:
@@ -93,7 +103,7 @@ class Front:
         Raises:
             ConfigError: one cannot be used; says what to do.
         """
-        if self._over_tcp and not self._config.ingest.insecure:
+        if _keyed(self._config):
             self._curve = Curve(self._config.security.keys_dir, on_refused=lambda: self._on_protocol_error("handshake"))
             await asyncio.to_thread(self._curve.load)
 
@@ -154,6 +164,7 @@ class Front:
             handlers=self._handlers,
             max_frame_bytes=max(MAX_HEADER_BYTES, frame_bytes),
             queue=credit + _MESSAGES_BESIDE_CREDITS,
+            outgoing=_OUTGOING,
             handshake_seconds=self._config.deadlines.hello_seconds,
             pair=curve.pair if curve else None,
             access=curve.access if curve else None,
@@ -172,6 +183,11 @@ class Front:
                 reason = "its key was revoked, or is no trainer's any more"
                 for peer in self._trainers.drop(lambda peer: not curve.access.may(peer, TrainerHello), reason):
                     self._router_of(peer).refuse(peer, AccessError(f"this trainer's session has ended: {reason}"))
+
+
+def _keyed(config: Config) -> bool:
+    """Whether any endpoint takes keys."""
+    return not config.ingest.insecure and any(endpoint.startswith("tcp://") for endpoint in config.ingest.listen)
 
 
 class _Paced:

@@ -60,7 +60,8 @@ class Router:
         accepts: union of the message types taken.
         handlers: by message type; a type without one is refused.
         max_frame_bytes: larger frames cut the connection before they are held in memory.
-        queue: messages queued a peer and direction.
+        queue: messages of a peer that may wait to be taken; the rest waits in its own memory.
+        outgoing: messages that may wait for a peer to take them, more are dropped; as ``queue`` if None.
         handshake_seconds: a connection that has not introduced itself in as long is cut.
         pair: the daemon's keys: every endpoint takes clients with keys only, by CURVE, as soon as ``access`` lets
             them in; None for endpoints of this host, whose files say who may connect.
@@ -78,6 +79,7 @@ class Router:
         handlers: Mapping[type[Message], Handler],
         max_frame_bytes: int,
         queue: int = 1000,
+        outgoing: int | None = None,
         handshake_seconds: float = 10.0,
         pair: KeyPair | None = None,
         access: Access | None = None,
@@ -103,7 +105,7 @@ class Router:
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, max_frame_bytes),
             (zmq.RCVHWM, queue),
-            (zmq.SNDHWM, queue),
+            (zmq.SNDHWM, queue if outgoing is None else outgoing),
             (zmq.HEARTBEAT_IVL, 5_000),
             (zmq.HEARTBEAT_TIMEOUT, 20_000),
             (zmq.HANDSHAKE_IVL, int(handshake_seconds * 1000)),
