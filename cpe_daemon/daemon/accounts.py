@@ -192,7 +192,7 @@ class Accounts:
         while True:
             due = self._clock() + _LAG_SECONDS
             await asyncio.sleep(_LAG_SECONDS)
-            self._metrics.loop_lag.observe(max(0.0, self._clock() - due))
+            self._metrics.observe_lag(max(0.0, self._clock() - due))
 
     def _count_version(self, version: Version) -> None:
         """Keep the metrics of versions; called at every change of one."""

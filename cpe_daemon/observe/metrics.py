@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
@@ -22,6 +23,8 @@ from cpe_daemon.errors import CODES
 from cpe_daemon.observe.instrument import Instrument
 from cpe_daemon.observe.inventory import INSTRUMENTS, SOCKETS
 
+_DURATION: Final = "cpe_update_duration_seconds"
+_LAG: Final = "cpe_loop_lag_seconds"
 _UPDATE_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Seconds: from a resume of some milliseconds to the receiving of a large model over a slow network."""
 
@@ -72,21 +75,23 @@ class Metrics:
         engine_failures: engines that a round dropped, by the ``code`` of their error.
         rounds: engines' parts in rounds, by ``outcome``.
         update_duration: see `observe_phases`.
-        loop_lag: seconds by which the event loop was late.
+        loop_lag: see `observe_lag`.
     """
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # they double the samples, and nothing of ours asks for them
         self.registry = CollectorRegistry()
+        self._counters: list[Counter] = []
         self.protocol_errors = self._counter("cpe_protocol_errors_total", SOCKETS)
         self.failures = self._counter("cpe_failures_total", CODES)
         self.engine_failures = self._counter("cpe_engine_failures_total", CODES)
         self.rounds = self._counter("cpe_rounds_total", ("updated", "failed"))
         self._versions = self._counter("cpe_versions_total")
         self._went_live = Gauge(**self._terms("cpe_live_version_timestamp_seconds"))
-        self.loop_lag = Histogram(**self._terms("cpe_loop_lag_seconds"), buckets=_LAG_BUCKETS)
-        self.update_duration = Histogram(**self._terms("cpe_update_duration_seconds"), buckets=_UPDATE_BUCKETS)
-        self._durations: set[tuple[str, str, str]] = set()
+        self.loop_lag = Histogram(**self._terms(_LAG), buckets=_LAG_BUCKETS)
+        self.update_duration = Histogram(**self._terms(_DURATION), buckets=_UPDATE_BUCKETS)
+        self._durations: dict[tuple[str, str, str], _Sum] = {}
+        self._lag = _Sum()
         self._models = _Recent(MAX_MODELS, self._forget_model)
         self._engines = _Recent(MAX_ENGINES, self._forget_engine)
         ProcessCollector(registry=self.registry)
@@ -106,6 +111,7 @@ class Metrics:
         made = Counter(**self._terms(name))
         for value in known:
             made.labels(value)
+        self._counters.append(made)
         return made
 
     # --- counting ----------------------------------------------------------------------------------------------------
@@ -127,8 +133,13 @@ class Metrics:
         if engine:
             self._engines.use(engine)
         for phase, seconds in phases.items():
-            self._durations.add((phase, model, engine))
-            self.update_duration.labels(phase=phase, model=model, engine=engine).observe(seconds)
+            self._durations.setdefault((phase, model, engine), _Sum()).add(seconds)
+            self.update_duration.labels(phase, model, engine).observe(seconds)
+
+    def observe_lag(self, seconds: float) -> None:
+        """Record by how much the event loop was late."""
+        self._lag.add(seconds)
+        self.loop_lag.observe(seconds)
 
     def keep_engines(self, names: Collection[str]) -> None:
         """Forget all series of every other engine."""
@@ -147,7 +158,7 @@ class Metrics:
 
     def _forget_durations(self, gone: Iterable[tuple[str, str, str]]) -> None:
         for labels in gone:
-            self._durations.discard(labels)
+            del self._durations[labels]
             self.update_duration.remove(*labels)
 
     # --- showing -----------------------------------------------------------------------------------------------------
@@ -168,15 +179,43 @@ class Metrics:
     def snapshot(self, readings: Readings | None = None) -> dict[str, float]:
         """Return every counter of ours by name and labels, as ``cpe_rounds_total{outcome="updated"}``.
 
-        Of histograms, sum and count. What mirrors state is left out: whoever shows this shows the state itself.
+        Of histograms, sum and count. What mirrors state is left out: whoever shows this shows the state itself. Takes a
+        tenth of the time of `encode`, since it is made on the event loop.
         """
         values: dict[str, float] = {}
-        for family in _Together(self.registry, readings or Readings()).collect():
-            if family.type != "gauge" and family.name.startswith("cpe_"):
-                for sample in family.samples:
-                    if not sample.name.endswith("_bucket"):
-                        values[sample.name + _labels(sample.labels)] = sample.value
-        return values
+        for counter in self._counters:
+            for family in counter.collect():
+                values.update({sample.name + _labels(sample.labels): sample.value for sample in family.samples})
+        for name, samples in (readings or Readings()).values.items():
+            instrument = INSTRUMENTS[name]
+            if instrument.kind == "counter":
+                values.update(
+                    {
+                        name + _labels(dict(zip(instrument.labels, labels, strict=True))): value
+                        for labels, value in samples.items()
+                    }
+                )
+        for (phase, model, engine), total in self._durations.items():
+            values |= total.named(_DURATION, {"phase": phase, "model": model, "engine": engine})
+        return values | self._lag.named(_LAG, {})
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Sum and count of a histogram, which are of use without its buckets."""
+
+    sum: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """Take one more value into account."""
+        self.sum += value
+        self.count += 1
+
+    def named(self, name: str, labels: Mapping[str, str]) -> dict[str, float]:
+        """Both, by their names."""
+        written = _labels(labels)
+        return {f"{name}_sum{written}": self.sum, f"{name}_count{written}": self.count}
 
 
 class _Together(Collector):
