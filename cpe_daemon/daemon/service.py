@@ -72,14 +72,13 @@ class _Life:
         serving = self._supervision.serving(daemon.health, daemon.catalogue, daemon.registry)
         self._supervising = tasks.create_task(serving)
         await self._stopping.wait()
-        self._supervising.cancel()
         await daemon.drain(self._hurried, self._supervision.tell)
 
     async def end(self) -> None:
         """Close everything."""
+        await self._daemon.close()
         if self._supervising is not None:
             self._supervising.cancel()
-        await self._daemon.close()
         if self._last_resort is not None:
             self._last_resort.cancel()
         for number in _SIGNALS:

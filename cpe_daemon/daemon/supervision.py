@@ -34,6 +34,7 @@ class Supervision:
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
+        self._stopping = False
         self._percent = 0
         self._told_at = 0.0
 
@@ -50,7 +51,10 @@ class Supervision:
             self._notifier.status(f"starting: prefaulting the arena, {percent}%")
 
     async def serving(self, health: Health, catalogue: Catalogue, registry: Registry) -> None:
-        """The doors are open: say so, and from now on what is served; feed the watchdog while all is well."""
+        """The doors are open: say so, and from now on what is served; feed the watchdog while all is well.
+
+        To be cancelled at the very end: a daemon that stops takes longer than the watchdog waits.
+        """
         self._notifier.ready(state_line(catalogue, registry))
         period = self._notifier.watchdog_seconds
         pause = min(_LOOK_SECONDS, period / _FEEDS_A_PERIOD) if period else _LOOK_SECONDS
@@ -58,11 +62,13 @@ class Supervision:
             reasons = health.reasons()
             if not reasons:
                 self._notifier.feed_watchdog()
-            self._notifier.status("; ".join(["NOT WELL", *reasons]) if reasons else state_line(catalogue, registry))
+            if not self._stopping:  # then it is told how far that is
+                self._notifier.status("; ".join(["NOT WELL", *reasons]) if reasons else state_line(catalogue, registry))
             await asyncio.sleep(pause)
 
     def stopping(self, seconds: float) -> None:
         """The daemon begins to stop, and takes ``seconds`` at most."""
+        self._stopping = True
         self._notifier.stopping("stopping")
         self._notifier.extend_timeout(seconds)
 

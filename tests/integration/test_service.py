@@ -193,6 +193,22 @@ def test_watchdog_is_not_fed_while_a_copy_is_stuck(node: Node, watching: InitSys
     assert len(events(daemon, "daemon.goes_on")) == 1
 
 
+def test_watchdog_is_fed_while_the_daemon_drains(node: Node, watching: InitSystem) -> None:
+    daemon = node.start_daemon(environment=watching.environment)
+    trainer = node.trainer()
+    gated = node.engine("gated", target="callback", recipe=RECIPE)[0]
+    publish(trainer, 1)
+    live = stop_midway(trainer, gated, 2)
+    daemon.signal(signal.SIGTERM)
+    waiting = watching.hear("STATUS", "stopping: waiting up to 10 s")
+    for _ in range(5):
+        watching.hear("WATCHDOG")
+    assert watching.said("STATUS")[-1] == waiting
+    gated.ask("go")
+    trainer.result(live)
+    ended(daemon)
+
+
 def test_daemon_that_the_watchdog_ends_says_where_its_threads_are(node: Node) -> None:
     daemon = node.start_daemon(fresh=True)
     daemon.signal(signal.SIGABRT)
@@ -344,6 +360,7 @@ def test_push_that_does_not_end_in_time_is_undone(node: Node, manager: InitSyste
     with pytest.raises(EngineError, match="mixture"):
         hung.ask("forward")
     node.start_daemon()
+    until(lambda: len(node.daemon.status()["engines"]) == 2, "both are back")
     expected = publish(trainer, 3)
     assert hung.ask("forward") == well.ask("forward") == expected
 
