@@ -1,0 +1,223 @@
+"""``python -m benchmarks.push``: how long a staged version takes to be live in an engine, beside two bare memcpys.
+
+A real daemon (``cpe serve``), a real engine worker in torch, and a publisher, each a process; the seconds are the
+daemon's own, from staged to live. Beside them the floor (`benchmarks.floor`) streams the same buckets through slots of
+the same size. The runs of both alternate, and ``ratio`` is of their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from benchmarks import push_observability, report
+from benchmarks.host import FloorProcess, Host, Setting, Weights
+from benchmarks.models import DENSE
+from cpe_daemon.core.types import ALIGNMENT_BYTES
+from cpe_daemon.demo.memory import Sizes
+from cpe_daemon.demo.signals import Interruption
+from cpe_daemon.errors import CpeError
+from cpe_daemon.wire.reports import VersionReport
+
+_WARM_UPS: Final = 2
+_MIB: Final = 1 << 20
+_SMALLEST_SLOT_BYTES: Final = 4096
+_SHAPES: Final = ((1, 1), (2, 1), (2, 2))
+"""Workers and sets of slots: the first is what the ratio is of."""
+
+_EPILOG: Final = """\
+examples:
+  python -m benchmarks.push
+  python -m benchmarks.push --updates 15 --rows one     # one worker and one set of slots, longer
+  python -m benchmarks.push --slot-mib 16 --slots 4     # other slots, for the floor as well
+  python -m benchmarks.push --observability             # what metrics and logs cost
+  python -m benchmarks.push --quick                     # some megabytes, to see that it works
+
+Needs about 8 GB of memory for 0.6b. The last line is JSON: bench, device, bytes, seconds (of each update) and
+floor_seconds (of each run of the floor), for one worker and one set of slots; ratio, of their medians; and more. A
+shared machine is noisy: more --updates, or several runs, tell more than one."""
+
+
+@dataclass(slots=True)
+class Row:
+    """What was measured of one setting."""
+
+    setting: Setting
+    reports: list[VersionReport] = field(default_factory=list)
+    floor_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """From staged to live, of each update."""
+        return [report.push_seconds for report in self.reports]
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians."""
+        return report.ratio(self.seconds, self.floor_seconds)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The median of each phase of the engine's, in seconds."""
+        engines = [engine for report in self.reports for engine in report.engines.values()]
+        names = dict.fromkeys(phase for engine in engines for phase in engine.phases)
+        return {name: statistics.median([engine.phases.get(name, 0.0) for engine in engines]) for name in names}
+
+    @property
+    def paused(self) -> float:
+        """For how long the engine did not serve: everything but the prefetch."""
+        return sum(seconds for phase, seconds in self.phases.items() if phase != "prefetch")
+
+
+def measure(setting: Setting, weights: Weights, floor: FloorProcess, directory: Path, updates: int) -> Row:
+    """Push ``updates`` versions, and run the floor as often, in turn; what the engine holds then has to be right."""
+    row = Row(setting)
+    with Host(setting, directory) as host:
+        for _ in range(_WARM_UPS):
+            host.update(weights)
+            floor.run()
+        for _ in range(updates):
+            row.reports.append(host.update(weights))
+            row.floor_seconds.append(floor.run())
+        host.check(weights)
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print; returns the exit status."""
+    asked = _parse(arguments)
+    with Interruption() as interruption, tempfile.TemporaryDirectory(prefix="cpe-bench-") as directory:
+        interruption.arm()
+        setting = Setting(asked.model, asked.slots, asked.slot_bytes)
+        try:
+            if asked.observability:
+                push_observability.run(setting, Path(directory), asked.updates)
+            else:
+                _run(setting, Path(directory), asked.updates, _SHAPES if asked.rows == "all" else _SHAPES[:1])
+        except CpeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _run(setting: Setting, directory: Path, updates: int, shapes: Sequence[tuple[int, int]]) -> None:
+    weights = Weights(setting.architecture)
+    with FloorProcess(setting, directory) as floor:
+        buckets = floor.ready()
+        rows = []
+        for workers, gpus in shapes:
+            made = replace(setting, workers=workers, gpus=gpus)
+            rows.append(measure(made, weights, floor, directory / f"{workers}-{gpus}", updates))
+    _show(rows, weights.nbytes, buckets)
+    first = rows[0]
+    report.finish(
+        report.compared(
+            "push",
+            device="shm",
+            nbytes=weights.nbytes,
+            seconds=first.seconds,
+            floor_seconds=first.floor_seconds,
+            model=setting.model,
+            slots=setting.slots,
+            slot_bytes=setting.slot_bytes,
+            buckets=buckets,
+            paused_seconds=round(first.paused, 6),
+            phases={phase: round(seconds, 6) for phase, seconds in first.phases.items()},
+            others=[_plain(row) for row in rows[1:]],
+        )
+    )
+
+
+def _show(rows: Sequence[Row], nbytes: int, buckets: int) -> None:
+    setting = rows[0].setting
+    slots = f"{setting.slots} slots of {setting.slot_bytes / _MIB:g} MiB"
+    report.show(
+        f"Push of {nbytes / 1e9:.3f} GB ({setting.model}, bfloat16) on shm: {slots}, {buckets} buckets",
+        ("workers, sets of slots", "staged to live", "rate", "not serving", "floor", "ratio"),
+        [
+            (
+                f"{row.setting.workers}, {row.setting.gpus}",
+                report.spread(row.seconds),
+                report.rate(nbytes, row.seconds),
+                f"{row.paused:.3f} s",
+                report.spread(row.floor_seconds),
+                f"{row.ratio:.2f}",
+            )
+            for row in rows
+        ],
+        notes=[
+            f"medians of {len(rows[0].seconds)}, with the least and the most; the engine then held what was published,"
+            " bit by bit",
+            "one worker: " + ", ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in rows[0].phases.items()),
+            "the floor is that of one worker and one set of slots in every row: the others copy more, on the same"
+            " cores",
+        ],
+    )
+
+
+def _plain(row: Row) -> dict[str, object]:
+    return {
+        "workers": row.setting.workers,
+        "gpus": row.setting.gpus,
+        "seconds": report.rounded(row.seconds),
+        "floor_seconds": report.rounded(row.floor_seconds),
+        "ratio": round(row.ratio, 4),
+        "paused_seconds": round(row.paused, 6),
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.push",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=["shm"], default="shm", help="shm: shared memory, an engine on the CPU")
+    parser.add_argument("--model", choices=sorted(DENSE), default="0.6b", help="whose names and shapes (0.6b)")
+    parser.add_argument("--updates", type=_positive, default=9, metavar="N", help="versions that are timed (9)")
+    parser.add_argument("--slots", type=_positive, default=3, metavar="N", help="slots of each set (3)")
+    parser.add_argument(
+        "--slot-mib", type=_slot_bytes, dest="slot_bytes", metavar="MIB", help="size of a slot (64; less if small)"
+    )
+    parser.add_argument(
+        "--rows",
+        choices=["one", "all"],
+        help="one: one worker and one set of slots; all: two of either as well (all; with --quick, one)",
+    )
+    parser.add_argument(
+        "--observability",
+        action="store_true",
+        help="what metrics, logs and a scrape every second cost: a daemon with them beside one without",
+    )
+    parser.add_argument("--quick", action="store_true", help="a model of some megabytes and two updates")
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        asked.model, asked.updates, asked.rows = "small", 2, asked.rows or "one"
+    asked.rows = asked.rows or "all"
+    asked.slot_bytes = asked.slot_bytes or Sizes.of(DENSE[asked.model]).slot_bytes
+    return asked
+
+
+def _slot_bytes(text: str) -> int:
+    nbytes = int(float(text) * _MIB) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    if nbytes < _SMALLEST_SLOT_BYTES:
+        raise argparse.ArgumentTypeError(f"a slot has {_SMALLEST_SLOT_BYTES >> 10} KiB at least")
+    return nbytes
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
