@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 import structlog
 
 from cpe_daemon.config import DeadlinesConfig
+from cpe_daemon.core.copies import Copy
 from cpe_daemon.core.driver import Update, Workers
 from cpe_daemon.core.lifecycle import EngineState, RoundState
 from cpe_daemon.core.plan import assign, cut
@@ -167,6 +168,64 @@ async def test_resume_names_what_the_engine_holds(node: FakeNode) -> None:
     worker = node.worker("a", content=OLD)
     await run(make_round(node, "a"))
     assert worker.commands[-1] == Resume(7, NEW)
+
+
+# --- when the pause begins -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("starved", [True, False])
+async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_fill(
+    starved: bool, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, filled, fetch = node.worker("a", content=OLD), asyncio.Event(), node.device.fetch
+
+    async def slowly(gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        if slot > 0:
+            await filled.wait()
+        await fetch(gpu, slot, copies)
+
+    monkeypatch.setattr(node.device, "fetch", slowly)
+    node.engine("a").starved = starved
+    running = asyncio.create_task(run(make_round(node, "a")))
+    if starved:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert worker.steps == []
+    else:
+        await node.until(lambda: "load" in worker.steps)
+    filled.set()
+    assert await running == {"a": None}
+    assert worker.steps == WHOLE_ROUND
+
+
+@pytest.mark.parametrize("slow", [True, False])
+async def test_round_notes_whether_engines_waited_for_buckets(
+    slow: bool, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each bucket that comes finds the one before it being loaded, or nothing."""
+    worker, fetch, one_by_one = node.worker("a", content=OLD), node.device.fetch, asyncio.Lock()
+    later: list[Load] = []
+
+    async def after_the_load(gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        async with one_by_one:
+            for _ in range(0 if slow else 100):
+                await asyncio.sleep(0)
+        await fetch(gpu, slot, copies)
+
+    def load(step: Load) -> StepDone | None:
+        if slow and step.seq == 1:
+            later.append(step)
+            return None
+        for held in later:
+            worker.say(worker.do(held))
+        later.clear()
+        return worker.do(step)
+
+    worker.script["load"] = load
+    monkeypatch.setattr(node.device, "fetch", after_the_load)
+    node.engine("a").starved = slow
+    assert await run(make_round(node, "a")) == {"a": None}
+    assert node.engine("a").starved is not slow
 
 
 # --- one engine fails ------------------------------------------------------------------------------------------------
