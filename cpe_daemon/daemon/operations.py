@@ -135,7 +135,7 @@ class Operations:
         await expected.add(spec)
         engine = self._registry.find(spec.name)
         if engine is not None:
-            engine.serves = engine.serves or spec.model
+            engine.serves = spec.model or engine.serves
         log.info("engine.expected", engine=spec.name, kind=spec.kind, model=spec.model, url=spec.url)
         here = "; it is attached" if engine is not None and engine.workers else ""
         return Done(f"engine {spec.name!r} is expected from now on{here}")

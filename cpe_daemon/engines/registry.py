@@ -254,13 +254,13 @@ class Registry:
         return engine
 
     def _serves(self, hello: WorkerHello, engine: Engine) -> str:
-        """Whose versions an engine takes: as it says or said, as an operator says, or of the version that it holds.
+        """Whose versions an engine takes: as an operator says, as it says or said, or of the version that it holds.
 
         Raises:
             MisuseError: nobody says, and there are several to choose from.
         """
         spec = self.expected.get(hello.engine)
-        model = engine.serves or (spec.model if spec is not None else "") or _model(hello)
+        model = (spec.model if spec is not None else "") or engine.serves or _model(hello)
         if not model and len(models := self._live_models()) > 1:
             raise MisuseError(
                 f"engine {hello.engine!r} says no model, and this node serves {', '.join(sorted(models))}: attach it"

@@ -26,7 +26,7 @@ class PushRequest(Message, frozen=True, tag="push_request"):
     """Push a version that this node holds into engines of its model; answered by a `PushReply` when it has ended.
 
     Without ``run`` and ``number`` (-1): the newest that is staged and waits, else the live one. Without ``engines``:
-    all that serve the model.
+    all that serve the model, but for those that hold it already. ``model`` "": the only one that there is.
     """
 
     model: str

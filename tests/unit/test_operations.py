@@ -183,6 +183,16 @@ async def test_engine_that_said_no_model_takes_the_one_that_it_is_expected_with(
     assert not desk.node.engine("e").takes("x")
 
 
+async def test_engine_that_was_killed_takes_the_model_that_it_is_expected_with_from_then_on(desk: Desk) -> None:
+    desk.node.worker("e", content=number(1, "x")).die()
+    assert not desk.node.engine("e").takes("m")
+    assert await desk.ask(add(model="m")) == Done("engine 'e' is expected from now on")
+    assert desk.node.engine("e").takes("m")
+    desk.node.worker("e", incarnation="new")
+    assert desk.node.engine("e").takes("m")
+    assert not desk.node.engine("e").takes("x")
+
+
 async def test_engine_that_was_killed_is_forgotten(desk: Desk) -> None:
     desk.node.worker("e").die()
     assert await desk.ask(EngineRemove("e")) == Done("engine 'e' is forgotten")
