@@ -46,7 +46,7 @@ def test_late_engine_gets_the_live_version_before_it_serves(node: Node, trainer:
         worker.ask("go")
     worker.ask("ready", timeout=15)
     assert worker.ask("forward") == expected
-    assert node.daemon.engine("e")["content"] == "policy@run-1#1"
+    until(lambda: node.daemon.engine("e")["content"] == "policy@run-1#1", "the daemon has heard that it serves")
 
 
 @pytest.mark.parametrize(
