@@ -1,1 +1,1 @@
-"""What the daemon says of itself: log events and metrics. Nothing here decides anything."""
+"""What the daemon says of itself, and to whom: logs, metrics, pages over HTTP, the init system. Decides nothing."""

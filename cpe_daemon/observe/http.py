@@ -242,6 +242,18 @@ class Paced:
                 self._next = loop.time() + self._seconds
 
 
+class _Handler(web.RequestHandler):
+    """aiohttp's half of a connection, whose parser may choke without harm."""
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the transport, which would log a traceback of whatever is raised here."""
+        try:
+            super().data_received(data)
+        except Exception as error:  # task boundary: what a stranger sent concerns this connection alone
+            self.logger.error("%r", error)
+            self.force_close()
+
+
 class _Server(web.Server):
     """aiohttp's, which says when a connection is over."""
 
@@ -251,8 +263,13 @@ class _Server(web.Server):
         lost: Callable[[web.RequestHandler], None],
         **terms: Any,
     ) -> None:
-        super().__init__(handle, request_factory=self._made, **terms)
+        super().__init__(handle, request_factory=self._made)
         self._lost = lost
+        self._terms = terms
+
+    def __call__(self) -> web.RequestHandler:
+        """The protocol of a new connection."""
+        return _Handler(self, loop=asyncio.get_running_loop(), **self._terms)
 
     def _made(
         self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: asyncio.Task[None]
