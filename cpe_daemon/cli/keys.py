@@ -244,7 +244,8 @@ def _roles(client: Client) -> str:
 def _next_steps_of_daemon(directory: Path, public: Path) -> str:
     return f"""
 Next:
-  - the daemon's user has to own {directory} and what is in it
+  - the daemon's user has to own the directory and what is in it:
+      chown -R cpe: {shlex.quote(str(directory))}          (under the systemd unit; else whom it runs as)
   - say where to listen:      ingest.listen: ["tcp://0.0.0.0:5555"]
   - let a client in:          cpe keys allow CLIENT.key --role trainer --dir {shlex.quote(str(directory))}
   - give clients {public}: they recognise the daemon by it"""

@@ -57,10 +57,13 @@ def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
 def default_keys_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return where keys are kept unless told otherwise.
 
-    ``/etc/cpe-daemon/keys`` for root and where it exists and can be read, else ``$XDG_CONFIG_HOME/cpe/keys``, else
-    ``~/.config/cpe/keys``.
+    ``/etc/cpe-daemon/keys`` for root, where it can be read, and for the service (systemd tells it its directory), else
+    ``$XDG_CONFIG_HOME/cpe/keys``, else ``~/.config/cpe/keys``.
     """
     environ = os.environ if environ is None else environ
+    service = environ.get("CONFIGURATION_DIRECTORY", "")
+    if service.startswith("/") and ":" not in service:
+        return Path(service) / "keys"
     if os.getuid() == 0 or os.access(SYSTEM_KEYS_DIR, os.R_OK | os.X_OK):
         return SYSTEM_KEYS_DIR
     personal = environ.get("XDG_CONFIG_HOME", "")

@@ -17,8 +17,8 @@ class SecurityConfig(Section):
     keys_dir: Path = Field(
         default_factory=default_keys_dir,
         description="Holds the daemon's key pair (daemon.key_secret) and the keys that may connect (allowed);"
-        " `cpe keys` writes both. Default: /etc/cpe-daemon/keys for root and where it can be read, else"
-        " $XDG_CONFIG_HOME/cpe/keys, else ~/.config/cpe/keys.",
+        " `cpe keys` writes both. Default: /etc/cpe-daemon/keys for root, for the service, and where it"
+        " can be read, else $XDG_CONFIG_HOME/cpe/keys, else ~/.config/cpe/keys.",
     )
 
     @field_validator("keys_dir")

@@ -7,6 +7,7 @@ the task that hands them over is the daemon's own, so that its end would end the
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,11 +87,18 @@ class Curve:
             ConfigError: one cannot be used; says what to do.
         """
         path = self._directory / f"{DAEMON_NAME}{SECRET_SUFFIX}"
-        if not path.exists():
+        try:
+            path.stat()
+        except FileNotFoundError:
             raise ConfigError(
-                f"tcp endpoints need a key pair of the daemon's, and there is none at {path}; make one as the daemon's"
-                f" user: cpe keys new --daemon --dir {self._directory} (or set ingest.insecure: true to do without)"
-            )
+                f"tcp endpoints need a key pair of the daemon's, and there is none at {path}; make one: cpe keys new"
+                f" --daemon --dir {self._directory} (or set ingest.insecure: true to do without)"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be looked at: {error.strerror or error}; this daemon's user (uid {os.getuid()}) has to"
+                f" own {self._directory} and what is in it"
+            ) from None
         self._pair = load_pair(path)
         self.access.replace(self._list.read_if_changed() or {})
 

@@ -93,7 +93,8 @@ def load_pair(path: Path) -> KeyPair:
         mode = path.stat().st_mode
         public, secret = _parsed(path)
     except OSError as error:
-        raise ConfigError(f"key file {path} cannot be read: {error.strerror or error}") from None
+        owner = f"; its owner has to be this user (uid {os.geteuid()})" if isinstance(error, PermissionError) else ""
+        raise ConfigError(f"key file {path} cannot be read: {error.strerror or error}{owner}") from None
     if not secret:
         hint = f"; give {path.name.removesuffix(PUBLIC_SUFFIX)}{SECRET_SUFFIX}" if path.suffix == PUBLIC_SUFFIX else ""
         raise ConfigError(f"key file {path} holds no secret key{hint}")

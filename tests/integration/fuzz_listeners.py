@@ -68,6 +68,7 @@ class Target:
         self.served = served
         self._before: dict[str, int] = {}
         self._peak = 0
+        self._samples: list[int] = []
         self._held: dict[str, int] = {}
 
     def mark(self) -> None:
@@ -80,7 +81,9 @@ class Target:
             raise AssertionError(f"{self.daemon.name} has ended: {self.daemon.said[-2000:]}")
         for served in self.served:
             served.publish()
-        self._peak = max(self._peak, self.daemon.usage()["rss_bytes"])
+        resident = self.daemon.usage()["rss_bytes"]
+        self._peak = max(self._peak, resident)
+        self._samples.append(resident >> 10)
 
     def judge(self) -> None:
         """See that it has let go of everything, some seconds after the last attack."""
@@ -90,6 +93,7 @@ class Target:
             until(lambda what=what, most=most: self.daemon.usage()[what] <= most, f"{what} are given back", 30)  # type: ignore[misc]
         grown = self.daemon.usage()["rss_bytes"] - self._before["rss_bytes"]
         print(f"{self.daemon.name}: memory grew by {grown >> 10} KiB, at its most {self._peak >> 20} MiB resident")
+        print(f"KiB resident, over time: {self._samples[:: max(1, len(self._samples) // 20)]}")
         if grown > GROWTH_BYTES:
             raise AssertionError(f"{self.daemon.name} has grown by {grown} bytes")
         for wrong in ("Traceback", "message.failed", "never retrieved"):

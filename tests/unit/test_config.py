@@ -306,6 +306,8 @@ def test_keys_are_kept_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert default_keys_dir({"HOME": "/home/me"}) == Path("/home/me/.config/cpe/keys")
     assert default_keys_dir({"HOME": "/home/me", "XDG_CONFIG_HOME": "/conf"}) == Path("/conf/cpe/keys")
     assert default_keys_dir({"HOME": "/home/me", "XDG_CONFIG_HOME": "relative"}) == Path("/home/me/.config/cpe/keys")
+    assert default_keys_dir({"HOME": "/", "CONFIGURATION_DIRECTORY": "/etc/cpe"}) == Path("/etc/cpe/keys")
+    assert default_keys_dir({"HOME": "/h", "CONFIGURATION_DIRECTORY": "/a:/b"}) == Path("/h/.config/cpe/keys")
     (tmp_path / "system").mkdir()
     assert default_keys_dir({"HOME": "/home/me"}) == tmp_path / "system"
 
