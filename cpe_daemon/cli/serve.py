@@ -28,6 +28,7 @@ def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: 
 
     import asyncio
     import faulthandler
+    import sys
 
     import uvloop
 
@@ -35,6 +36,7 @@ def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: 
     from cpe_daemon.observe.logs import configure_logging
 
     configure_logging(config.log.level, config.log.format)
-    faulthandler.enable()  # a watchdog ends a daemon that is stuck by SIGABRT: then it says where its threads are
+    # A watchdog ends a daemon that is stuck by SIGABRT: then it says where its threads are.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(config))

@@ -178,7 +178,7 @@ def test_terminated_daemon_does_not_wait_for_ever(node: Node) -> None:
     publish(trainer, 1)
     live = stop_midway(trainer, gated, 2)
     assert node.daemon.stop() == 0
-    with pytest.raises(PeerLostError, match="the daemon stops|said farewell"):
+    with pytest.raises(PeerLostError, match=r"the daemon stops|said farewell"):
         trainer.result(live)
     gated.ask("go")
     until(lambda: "lost the daemon" in gated.log.read_text(), "the engine notices")
