@@ -35,7 +35,7 @@ _OUTGOING: Final = 256
 
 _DECRYPTING_THREADS: Final = min(4, len(os.sched_getaffinity(0)))
 _STATUS_SECONDS: Final = 0.1
-_STATUS_BURST: Final = 100
+_STATUS_BURST: Final = 200
 _EVERYBODY: Final = b""
 
 
