@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import groupby
 
 import msgspec
 
-from cpe_daemon.core.dtypes import ITEMSIZE
-from cpe_daemon.core.groups import LEVELS, module_groups
+from cpe_daemon.core.groups import LEVELS, group_numbers
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.errors import MisuseError
 
@@ -72,10 +71,24 @@ def cut(specs: Sequence[TensorSpec], slot_bytes: int) -> Cut:
     if slot_bytes <= 0 or slot_bytes % ALIGNMENT_BYTES:
         raise MisuseError(f"slots of {slot_bytes} bytes: a positive multiple of {ALIGNMENT_BYTES} is due")
     names = [spec.name for spec in specs]
-    sizes = [prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in specs]
+    sizes = _sizes(specs)
     packer = _Packer(names, sizes, slot_bytes)
-    packer.add(module_groups(names))
+    group_of = group_numbers(names).__getitem__
+    packer.add(list(group) for _, group in groupby(sorted(range(len(names)), key=group_of), group_of))
     return Cut(tuple(sizes), slot_bytes, packer.finish(), packer.largest_split_bytes)
+
+
+def _sizes(specs: Iterable[TensorSpec]) -> list[int]:
+    """Bytes of each tensor; a large model has few kinds of them."""
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    found: list[int] = []
+    for spec in specs:
+        kind = spec.dtype, spec.shape
+        nbytes = sizes.get(kind)
+        if nbytes is None:
+            nbytes = sizes[kind] = spec.nbytes
+        found.append(nbytes)
+    return found
 
 
 class _Packer:

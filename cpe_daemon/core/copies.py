@@ -171,17 +171,17 @@ def deal(copies: Iterable[Copy], shares: Sequence[Share], count: int) -> tuple[t
     for copy in copies:
         start = copy.slot_offset
         end = start + copy.nbytes
+        if end <= share_end:
+            pulls.append(copy)
+            continue
+        shift = copy.address - start
         while start < end:
-            while share_end <= start:
+            if start >= share_end:
                 _, share_end, gpu = next(remaining)
                 pulls = dealt[gpu]
-            stop = end
-            if stop > share_end:  # not `min`: this runs hundreds of thousands of times
-                stop = share_end
-            if stop - start == copy.nbytes:
-                pulls.append(copy)
-            else:
-                pulls.append(Copy(copy.origin, copy.address + start - copy.slot_offset, start, stop - start))
+                continue
+            stop = min(end, share_end)
+            pulls.append(Copy(copy.origin, start + shift, start, stop - start))
             start = stop
     return tuple([tuple(pulls) for pulls in dealt])
 

@@ -16,7 +16,7 @@ A group larger than a slot is parted along `LEVELS`, from coarse to fine.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 _COUNTED: Final = re.compile(
@@ -61,20 +61,21 @@ _ORDINARY: Final = frozenset(
 """Leaves of a module that has but one weight, without their roles."""
 
 
-def module_groups(names: Iterable[str]) -> Iterable[Sequence[int]]:
-    """Gather tensors by `group_key`: indexes into ``names``, groups in the order of their first tensors."""
-    groups: dict[str, list[int]] = {}
-    experts: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
+def group_numbers(names: Iterable[str]) -> list[int]:
+    """By tensor, the number of its module group (`group_key`); groups count up in the order of their first tensors."""
+    groups: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    numbers: list[int] = []
+    for name in names:
         parent = name.rsplit(".", 2)[0]
-        group = experts.get(parent)  # a short way past the rule: nearly all tensors of a large model are experts'
-        if group is None:
+        number = experts.get(parent)  # a short way past the rule: nearly all tensors of a large model are experts'
+        if number is None:
             if _is_expert(parent):
-                group = experts[parent] = groups.setdefault(parent, [])
+                number = experts[parent] = groups.setdefault(parent, len(groups))
             else:
-                group = groups.setdefault(group_key(name), [])
-        group.append(index)
-    return groups.values()
+                number = groups.setdefault(group_key(name), len(groups))
+        numbers.append(number)
+    return numbers
 
 
 def group_key(name: str) -> str:

@@ -105,7 +105,7 @@ def _bucket(index: int, filling: Filling, located: Located, topology: Topology) 
         return Bucket(index, nbytes, parts, (tuple(copies),) * count, ((),) * count)
     if topology.has_near_memory:
         shares = near_shares(nbytes, topology.gpus, sources(copies, topology))
-        exchanges = exchange(shares, count)
+        exchanges = _exchanges(shares, count)
     else:
         shares, exchanges = _equally(nbytes, count)
     return Bucket(index, nbytes, parts, deal(copies, shares, count), exchanges)
@@ -116,3 +116,7 @@ def _equally(nbytes: int, count: int) -> tuple[tuple[Share, ...], tuple[tuple[Pe
     """Equal shares and their exchanges: the same for all buckets of one size, as runs of experts are."""
     shares = equal_shares(nbytes, count)
     return shares, exchange(shares, count)
+
+
+_exchanges = lru_cache(maxsize=256)(exchange)
+"""Memory is near in long stretches, so that most buckets of a size are shared out alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class Topology:
     gpus: tuple[Gpu, ...]
     peer_access: bool
     regions: tuple[Region, ...] = ()
+    _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         uuids = [gpu.uuid for gpu in self.gpus]
@@ -66,6 +67,7 @@ class Topology:
         if len(set(uuids)) < len(uuids):
             raise MisuseError(f"a topology that names a GPU twice: {', '.join(uuids)}")
         object.__setattr__(self, "regions", tuple(sorted(self.regions)))
+        object.__setattr__(self, "_offsets", tuple(region.offset for region in self.regions))
         for region, following in pairwise(self.regions):
             if region.offset + region.nbytes > following.offset:
                 raise MisuseError(f"arena regions overlap: {region} and {following}")
@@ -75,21 +77,25 @@ class Topology:
         """Whether some arena bytes are nearer to one GPU than to another."""
         return bool(self.regions) and len({gpu.numa_node for gpu in self.gpus}) > 1
 
-    def nodes(self, address: int, nbytes: int) -> Iterator[tuple[int, int | None]]:
+    def nodes(self, address: int, nbytes: int) -> list[tuple[int, int | None]]:
         """Walk an arena range: (address, NUMA node from there on) by ascending address."""
-        at = max(0, bisect_right(self.regions, address, key=_region_offset) - 1)
-        for region in self.regions[at:]:
-            if region.offset >= address + nbytes:
+        at = bisect_right(self._offsets, address) - 1
+        end = address + nbytes
+        if at >= 0 and end <= self._offsets[at] + self.regions[at].nbytes:
+            return [(address, self.regions[at].numa_node)]
+        found: list[tuple[int, int | None]] = []
+        for offset, region_bytes, node in self.regions[max(0, at) :]:
+            if offset >= end:
                 break
-            if region.offset > address:
-                yield address, None
-                address, nbytes = region.offset, address + nbytes - region.offset
-            inside = min(region.offset + region.nbytes - address, nbytes)
-            if inside > 0:
-                yield address, region.numa_node
-                address, nbytes = address + inside, nbytes - inside
-        if nbytes:
-            yield address, None
+            if offset > address:
+                found.append((address, None))
+                address = offset
+            if offset + region_bytes > address:
+                found.append((address, node))
+                address = min(offset + region_bytes, end)
+        if address < end:
+            found.append((address, None))
+        return found
 
 
 def equal_shares(nbytes: int, count: int) -> tuple[Share, ...]:
@@ -121,17 +127,25 @@ def near_shares(nbytes: int, gpus: Sequence[Gpu], sources: Iterable[Source]) -> 
     def share_out(start: int, end: int, takers: Iterable[int]) -> int:
         """Give what is left from ``start`` to those with quota left; returns where that ended."""
         for gpu in takers:
-            stop = start + min(quotas[gpu], end - start)
-            if stop > start:
+            if start == end:
+                break
+            quota = quotas[gpu]
+            if quota:
+                stop = min(start + quota, end)
                 shares.append(Share(start, stop, gpu))
-                quotas[gpu] -= stop - start
+                quotas[gpu] = quota - (stop - start)
                 start = stop
         return start
 
+    near: dict[int | None, list[int]] = {None: []}
+    for gpu, (_, node) in enumerate(gpus):
+        if node is not None:
+            near.setdefault(node, []).append(gpu)
     far: list[tuple[int, int]] = []
     for start, end, node in _blocks(nbytes, sources):
-        near = [gpu for gpu, (_, gpu_node) in enumerate(gpus) if node is not None and gpu_node == node]
-        far.append((share_out(start, end, near), end))
+        start = share_out(start, end, near.get(node, ()))
+        if start < end:
+            far.append((start, end))
     for start, end in far:
         share_out(start, end, range(len(gpus)))
     return _joined(sorted(shares))
@@ -159,7 +173,3 @@ def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
             start = joined.pop().start
         joined.append(Share(start, end, gpu))
     return tuple(joined)
-
-
-def _region_offset(region: Region) -> int:
-    return region.offset

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpe_daemon.core.groups import LEVELS, companion_key, fused_key, group_key, module_groups, module_key
+from cpe_daemon.core.groups import LEVELS, companion_key, fused_key, group_key, group_numbers, module_key
 from tests.unit.model_names import COUNTS, MODELS, tensors_of
 
 
@@ -80,12 +80,10 @@ def test_group_key_does_not_take_a_number_inside_a_word_for_a_layer() -> None:
     assert group_key("model.layersx.3.a.b.weight") == "model.layersx.3.a"
 
 
-def gathered(names: Sequence[str]) -> list[list[int]]:
-    """What `module_groups` is to give, by the rule alone."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(names):
-        groups[group_key(name)].append(index)
-    return list(groups.values())
+def numbered(names: Sequence[str]) -> list[int]:
+    """What `group_numbers` is to give, by the rule alone."""
+    groups: dict[str, int] = {}
+    return [groups.setdefault(group_key(name), len(groups)) for name in names]
 
 
 COMPONENTS = (
@@ -108,16 +106,16 @@ COMPONENTS = (
 
 @given(st.lists(st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=9).map(".".join), max_size=40))
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_gathering_has_short_ways_but_follows_the_rule(names: list[str]) -> None:
-    assert list(module_groups(names)) == gathered(names)
+def test_numbering_has_a_short_way_but_follows_the_rule(names: list[str]) -> None:
+    assert group_numbers(names) == numbered(names)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_gathering_a_models_tensors_follows_the_rule_in_any_order(model: str) -> None:
+def test_numbering_a_models_tensors_follows_the_rule_in_any_order(model: str) -> None:
     names = [spec.name for spec in tensors_of(model, layers=3)]
-    assert list(module_groups(names)) == gathered(names)
+    assert group_numbers(names) == numbered(names)
     random.Random(5).shuffle(names)
-    assert list(module_groups(names)) == gathered(names)
+    assert group_numbers(names) == numbered(names)
 
 
 @pytest.mark.parametrize(
