@@ -21,6 +21,13 @@ _EVENTS: Final = (
     | zmq.Event.HANDSHAKE_SUCCEEDED
 )
 _MECHANISM_MISMATCH: Final = 0x11000002
+_TAKES_NONE: Final = (
+    "takes no keys: it listens without encryption; leave the key out, or set ingest.insecure: false there"
+)
+_TAKES_ONLY_KEYS: Final = (
+    "takes only clients with a key; give one that its daemon allows, with the daemon's public key: key= and"
+    " server_key=, or --key and --server-key"
+)
 _TRIES: Final = 3
 _TRYING_SECONDS: Final = 1.0
 """So often, and over so long a time, a handshake has to fail without a reason before that counts as one: a daemon that
@@ -85,13 +92,7 @@ class Handshakes:
                 " the daemon's node lets it in"
             )
         elif event == zmq.Event.HANDSHAKE_FAILED_PROTOCOL and value == _MECHANISM_MISMATCH:
-            self._reason = (
-                f"{self._endpoint} takes no keys: it listens without encryption; leave the key out, or set"
-                " ingest.insecure: false there"
-                if self._keyed
-                else f"{self._endpoint} takes only clients with a key; give one that its daemon allows, with the"
-                " daemon's public key: key= and server_key=, or --key and --server-key"
-            )
+            self._reason = f"{self._endpoint} {_TAKES_NONE if self._keyed else _TAKES_ONLY_KEYS}"
         else:
             if not self._failures:
                 self._failing_since = time.monotonic()
@@ -99,8 +100,9 @@ class Handshakes:
 
     def _guess(self) -> str:
         hint = (
-            "is the server key given here its public key (`cpe keys list` on its node shows it)?"
+            "is the server key given here its public key (`cpe keys list` on its node shows it)? Or perhaps it"
+            f" {_TAKES_NONE}"
             if self._keyed
-            else "is a daemon listening there, and does it require a key?"
+            else f"if a daemon listens there, it {_TAKES_ONLY_KEYS}"
         )
         return f"{self._endpoint} ended the connection during the handshake, {self._failures} times; {hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -323,7 +324,7 @@ def routing_id_of(dealer: Dealer) -> bytes:
 
 def steal(daemon: Daemon, thief: Credentials, routing_id: bytes, message: Message) -> None:
     """Say something under a routing id that is not the thief's; it has to be refused."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.IDENTITY, routing_id),
@@ -331,18 +332,18 @@ def steal(daemon: Daemon, thief: Credentials, routing_id: bytes, message: Messag
             (zmq.CURVE_PUBLICKEY, thief.pair.public.encode()),
             (zmq.CURVE_SECRETKEY, thief.pair.secret.encode()),
         ):
-            socket.setsockopt(option, value)
-        socket.connect(daemon.tcp_endpoint())
-        socket.send(encode(message))
-        answer = answered(socket)
+            dealer.setsockopt(option, value)
+        dealer.connect(daemon.tcp_endpoint())
+        dealer.send(encode(message))
+        answer = answered(dealer)
         assert answer.error.code == "access", answer
         assert "a routing id that is not one of 'thief'" in answer.error.message
 
 
-def answered(socket: zmq.Socket[bytes]) -> ErrorReply:
+def answered(dealer: zmq.Socket[bytes]) -> ErrorReply:
     """The refusal that has come, or comes soon."""
-    assert socket.poll(20_000), "no answer came"
-    answer = Codec(FrontReply).decode(socket.recv_multipart()[0])
+    assert dealer.poll(20_000), "no answer came"
+    answer = Codec(FrontReply).decode(dealer.recv_multipart()[0])
     assert isinstance(answer, ErrorReply), answer
     return answer
 
@@ -377,12 +378,12 @@ def test_trainer_whose_connection_is_taken_over_comes_back(node: Node, keys: Key
 
 def test_routing_ids_of_keys_are_no_use_on_this_host_s_own_socket(keys: Keyring, daemon: Daemon) -> None:
     credentials = keys.client("run-7", Role.TRAINER)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IDENTITY, new_routing_id(credentials.pair.public))
-        socket.connect(daemon.front)
-        socket.send(encode(StatusRequest()))
-        assert "is for clients with keys" in answered(socket).error.message
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.IDENTITY, new_routing_id(credentials.pair.public))
+        dealer.connect(daemon.front)
+        dealer.send(encode(StatusRequest()))
+        assert "is for clients with keys" in answered(dealer).error.message
     assert daemon.status()["counters"]['cpe_protocol_errors_total{socket="front"}'] == 1
 
 
@@ -479,10 +480,10 @@ def _answered(trainer: RawTrainer) -> bool:
 
 @pytest.fixture
 def many_frames(daemon: Daemon) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(daemon.front)
-        yield socket
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.connect(daemon.front)
+        yield dealer
 
 
 def test_message_of_very_many_frames_is_thrown_away(daemon: Daemon, many_frames: zmq.Socket[bytes]) -> None:
@@ -494,3 +495,30 @@ def test_message_of_very_many_frames_is_thrown_away(daemon: Daemon, many_frames:
         assert answered(many_frames).error.message == "a message has 1 to 2 frames"
     many_frames.send(encode(Ping()))
     assert answered(many_frames).error.message == "say hello first", "what comes after it is taken"
+
+
+def test_flood_of_questions_gets_one_answer_many_times(daemon: Daemon) -> None:
+    with Link(daemon.front) as link:
+        began, seen = time.monotonic(), []
+        for _ in range(1000):
+            answer = link.ask(StatusRequest())
+            assert isinstance(answer, StatusReply)
+            seen.append(answer.status["daemon"]["uptime_seconds"])
+        made = len(set(seen))
+        assert 1 < made <= 200 + 10 * (time.monotonic() - began) + 2
+        assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("name", ["front.sock", "engines.sock", "tcp"])
+def test_connection_that_never_introduces_itself_is_cut(node: Node, keys: Keyring, name: str) -> None:
+    daemon = node.start_daemon(**keys.settings, deadlines__hello_seconds=0.3)
+    if name == "tcp":
+        host, _, port = daemon.tcp_endpoint().removeprefix("tcp://").rpartition(":")
+        connection = socket.create_connection((host, int(port)))
+    else:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(daemon.runtime_dir / name))
+    with connection:
+        connection.settimeout(20)
+        while connection.recv(4096):
+            continue  # its greeting
