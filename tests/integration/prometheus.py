@@ -72,6 +72,10 @@ class Prometheus:
         found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return found
 
+    def await_rise(self, counter: str) -> None:
+        """Wait until a counter has been seen to rise."""
+        until(lambda: self.query(f"rate({counter}[5m]) > 0"), f"{counter} rises")
+
     def await_value(self, expression: str, value: float) -> None:
         """Wait until an expression has one sample of that value."""
         until(lambda: [float(sample["value"][1]) for sample in self.query(expression)] == [value], expression)

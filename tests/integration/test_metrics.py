@@ -258,6 +258,8 @@ def watched(node: Node, tmp_path: Path) -> Iterator[Prometheus]:
             trainer.ask("build", recipe=RECIPE, seed=version)
             trainer.publish_live(version)
             prometheus.await_value('cpe_versions_total{outcome="live"}', version)
+        prometheus.await_rise("cpe_loop_lag_seconds_count")  # of the passing of time alone, twice a second
+        prometheus.await_rise("process_cpu_seconds_total")
         yield prometheus
 
 
