@@ -50,15 +50,22 @@ class Prometheus:
             )
 
     def __enter__(self) -> Prometheus:
-        listening = re.compile(r'Listening on" address=(\S+)')
-        address = until(lambda: listening.findall(self._log.read_text()), "Prometheus listens")[0]
-        self._url = f"http://{address}/api/v1/"
-        until(lambda: "ready to receive web requests" in self._log.read_text(), "Prometheus is ready")
+        try:
+            listening = re.compile(r'Listening on" address=(\S+)')
+            address = until(lambda: listening.findall(self._log.read_text()), "Prometheus listens")[0]
+            self._url = f"http://{address}/api/v1/"
+            until(lambda: "ready to receive web requests" in self._log.read_text(), "Prometheus is ready")
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._process.terminate()
         self._process.wait(_SECONDS)
 
