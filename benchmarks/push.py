@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import push_observability, report
+from benchmarks.bystanders import Bystanders, remark
 from benchmarks.host import FloorProcess, Host, Setting, Weights
 from benchmarks.models import DENSE
 from cpe_daemon.core.types import ALIGNMENT_BYTES
@@ -107,15 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(setting: Setting, directory: Path, updates: int, shapes: Sequence[tuple[int, int]]) -> None:
-    weights = Weights(setting.architecture)
+    bystanders, weights = Bystanders(), Weights(setting.architecture)
     with FloorProcess(setting, directory) as floor:
         buckets = floor.ready()
         rows = []
         for workers, gpus in shapes:
             made = replace(setting, workers=workers, gpus=gpus)
             rows.append(measure(made, weights, floor, directory / f"{workers}-{gpus}", updates))
-    _show(rows, weights.nbytes, buckets)
-    first = rows[0]
+    others_share, first = bystanders.share(), rows[0]
+    _show(rows, weights.nbytes, buckets, others_share)
     report.finish(
         report.compared(
             "push",
@@ -129,12 +130,13 @@ def _run(setting: Setting, directory: Path, updates: int, shapes: Sequence[tuple
             buckets=buckets,
             paused_seconds=round(first.paused, 6),
             phases={phase: round(seconds, 6) for phase, seconds in first.phases.items()},
-            others=[_plain(row) for row in rows[1:]],
+            rows=[_plain(row) for row in rows[1:]],
+            others_share=round(others_share, 4),
         )
     )
 
 
-def _show(rows: Sequence[Row], nbytes: int, buckets: int) -> None:
+def _show(rows: Sequence[Row], nbytes: int, buckets: int, others_share: float) -> None:
     setting = rows[0].setting
     slots = f"{setting.slots} slots of {setting.slot_bytes / _MIB:g} MiB"
     report.show(
@@ -157,6 +159,7 @@ def _show(rows: Sequence[Row], nbytes: int, buckets: int) -> None:
             "one worker: " + ", ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in rows[0].phases.items()),
             "the floor is that of one worker and one set of slots in every row: the others copy more, on the same"
             " cores",
+            remark(others_share),
         ],
     )
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from benchmarks import report
+from benchmarks.bystanders import Bystanders, remark
 from benchmarks.host import START_SECONDS, Host, Setting, Weights
 from cpe_daemon.errors import ConfigError
 
@@ -87,7 +88,7 @@ class Scraper:
 
 def run(setting: Setting, directory: Path, updates: int) -> None:
     """Measure, and print."""
-    weights = Weights(setting.architecture)
+    bystanders, weights = Bystanders(), Weights(setting.architecture)
     logs = {"level": "info", "format": "json"}
     seen = replace(setting, more={"http": {"listen": "127.0.0.1:0"}, "log": logs})
     unseen = replace(setting, more={"log": {"level": "error"}})
@@ -96,7 +97,8 @@ def run(setting: Setting, directory: Path, updates: int) -> None:
         Host(unseen, directory / "without", ("-m", "benchmarks.push_daemon", "blind", "serve")) as theirs,
     ):
         costs = _measure(ours, theirs, weights, updates)
-    _show(setting, costs, weights.nbytes)
+    others_share = bystanders.share()
+    _show(setting, costs, weights.nbytes, others_share)
     report.finish(
         {
             "bench": "push-observability",
@@ -111,6 +113,7 @@ def run(setting: Setting, directory: Path, updates: int) -> None:
             "logs_share": round(costs.share("logs"), 6),
             "scrape_seconds": round(costs.scrape_seconds, 6),
             "share": round(_total(costs), 6),
+            "others_share": round(others_share, 4),
         }
     )
 
@@ -133,7 +136,7 @@ def _measure(ours: Host, theirs: Host, weights: Weights, updates: int) -> Costs:
     return costs
 
 
-def _show(setting: Setting, costs: Costs, nbytes: int) -> None:
+def _show(setting: Setting, costs: Costs, nbytes: int, others_share: float) -> None:
     low, high = _quartiles(costs.differences)
     calls = {kind: statistics.median([line["calls"][kind] for line in costs.counted]) for kind in ("metrics", "logs")}
     report.show(
@@ -157,7 +160,10 @@ def _show(setting: Setting, costs: Costs, nbytes: int) -> None:
             (f"a scrape every second, {costs.scrape_seconds * 1e3:.2f} ms each", "", f"{costs.scrape_seconds:.3%}"),
             ("all", "", f"{_total(costs):.3%}"),
         ],
-        notes=[f"medians of {len(costs.seconds)} pushes; the wandering of the two hosts is in the first table"],
+        notes=[
+            f"medians of {len(costs.seconds)} pushes; the wandering of the two hosts is in the first table",
+            remark(others_share),
+        ],
     )
 
 
