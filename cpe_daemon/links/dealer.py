@@ -14,6 +14,7 @@ from typing import Final
 import zmq
 
 from cpe_daemon.errors import ConfigError, PeerLostError
+from cpe_daemon.links.frames import receive_frames, send_frames
 from cpe_daemon.links.handshake import Handshakes
 from cpe_daemon.links.identity import new_routing_id
 from cpe_daemon.links.keys import Credentials
@@ -81,7 +82,7 @@ class Dealer:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self._socket.send_multipart(parts, flags=zmq.NOBLOCK)
+                send_frames(self._socket, parts)
             except zmq.Again:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -109,7 +110,7 @@ class Dealer:
             if not self._readable():
                 return None
         try:
-            parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            parts = receive_frames(self._socket)
         except zmq.Again:
             return None
         frames = [memoryview(part.buffer) for part in parts]

@@ -23,6 +23,7 @@ from cpe_daemon.errors import AccessError, BusyError, ConfigError, CpeError, Pro
 from cpe_daemon.links.access import Access
 from cpe_daemon.links.allowed import Client
 from cpe_daemon.links.curve import secure
+from cpe_daemon.links.frames import receive_frames, send_frames
 from cpe_daemon.links.identity import is_keyed
 from cpe_daemon.links.keys import KeyPair
 from cpe_daemon.wire.codec import Codec, encode
@@ -167,7 +168,7 @@ class Router:
         if self._socket.closed:
             return False
         try:
-            self._socket.send_multipart([peer, header, *frames], flags=zmq.NOBLOCK)
+            send_frames(self._socket, (peer, header, *frames))
         except (zmq.Again, zmq.ZMQError):
             return False
         finally:
@@ -198,9 +199,7 @@ class Router:
 
     def _receive(self) -> list[zmq.Frame]:
         """Return the peer's routing id and the frames of its next message, of which the last may be one too many."""
-        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
-        while frames[-1].more and len(frames) <= 1 + _MOST_FRAMES:
-            frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
+        frames = receive_frames(self._socket, 2 + _MOST_FRAMES)
         self._discarding = bool(frames[-1].more)
         return frames
 
