@@ -10,7 +10,7 @@ import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.devices.memory import SharedMemory
-from cpe_daemon.errors import BusyError, ProtocolError
+from cpe_daemon.errors import BusyError, CpeError, ProtocolError
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Handler
@@ -176,7 +176,11 @@ class Trainers:
             return Session(peer, hello, settings.credits, settings.chunk_bytes, self._clock())
         session = Session(peer, hello, settings.landing_credits, settings.landing_chunk_bytes, self._clock())
         session.ring = SharedMemory.create("cpe-landing", session.credits * session.chunk_bytes)
-        session.token = self._handoff.offer(session.ring.fd, lambda: self._lose(session, "its process ended"))
+        try:
+            session.token = self._handoff.offer(session.ring.fd, lambda: self._lose(session, "its process ended"))
+        except CpeError:
+            session.ring.close()
+            raise
         return session
 
     def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
