@@ -28,9 +28,10 @@ DIGEST_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a rank's shards lie in its extent: ``offsets`` in bytes, in the shards' order; ``nbytes`` in all."""
+    """Where a rank's shards lie in its extent: ``offsets`` and ``sizes`` in their order, ``nbytes`` in all; bytes."""
 
     offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
     nbytes: int
 
 
@@ -64,40 +65,44 @@ def layout(shards: Iterable[Shard]) -> Layout:
     """Place shards one after another, each aligned; both ends of a link compute the same.
 
     Raises:
-        ManifestError: a shard is malformed (see `check_shard`).
+        ManifestError: a shard is malformed (see `checked_nbytes`).
     """
     offsets: list[int] = []
+    sizes: list[int] = []
     end = 0
     for shard in shards:
-        check_shard(shard)
+        nbytes = checked_nbytes(shard)
         offsets.append(end)
-        end = align(end + shard.nbytes)
-    return Layout(tuple(offsets), end)
+        sizes.append(nbytes)
+        end = align(end + nbytes)
+    return Layout(tuple(offsets), tuple(sizes), end)
 
 
-def check_shard(shard: Shard) -> None:
-    """Refuse a shard whose name, dtype, shape or box makes no sense.
+def checked_nbytes(shard: Shard) -> int:
+    """Return the bytes of a shard whose name, dtype, shape and box make sense.
 
     Raises:
-        ManifestError: naming the tensor and what is wrong with it.
+        ManifestError: they do not; names the tensor and what is wrong with it.
     """
-    name = shard.name
-    if not name or len(name) > MAX_NAME_CHARS:
+    name, shape = shard.name, shard.shape
+    if not 0 < len(name) <= MAX_NAME_CHARS:
         raise ManifestError(f"tensor name of {len(name)} characters; 1 to {MAX_NAME_CHARS} are allowed")
     size = itemsize(shard.dtype)
-    if len(shard.shape) > MAX_DIMS or any(extent < 0 for extent in shard.shape):
-        raise ManifestError(f"tensor {name}: impossible shape {list(shard.shape)}")
-    if math.prod(shard.shape) * size > MAX_TENSOR_BYTES:
-        raise ManifestError(f"tensor {name}: {list(shard.shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes")
+    if shape and (len(shape) > MAX_DIMS or min(shape) < 0):
+        raise ManifestError(f"tensor {name}: impossible shape {list(shape)}")
+    nbytes = math.prod(shape) * size
+    if nbytes > MAX_TENSOR_BYTES:
+        raise ManifestError(f"tensor {name}: {list(shape)} of {shard.dtype} is over {MAX_TENSOR_BYTES} bytes")
     if shard.start is None and shard.local_shape is None:
-        return
+        return nbytes
     start, local = shard.box
-    inside = len(start) == len(local) == len(shard.shape) and all(
+    inside = len(start) == len(local) == len(shape) and all(
         first >= 0 and count >= 0 and first + count <= extent
-        for first, count, extent in zip(start, local, shard.shape, strict=True)
+        for first, count, extent in zip(start, local, shape, strict=True)
     )
     if not inside:
-        raise ManifestError(f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shard.shape)}")
+        raise ManifestError(f"tensor {name}: part {list(local)} at {list(start)} lies outside {list(shape)}")
+    return math.prod(local) * size
 
 
 def merge(
@@ -121,16 +126,19 @@ def merge(
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, list[tuple[Run, bytes]]] = {}
     for rank, (shards, rank_digests) in enumerate(zip(contributions, digests, strict=True)):
-        offsets = layout(shards).offsets
-        for shard, offset, digest in zip(shards, offsets, rank_digests, strict=True):
-            spec = shard.spec
-            known = specs.setdefault(shard.name, spec)
-            if known != spec:
-                raise ManifestError(f"rank {rank} contributes {spec}, another rank {known}")
-            run = Run(_tensor_offset(shard), shard.nbytes, rank, offset)
-            pieces.setdefault(shard.name, []).append((run, digest))
-    tensors = tuple(_whole(spec, pieces[name]) for name, spec in specs.items())
-    return Manifest(version, tensors, sum(run.nbytes for tensor in tensors for run in tensor.runs))
+        plan = layout(shards)
+        for shard, offset, nbytes, digest in zip(shards, plan.offsets, plan.sizes, rank_digests, strict=True):
+            name, spec = shard.name, shard.spec
+            piece = Run(_tensor_offset(shard), nbytes, rank, offset), digest
+            if name not in specs:
+                specs[name] = spec
+                pieces[name] = [piece]
+            elif specs[name] != spec:
+                raise ManifestError(f"rank {rank} contributes {spec}, another rank {specs[name]}")
+            else:
+                pieces[name].append(piece)
+    tensors = tuple([_whole(spec, pieces[name]) for name, spec in specs.items()])
+    return Manifest(version, tensors, sum([run.nbytes for tensor in tensors for run in tensor.runs]))
 
 
 def _whole(spec: TensorSpec, pieces: list[tuple[Run, bytes]]) -> Tensor:

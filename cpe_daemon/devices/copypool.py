@@ -25,6 +25,8 @@ class CopyPool(ThreadPoolExecutor):
         super().__init__(threads, name)
         self._began: dict[int, float] = {}
         """Since when each thread that copies now does; a thread writes its own entry only."""
+        self._waiting = 0
+        self._count_lock = threading.Lock()
 
     @property
     def stuck_seconds(self) -> float:
@@ -34,9 +36,22 @@ class CopyPool(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a thread copy; what waits for one is not counted as being copied."""
+        self._count(1)
         return super().submit(self._timed, functools.partial(fn, *args, **kwargs))
 
+    def go_on(self) -> bool:
+        """Whether the calling thread may begin another copy in the same work: nothing else waits for a thread."""
+        if self._waiting:
+            return False
+        self._began[threading.get_ident()] = time.monotonic()
+        return True
+
+    def _count(self, step: int) -> None:
+        with self._count_lock:
+            self._waiting += step
+
     def _timed(self, copy: Callable[[], T]) -> T:
+        self._count(-1)
         me = threading.get_ident()
         self._began[me] = time.monotonic()
         try:

@@ -8,8 +8,8 @@ A message that is merely out of place is refused and changes nothing.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor
 from typing import Any, Final
 
 from cpe_daemon.arena import Arena
@@ -18,6 +18,7 @@ from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import DIGEST_BYTES, layout, merge
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.errors import (
     ArenaFullError,
     BusyError,
@@ -27,6 +28,7 @@ from cpe_daemon.errors import (
     PeerLostError,
     ProtocolError,
 )
+from cpe_daemon.ingest.copier import Copier, Job
 from cpe_daemon.ingest.news import missing, status_of
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
@@ -52,6 +54,8 @@ from cpe_daemon.wire.reports import ErrorInfo
 
 _MAX_REASON_CHARS: Final = 256
 _MAX_STREAMS: Final = 4
+_BATCHES: Final = 4
+"""Credits come back in so many batches: the trainer fills one while others are copied."""
 _FINAL: Final = (VersionState.FAILED, VersionState.EVICTED)
 
 
@@ -76,7 +80,7 @@ class Ingest:
         trainers: Trainers,
         catalogue: Catalogue,
         arena: Arena,
-        pool: Executor,
+        pool: CopyPool,
         tasks: asyncio.TaskGroup,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -170,6 +174,8 @@ class Ingest:
         view = self._arena.view[extent.offset : extent.offset + plan.nbytes]
         address = self._arena.address + extent.offset
         stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes)
+        copied = functools.partial(self._copied, session, stream)
+        stream.copier = Copier(stream.writer, self._pool, session.credits // _BATCHES or 1, copied)
         self._touch(stream.version)
         self._trainers.send(session, VersionOpened(stream.id))
 
@@ -200,30 +206,20 @@ class Ingest:
             raise
         session.landed = session.landed or chunk.ring_offset >= 0
         stream.begin_write(lambda: self._catalogue.lease(stream.version))
-        tally = self.received["landing" if chunk.ring_offset >= 0 else "inline"]
-        tally.begin()
-        loop = asyncio.get_running_loop()
-        write = loop.run_in_executor(self._pool, writer.write, chunk.offset, address, chunk.nbytes)
-        write.add_done_callback(lambda done: self._written(session, stream, chunk, frame, tally, done))
+        self.received["landing" if chunk.ring_offset >= 0 else "inline"].begin()
+        stream.copy(Job(chunk, address, frame))
 
-    def _written(
-        self,
-        session: Session,
-        stream: Stream,
-        chunk: Chunk,
-        frame: memoryview | None,
-        tally: Tally,
-        done: asyncio.Future[None],
-    ) -> None:
-        """A chunk is in the arena: return its credit, and go on if it was the last."""
-        del frame  # it kept the bytes alive until here
-        tally.end(chunk.nbytes)
-        session.give_back(chunk.ring_offset)
+    def _copied(self, session: Session, stream: Stream, jobs: Sequence[Job], error: Exception | None) -> None:
+        """Chunks are in the arena: return their credits, and go on if these were the last."""
+        for chunk, _, _ in jobs:
+            self.received["landing" if chunk.ring_offset >= 0 else "inline"].end(chunk.nbytes)
+            session.give_back(chunk.ring_offset)
+            stream.end_write()
+            self._trainers.send(session, ChunkDone(stream.id, chunk.ring_offset))
         session.free()
-        stream.end_write()
-        done.result()
+        if error is not None:
+            raise error
         self._touch(stream.version)
-        self._trainers.send(session, ChunkDone(stream.id, chunk.ring_offset))
         self._try_seal(session, stream)
 
     def _on_seal(self, peer: bytes, seal: Seal, _: object) -> None:

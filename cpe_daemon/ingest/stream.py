@@ -8,6 +8,7 @@ from collections.abc import Callable
 from cpe_daemon.core.manifest import MAX_DIMS, MAX_NAME_CHARS
 from cpe_daemon.core.types import Shard
 from cpe_daemon.errors import ManifestError, ProtocolError
+from cpe_daemon.ingest.copier import Copier, Job
 from cpe_daemon.ingest.writer import ExtentWriter
 from cpe_daemon.versions import Contribution, Version
 from cpe_daemon.wire.messages import ManifestPart, OpenVersion
@@ -28,6 +29,7 @@ class Stream:
         self.shards: list[Shard] = []
         self.contribution: Contribution | None = None
         self.writer: ExtentWriter | None = None
+        self.copier: Copier | None = None
         self.writes = 0
         self.seal: bytes | None = None
         self._lease = contextlib.ExitStack()
@@ -73,6 +75,11 @@ class Stream:
         if self.writer is None or self.seal is not None:
             raise ProtocolError(f"stream {self.id} takes no bytes now")
         return self.writer
+
+    def copy(self, job: Job) -> None:
+        """Have a chunk that the writer accepted copied."""
+        if self.copier is not None:
+            self.copier.put(job)
 
     def begin_write(self, lease: Callable[[], contextlib.AbstractContextManager[Version]]) -> None:
         """Count a write, and hold the version while any is in flight."""

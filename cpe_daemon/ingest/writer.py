@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Final
 
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DigestError, ProtocolError
 
-_NAMED: int = 10
+PIECE_BYTES: Final = 256 << 10
+"""Copied and digested in one go, so that the digest reads the cache."""
+
+_NAMED: Final = 10
 
 
 class ExtentWriter:
@@ -77,13 +81,21 @@ class ExtentWriter:
 
     def write(self, offset: int, source: int, nbytes: int) -> None:
         """Copy an accepted chunk from the address ``source`` into the arena, and digest what is in order by now."""
-        copy(self._address + offset, source, nbytes)
-        self._copied[offset // self._chunk_bytes] = 1
+        chunk = offset // self._chunk_bytes
+        if chunk == self._front and self._lock.acquire(blocking=False):
+            try:
+                self._copy_and_digest(offset, source, nbytes)
+                self._front = chunk + 1
+            finally:
+                self._lock.release()
+        else:
+            copy(self._address + offset, source, nbytes)
+            self._copied[chunk] = 1
         while self._front_copied() and self._lock.acquire(blocking=False):
             try:
                 while self._front_copied():
-                    self._digest_chunk(self._front * self._chunk_bytes)
                     self._front += 1
+                    self._digest(min(self._front * self._chunk_bytes, self._layout.nbytes))
             finally:
                 self._lock.release()
 
@@ -94,7 +106,7 @@ class ExtentWriter:
             ProtocolError: there is not one digest a shard.
             DigestError: bytes differ; names the first ten tensors that do.
         """
-        self._digest_empty()
+        self._digest(self._layout.nbytes)  # of tensors without bytes, no chunk may have told
         if len(digests) != DIGEST_BYTES * len(self._shards):
             raise ProtocolError(f"{len(digests)} bytes of digests for {len(self._shards)} tensors")
         split = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
@@ -109,32 +121,32 @@ class ExtentWriter:
             )
         return split
 
+    def _copy_and_digest(self, offset: int, source: int, nbytes: int) -> None:
+        address = self._address + offset
+        for start in range(0, nbytes, PIECE_BYTES):
+            step = min(PIECE_BYTES, nbytes - start)
+            copy(address + start, source + start, step)
+            self._digest(offset + start + step)
+
     def _front_copied(self) -> bool:
         return self._front < len(self._copied) and self._copied[self._front] == 1
 
-    def _digest_chunk(self, start: int) -> None:
-        end = min(start + self._chunk_bytes, self._layout.nbytes)
-        while True:
-            self._digest_empty()
-            if self._shard == len(self._shards):
+    def _digest(self, end: int) -> None:
+        """Digest the extent's bytes up to ``end``, all of which are there, as far as that is not done yet."""
+        view, offsets, sizes = self._view, self._layout.offsets, self._layout.sizes
+        while self._shard < len(sizes):
+            begin = offsets[self._shard]
+            at, last = begin + self._shard_done, begin + sizes[self._shard]
+            if last > end:
+                if at < end:
+                    self._hasher.update(view[at:end])
+                    self._shard_done = end - begin
                 return
-            offset, nbytes = self._layout.offsets[self._shard], self._shards[self._shard].nbytes
-            upto = min(end, offset + nbytes)
-            at = offset + self._shard_done
-            if at >= upto:
-                return
-            self._hasher.update(self._view[at:upto])
-            self._shard_done += upto - at
-            if self._shard_done < nbytes:
-                return
-            self._next_shard()
-
-    def _digest_empty(self) -> None:
-        while self._shard < len(self._shards) and self._shards[self._shard].nbytes == 0:
-            self._next_shard()
-
-    def _next_shard(self) -> None:
-        self._digests += self._hasher.digest()
-        self._hasher = xxh3_128()
-        self._shard += 1
-        self._shard_done = 0
+            if self._shard_done:
+                self._hasher.update(view[at:last])
+                self._digests += self._hasher.digest()
+                self._hasher.reset()
+                self._shard_done = 0
+            else:
+                self._digests += xxh3_128_digest(view[begin:last])
+            self._shard += 1

@@ -1,16 +1,13 @@
-"""How a contribution leaves: straight into landing rings while the trainer waits, or from staging while it goes on."""
+"""How a contribution leaves straight into landing rings, while the trainer waits; `staged` has the other way."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cpe_daemon.core.manifest import Layout
 from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import CpeError, DeadlineError, PublishError
@@ -18,12 +15,9 @@ from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.sending import Sending, Stream
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution
-from cpe_daemon.publisher.staging import digests_of
 from cpe_daemon.publisher.stream import Window, pour
 
-log = logging.getLogger(__name__)
-
-_BATCHES: Final = 4
+BATCHES: Final = 4
 """The links' threads are woken for every fourth of the credits: waking a thread, here and at the daemon, costs as much
 CPU as copying some hundred KiB."""
 
@@ -55,6 +49,10 @@ class Lane:
         session.post(functools.partial(session.sending.open, lane.stream, shards, force))
         return lane
 
+    def feed(self, staged: memoryview, upto: int, *, hurry: bool = True) -> None:
+        """Have the first ``upto`` bytes of ``staged`` sent; without ``hurry``, when the link's thread wakes anyway."""
+        self.session.post(functools.partial(self.sending.feed, self.stream, staged, upto), hurry=hurry)
+
     def seal(self, digests: bytes) -> None:
         """Seal it when all its bytes are sent."""
         self.session.post(functools.partial(self.sending.seal, self.stream, digests))
@@ -65,7 +63,7 @@ class Lane:
         self.session.post(functools.partial(self.sending.abandon, self.stream, reason))
 
 
-class _NobodyLeftError(Exception):
+class NobodyLeftError(Exception):
     """Every daemon has failed; what went wrong is in the deliveries."""
 
 
@@ -78,7 +76,7 @@ class RingSink:
         self._progress = progress
         self._held: list[tuple[Lane, int]] = []
         self._window = Window(0, memoryview(b""))
-        self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // _BATCHES)
+        self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // BATCHES)
         self._chunks = 0
 
     def window(self, offset: int, nbytes: int) -> Window:
@@ -88,7 +86,7 @@ class RingSink:
             if at is not None:
                 self._held.append((lane, at))
         if not self._held:
-            raise _NobodyLeftError
+            raise NobodyLeftError
         lane, at = self._held[0]
         self._window = lane.sending.window(at, nbytes)
         return self._window
@@ -129,7 +127,7 @@ def stream_into_rings(
         for lane in lanes:
             lane.seal(digests)
         complete = True
-    except _NobodyLeftError:
+    except NobodyLeftError:
         complete = True
     finally:
         sink.refund()
@@ -150,70 +148,3 @@ def _await_opened(lanes: Sequence[Lane], timeout: float, bell: Bell) -> None:
     for lane in waiting:
         what = f"{lane.delivery.endpoint} made no room for {lane.delivery.version} in {timeout:g} s"
         lane.abandon(DeadlineError(what))
-
-
-class Follower:
-    """A thread that digests a staged contribution while the links send it, seals it, and tells of its progress.
-
-    Args:
-        staged: the bytes; the links are told to send them.
-        shards: what they are.
-        layout: where each shard lies.
-        lanes: the daemons that they go to.
-        progress: called by the thread whenever every daemon that is left has got more.
-        bell: rings when a chunk goes out.
-    """
-
-    def __init__(
-        self,
-        staged: memoryview,
-        shards: list[Shard],
-        layout: Layout,
-        lanes: Sequence[Lane],
-        progress: Progress | None,
-        bell: Bell,
-    ) -> None:
-        self._staged = staged
-        self._shards = shards
-        self._layout = layout
-        self._lanes = lanes
-        self._progress = progress
-        self._bell = bell
-        for lane in lanes:
-            lane.session.post(functools.partial(lane.sending.feed, lane.stream, staged))
-        self._thread = threading.Thread(target=self._run, name="cpe-publish", daemon=True)
-        self._thread.start()
-
-    def join(self, timeout: float) -> bool:
-        """Wait for its end up to ``timeout`` seconds; False if it did not come."""
-        self._thread.join(max(timeout, 0.0))
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            digests = digests_of(self._staged, self._shards, self._layout)
-            self._staged = memoryview(b"")
-            for lane in self._lanes:
-                lane.seal(digests)
-            if self._progress is not None:
-                self._report(self._progress)
-        except Exception as error:  # task boundary: progress is the trainer's and may raise; nobody else would hear
-            log.exception("giving a publish up")
-            for lane in self._lanes:
-                lane.abandon(PublishError(f"{lane.delivery.version} was given up: {error!r}"))
-
-    def _report(self, progress: Progress) -> None:
-        """Tell of every step until all is sent, or no daemon is left: their deadlines end that at the latest."""
-        told, total = 0, self._layout.nbytes
-        while told < total:
-            with self._bell.lock:
-                while (done := self._done()) is not None and done <= told:
-                    self._bell.moved.wait(1.0)
-            if done is None:
-                return
-            progress(done, total)
-            told = done
-
-    def _done(self) -> int | None:
-        """Bytes that every daemon that has not failed has been sent; None if all have failed."""
-        return min((lane.delivery.sent_bytes for lane in self._lanes if lane.delivery.error is None), default=None)

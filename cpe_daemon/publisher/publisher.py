@@ -21,11 +21,12 @@ from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_fo
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle, raise_failures
 from cpe_daemon.publisher.link import Link
-from cpe_daemon.publisher.outgoing import Follower, Lane, Progress, stream_into_rings
+from cpe_daemon.publisher.outgoing import Lane, Progress, stream_into_rings
 from cpe_daemon.publisher.sending import MARGIN_SECONDS
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution, Source, open_source
-from cpe_daemon.publisher.staging import Staging
+from cpe_daemon.publisher.staged import Reporter, stage_and_send
+from cpe_daemon.publisher.staging import Consumed, Staging
 from cpe_daemon.wire.messages import PROTOCOL, TrainerHello
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Publisher:
         self._bell = Bell()
         self._turn = threading.Lock()
         self._staging = Staging()
-        self._follower: Follower | None = None
+        self._reporter: Reporter | None = None
         self._previous: Sequence[Delivery] = ()
         self._closed = False
         boot_id = _boot_id() if landing else ""
@@ -139,21 +140,9 @@ class Publisher:
             self._await_previous()
             reach = self._connect(identity)
             opened = open_source(source)
-            staged: memoryview | None = None
             if isinstance(opened, Contribution):
-                shards, layout = opened.shards, opened.layout
-                if not reach.one_ring_size:
-                    staged = self._staging.stage(opened)
-            else:
-                shards, layout, staged = self._staging.consume(opened)
-            if not shards and self._world_size == 1:
-                raise ManifestError("the source holds no tensor")
-            handle, lanes = self._begin(identity, shards, layout, reach, force)
-            if isinstance(opened, Contribution) and staged is None:
-                stream_into_rings(opened, lanes, progress, self._send_timeout + MARGIN_SECONDS, self._bell)
-            elif staged is not None:
-                self._follower = Follower(staged, shards, layout, lanes, progress, self._bell)
-            return handle
+                return self._publish_held(opened, identity, reach, force, progress)
+            return self._publish_consumed(self._staging.consume(opened), identity, reach, force, progress)
         finally:
             self._turn.release()
 
@@ -164,12 +153,41 @@ class Publisher:
         for link in self._links:
             link.close_soon()
         late = [link.endpoint for link in self._links if not link.join(max(0.0, deadline - time.monotonic()))]
-        if self._follower is not None and not self._follower.join(deadline - time.monotonic()):
+        if self._reporter is not None and not self._reporter.join(deadline - time.monotonic()):
             late.append("progress")
         if late:
             log.warning("threads left behind by close: %s", ", ".join(late))
 
     # --- the steps of a publish --------------------------------------------------------------------------------------
+
+    def _publish_held(
+        self, held: Contribution, version: VersionId, reach: _Reach, force: bool, progress: Progress | None
+    ) -> Handle:
+        """Send tensors that can be read while they are sent."""
+        if reach.one_ring_size:
+            handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
+            stream_into_rings(held, lanes, progress, self._send_timeout + MARGIN_SECONDS, self._bell)
+            return handle
+        staged = self._staging.reserve(held.layout.nbytes)
+        handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
+        self._report(held.layout.nbytes, lanes, progress)
+        stage_and_send(held, self._staging, staged, lanes)
+        return handle
+
+    def _publish_consumed(
+        self, consumed: Consumed, version: VersionId, reach: _Reach, force: bool, progress: Progress | None
+    ) -> Handle:
+        """Send what an iterator yielded."""
+        handle, lanes = self._begin(version, consumed.shards, consumed.layout, reach, force)
+        self._report(consumed.layout.nbytes, lanes, progress)
+        for lane in lanes:
+            lane.feed(consumed.staged, consumed.layout.nbytes)
+            lane.seal(consumed.digests)
+        return handle
+
+    def _report(self, total_bytes: int, lanes: Sequence[Lane], progress: Progress | None) -> None:
+        if progress is not None:
+            self._reporter = Reporter(total_bytes, lanes, progress, self._bell)
 
     def _await_previous(self) -> None:
         """Wait until the bytes of the publish before are delivered everywhere, or have failed.
@@ -188,9 +206,9 @@ class Publisher:
                     where = ", ".join(f"{delivery.state} at {delivery.endpoint}" for delivery in pending)
                     raise DeadlineError(f"{pending[0].version} is still on its way ({where})")
                 self._bell.changed.wait(min(left, _LOOK_SECONDS))
-        if self._follower is not None and not self._follower.join(self._send_timeout):
+        if self._reporter is not None and not self._reporter.join(self._send_timeout):
             raise DeadlineError(f"the publish before is still reporting its progress after {self._send_timeout:g} s")
-        self._follower = None
+        self._reporter = None
 
     def _connect(self, version: VersionId) -> _Reach:
         """Find out which daemons can be reached, waiting for those that do not answer yet."""
@@ -210,7 +228,13 @@ class Publisher:
     def _begin(
         self, version: VersionId, shards: list[Shard], layout: Layout, reach: _Reach, force: bool
     ) -> tuple[Handle, list[Lane]]:
-        """Announce the version to every daemon that can be reached."""
+        """Announce the version to every daemon that can be reached.
+
+        Raises:
+            ManifestError: there is nothing to announce, and no other rank that might bring something.
+        """
+        if not shards and self._world_size == 1:
+            raise ManifestError("the source holds no tensor")
         deliveries = {
             link.endpoint: Delivery(link.endpoint, version, layout.nbytes, len(shards), self._bell)
             for link in self._links

@@ -49,12 +49,16 @@ class Send(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One contribution on its way. ``staged`` holds its bytes if the link's thread is to send them by itself."""
+    """One contribution on its way.
+
+    ``staged`` holds its bytes if the link's thread is to send them by itself; ``staged_bytes`` are there so far.
+    """
 
     number: int
     delivery: Delivery
     moved_at: float
     staged: memoryview | None = None
+    staged_bytes: int = 0
     opened: bool = False
     sent_bytes: int = 0
     unacked: int = 0
@@ -174,9 +178,10 @@ class Sending:
             return
         self._send_chunk(stream, Chunk(stream.number, offset, nbytes, ring_offset))
 
-    def feed(self, stream: Stream, staged: memoryview) -> None:
-        """Have all bytes of the stream sent from ``staged``, which must not change until it is delivered or failed."""
-        stream.staged = staged
+    def feed(self, stream: Stream, staged: memoryview, upto: int) -> None:
+        """Have the first ``upto`` bytes of ``staged`` sent: they must not change until it is delivered or failed."""
+        if stream.number in self._streams:
+            stream.staged, stream.staged_bytes = staged, upto
 
     def seal(self, stream: Stream, digests: bytes) -> None:
         """Seal the stream once all its bytes are sent."""
@@ -199,12 +204,12 @@ class Sending:
             staged = stream.staged
             if staged is None or not stream.opened:
                 continue
-            while stream.sent_bytes < len(staged):
+            while nbytes := self._sendable(stream, len(staged)):
                 with self._bell.lock:
                     at = self._credits.take(stream.number)
                 if at is None:
                     break
-                self._send_staged(stream, staged, at)
+                self._send_staged(stream, staged, nbytes, at)
             self._finish(stream)
 
     def take(self, message: Message) -> None:
@@ -248,9 +253,14 @@ class Sending:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _send_staged(self, stream: Stream, staged: memoryview, at: int) -> None:
+    def _sendable(self, stream: Stream, total: int) -> int:
+        """Bytes of the next chunk, if all of it is staged, or 0."""
+        nbytes = min(self._chunk_bytes, total - stream.sent_bytes)
+        return nbytes if stream.sent_bytes + nbytes <= stream.staged_bytes else 0
+
+    def _send_staged(self, stream: Stream, staged: memoryview, nbytes: int, at: int) -> None:
         start = stream.sent_bytes
-        part = staged[start : start + self._chunk_bytes]
+        part = staged[start : start + nbytes]
         chunk = Chunk(stream.number, start, len(part), at)
         if at >= 0:
             copy(self.window(at, len(part)).address, address_of(part), len(part))

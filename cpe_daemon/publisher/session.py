@@ -54,15 +54,16 @@ class FarewellError(PeerLostError):
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """The ring as this process has mapped it, and the connection that tells each side of the other's end."""
+    """The connection that tells each side of the other's end, and the ring, if this process could map it."""
 
-    ring: SharedMemory
     tether: Tether
+    ring: SharedMemory | None
 
     def close(self) -> None:
         """Let go of both. The memory itself lives until the last view of it is gone."""
         self.tether.close()
-        self.ring.close()
+        if self.ring is not None:
+            self.ring.close()
 
 
 class Session:
@@ -94,7 +95,7 @@ class Session:
     @property
     def landing(self) -> bool:
         """Whether bytes go through a landing ring."""
-        return self._landing is not None
+        return self._landing is not None and self._landing.ring is not None
 
     @property
     def cut(self) -> bool:
@@ -281,10 +282,17 @@ def _land(endpoint: str, welcome: TrainerWelcome) -> Landing | None:
         log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error.message)
         return None
     try:
-        ring = SharedMemory.attach(fd, welcome.credits * welcome.chunk_bytes, writable=True)
-        ring.prefault(0, ring.nbytes)
+        return Landing(tether, _mapped(fd, welcome.credits * welcome.chunk_bytes))
     except (PeerError, ConfigError) as error:
-        tether.close()
         log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error.message)
-        return None
-    return Landing(ring, tether)
+        return Landing(tether, None)  # kept: the daemon takes the end of a tether for the end of this process
+
+
+def _mapped(fd: int, nbytes: int) -> SharedMemory:
+    ring = SharedMemory.attach(fd, nbytes, writable=True)
+    try:
+        ring.prefault(0, nbytes)
+    except ConfigError:
+        ring.close()
+        raise
+    return ring

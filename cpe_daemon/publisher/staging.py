@@ -8,43 +8,49 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import Tensor
-from xxhash import xxh3_128_digest
 
-from cpe_daemon.core.manifest import Layout, check_shard
+from cpe_daemon.core.manifest import Layout, checked_nbytes
 from cpe_daemon.core.types import Shard, align
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import ResourceError
-from cpe_daemon.publisher.sources import Contribution, shard_of
-from cpe_daemon.publisher.stream import HostBytes, Window, pour
+from cpe_daemon.publisher.sources import shard_of
+from cpe_daemon.publisher.stream import HostBytes, Window
 
 _GRAIN_BYTES: Final = 64 << 20
 """The mapping grows in multiples of this."""
 
 
+class Consumed(NamedTuple):
+    """What an iterator yielded: shards, where they lie, the digest of each, one after another, and their bytes."""
+
+    shards: list[Shard]
+    layout: Layout
+    digests: bytes
+    staged: memoryview
+
+
 class Staging:
-    """The memory. Not thread-safe; must not be written while links still send from what `stage` returned."""
+    """The memory. Not thread-safe; must not be written while links still send from what is there."""
 
     def __init__(self) -> None:
         self._mapping: mmap.mmap | None = None
         self._view = memoryview(bytearray())
         self._address = 0
 
-    def stage(self, contribution: Contribution) -> memoryview:
-        """Copy a contribution; return its bytes as they lie in its extent.
+    def reserve(self, nbytes: int) -> memoryview:
+        """Have room for a contribution of ``nbytes``, and return it; `window` gives parts of it to be written.
 
         Raises:
             ResourceError: the host has not enough memory.
         """
-        nbytes = contribution.layout.nbytes
         self._reserve(nbytes, keep=0)
-        pour(contribution, self, max(nbytes, 1), digest=False)
         return self._view[:nbytes]
 
-    def consume(self, pairs: Iterable[tuple[str, Tensor]]) -> tuple[list[Shard], Layout, memoryview]:
-        """Copy tensors as they come; return their shards, where they lie, and their bytes.
+    def consume(self, pairs: Iterable[tuple[str, Tensor]]) -> Consumed:
+        """Copy tensors as they come, and digest them.
 
         Raises:
             ResourceError: the host has not enough memory.
@@ -52,26 +58,26 @@ class Staging:
         """
         shards: list[Shard] = []
         offsets: list[int] = []
+        sizes: list[int] = []
+        digests: list[bytes] = []
         end = 0
         for name, tensor in pairs:
             shard = shard_of(name, tensor)
-            check_shard(shard)
+            checked_nbytes(shard)
             source = HostBytes(tensor)
             after = align(end + source.nbytes)
             self._reserve(after, keep=end)
-            source.copy(0, source.nbytes, Window(self._address, self._view), end)
+            digests.append(source.copy_all(Window(self._address, self._view), end))
             self._view[end + source.nbytes : after] = bytes(after - end - source.nbytes)
             shards.append(shard)
             offsets.append(end)
+            sizes.append(source.nbytes)
             end = after
-        return shards, Layout(tuple(offsets), end), self._view[:end]
+        return Consumed(shards, Layout(tuple(offsets), tuple(sizes), end), b"".join(digests), self._view[:end])
 
     def window(self, offset: int, nbytes: int) -> Window:
         """The memory at ``offset``."""
         return Window(self._address + offset, self._view[offset : offset + nbytes])
-
-    def filled(self, offset: int, nbytes: int) -> None:
-        """Nothing is to be done: the bytes stay."""
 
     def close(self) -> None:
         """Let go of the memory; it is unmapped when nothing views it any more."""
@@ -114,11 +120,3 @@ class Staging:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self._address = address_of(self._view)
-
-
-def digests_of(view: memoryview, shards: Iterable[Shard], layout: Layout) -> bytes:
-    """Digest staged bytes, shard by shard; the digests one after another. Releases the GIL for each."""
-    return b"".join(
-        xxh3_128_digest(view[offset : offset + shard.nbytes])
-        for shard, offset in zip(shards, layout.offsets, strict=True)
-    )

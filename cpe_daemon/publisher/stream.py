@@ -44,23 +44,22 @@ class Sink(Protocol):
         ...
 
 
-def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, *, digest: bool = True) -> bytes:
+def pour(contribution: Contribution, sink: Sink, chunk_bytes: int) -> bytes:
     """Write a contribution into the windows of ``sink``, in order, each of ``chunk_bytes`` but the last.
 
     Args:
         contribution: what to write. Its tensors must not change meanwhile.
         sink: asked for one window at a time. What it raises ends the pouring.
         chunk_bytes: the size of a chunk.
-        digest: whether to digest what is written.
 
     Returns:
-        The digests of all shards, one after another, in order; nothing without ``digest``.
+        The digests of all shards, one after another, in order.
     """
     cutter = _Cutter(sink, contribution.layout.nbytes, chunk_bytes)
     digests: list[bytes] = []
     for tensor, offset in zip(contribution.tensors, contribution.layout.offsets, strict=True):
         cutter.pad(offset)
-        digests.append(cutter.write(tensor, digest))
+        digests.append(cutter.write(tensor))
     cutter.pad(contribution.layout.nbytes)
     return b"".join(digests)
 
@@ -94,6 +93,15 @@ class HostBytes:
         else:
             target = torch.frombuffer(window.view[at : at + nbytes], dtype=torch.uint8)
             target.copy_(self._device[start : start + nbytes])
+
+    def copy_all(self, window: Window, at: int) -> bytes:
+        """Copy everything to position ``at`` of a window; return the digest of what is there then."""
+        hasher = xxh3_128()
+        for start in range(0, self.nbytes, max(self.piece_bytes, 1)):
+            step = min(self.piece_bytes, self.nbytes - start)
+            self.copy(start, step, window, at + start)
+            hasher.update(window.view[at + start : at + start + step])
+        return hasher.digest()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -131,13 +139,13 @@ class _Cutter:
             self._advance(step)
             left -= step
 
-    def write(self, tensor: Tensor, digest: bool) -> bytes:
+    def write(self, tensor: Tensor) -> bytes:
         """Write a tensor's bytes and return their digest."""
         nbytes = tensor.nbytes
         at = self._at
         if 0 < nbytes <= min(self._size - at, PIECE_BYTES) and tensor.is_cpu and _is_plain(tensor):
             copy(self._window.address + at, tensor.data_ptr(), nbytes)  # the way of small tensors: no objects made
-            found = xxh3_128_digest(self._window.view[at : at + nbytes]) if digest else b""
+            found = xxh3_128_digest(self._window.view[at : at + nbytes])
             self._advance(nbytes)
             return found
         source = HostBytes(tensor)
@@ -147,11 +155,10 @@ class _Cutter:
             step = min(nbytes - done, self._room(), source.piece_bytes)
             at = self._at
             source.copy(done, step, self._window, at)
-            if digest:
-                hasher.update(self._window.view[at : at + step])
+            hasher.update(self._window.view[at : at + step])
             self._advance(step)
             done += step
-        return hasher.digest() if digest else b""
+        return hasher.digest()
 
     def _room(self) -> int:
         """Bytes left in the window; asks for the next one if it is full."""

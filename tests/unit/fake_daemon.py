@@ -117,6 +117,7 @@ class FakeDaemon:
         self.messages: list[Message] = []
         self.violations: list[str] = []
         self.generation = ""
+        self.tethers_cut = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -231,7 +232,7 @@ class FakeDaemon:
         token = b""
         if self.landing:
             ring = self._rings[peer] = SharedMemory.create("fake-landing", self.credits * self.chunk_bytes)
-            token = self._handoff.offer(ring.fd, lambda: None)
+            token = self._handoff.offer(ring.fd, self._on_tether_cut)
         self._places[peer] = set()
         self._router.send(
             peer,
@@ -245,6 +246,11 @@ class FakeDaemon:
                 landing_token=token,
             ),
         )
+
+    def _on_tether_cut(self) -> None:
+        with self._changed:
+            self.tethers_cut += 1
+            self._changed.notify_all()
 
     def _on_ping(self, peer: bytes, _: Ping | TrainerBye, __: object) -> None:
         if not self.script.mute:

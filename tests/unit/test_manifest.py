@@ -19,7 +19,7 @@ from cpe_daemon.core.manifest import (
     Layout,
     Manifest,
     Run,
-    check_shard,
+    checked_nbytes,
     layout,
     merge,
 )
@@ -103,11 +103,11 @@ def test_layout_is_aligned_dense_and_in_order(kinds: list[tuple[str, tuple[int, 
 
 
 def test_layout_of_nothing_takes_nothing() -> None:
-    assert layout([]) == Layout((), 0)
+    assert layout([]) == Layout((), (), 0)
 
 
 def test_layout_places_a_part_by_its_own_size() -> None:
-    assert layout([rows("w", (100, 128), 10, 2), Shard("b", "int8", (1,))]) == Layout((0, 512), 768)
+    assert layout([rows("w", (100, 128), 10, 2), Shard("b", "int8", (1,))]) == Layout((0, 512), (512, 1), 768)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_layout_places_a_part_by_its_own_size() -> None:
 )
 def test_malformed_shards_are_refused_by_name(shard: Shard, complaint: str) -> None:
     with pytest.raises(ManifestError, match=complaint):
-        check_shard(shard)
+        checked_nbytes(shard)
     with pytest.raises(ManifestError, match=complaint):
         layout([shard])
     with pytest.raises(ManifestError, match=complaint):
@@ -149,7 +149,7 @@ def test_malformed_shards_are_refused_by_name(shard: Shard, complaint: str) -> N
     ],
 )
 def test_shards_at_the_bounds_are_accepted(shard: Shard) -> None:
-    check_shard(shard)
+    checked_nbytes(shard)
 
 
 # --- merge -------------------------------------------------------------------------------------------------------

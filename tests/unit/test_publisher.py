@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import zmq
 from torch import Tensor
 
 from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.memory import SharedMemory
 from cpe_daemon.errors import (
     ArenaFullError,
     BusyError,
@@ -23,12 +25,16 @@ from cpe_daemon.errors import (
     DigestError,
     ManifestError,
     MisuseError,
+    PeerError,
     PeerLostError,
     ProtocolError,
     PublishError,
     VersionRefusedError,
 )
 from cpe_daemon.publisher import EndpointsFailedError, Publisher
+from cpe_daemon.publisher.delivery import Delivery
+from cpe_daemon.publisher.staging import Staging
+from cpe_daemon.publisher.stream import Window
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
@@ -198,6 +204,73 @@ def test_publish_uses_the_socket_if_the_ring_cannot_be_had(make_daemon: MakeDaem
     assert daemon.last.inline_chunks == daemon.last.chunks > 0
 
 
+@leaves_nothing
+@pytest.mark.parametrize("broken", ["attach", "prefault"])
+def test_ring_that_cannot_be_mapped_leaves_the_session_with_the_socket(
+    make_daemon: MakeDaemon, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon hears of this process's end by the end of the connection that the ring came over."""
+
+    def attach(fd: int, nbytes: int, *, writable: bool) -> None:
+        os.close(fd)
+        raise PeerError("cannot map")
+
+    def prefault(ring: SharedMemory, offset: int, nbytes: int) -> None:
+        raise ConfigError("no memory")
+
+    monkeypatch.setattr(SharedMemory, broken, {"attach": attach, "prefault": prefault}[broken])
+    daemon = make_daemon()
+    with publisher(daemon) as pub:
+        for version in (1, 2):
+            pub.publish(some(seed=version), version).staged(WAIT_SECONDS)
+        assert daemon.tethers_cut == 0
+    assert sum(isinstance(message, TrainerHello) for message in daemon.messages) == 1
+    assert daemon.last.inline_chunks == daemon.last.chunks > 0
+    assert daemon.last.tensors() == content(some(seed=2))
+    daemon.wait_for(lambda: daemon.tethers_cut == 1)
+
+
+@pytest.mark.parametrize("daemon", ["inline"], indirect=True)
+def test_bytes_leave_while_the_rest_is_staged(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = Staging.window
+
+    def after_the_first_has_arrived(staging: Staging, offset: int, nbytes: int) -> Window:
+        if offset == 4 * 4096:
+            daemon.wait_for_message(Chunk)
+        return window(staging, offset, nbytes)
+
+    monkeypatch.setattr(Staging, "window", after_the_first_has_arrived)
+    with publisher(daemon) as pub:
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(some())
+
+
+@pytest.mark.parametrize("daemon", ["inline"], indirect=True)
+def test_staging_stops_when_no_daemon_is_left(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    window = Staging.window
+    failing = threading.Event()
+    fail = Delivery.fail
+
+    def noted(staging: Staging, offset: int, nbytes: int) -> Window:
+        asked.append(offset)
+        assert len(asked) == 1 or failing.wait(WAIT_SECONDS)
+        return window(staging, offset, nbytes)
+
+    def failed_and_noted(delivery: Delivery, error: CpeError) -> None:
+        fail(delivery, error)
+        failing.set()
+
+    monkeypatch.setattr(Staging, "window", noted)
+    monkeypatch.setattr(Delivery, "fail", failed_and_noted)
+    daemon.script.refuse_open = ArenaFullError("no room")
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(50), 1)
+        with pytest.raises(ArenaFullError):
+            handle.staged(WAIT_SECONDS)
+    assert len(asked) <= 2
+
+
 # --- what the handle tells -------------------------------------------------------------------------------------------
 
 
@@ -352,6 +425,28 @@ def test_source_that_raises_gives_the_version_up(daemon: FakeDaemon) -> None:
             pub.publish(some(), 1, progress=stop)
         daemon.wait_for_message(Abandon)
         pub.publish(some(), 1).staged(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("daemon", ["inline"], indirect=True)
+def test_source_that_raises_while_it_is_staged_gives_the_version_up(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Staging.window
+
+    def stop(staging: Staging, offset: int, nbytes: int) -> Window:
+        if offset:
+            daemon.wait_for_message(OpenVersion)
+            raise OSError("the checkpoint's file cannot be read")
+        return window(staging, offset, nbytes)
+
+    monkeypatch.setattr(Staging, "window", stop)
+    with publisher(daemon) as pub:
+        with pytest.raises(OSError, match="cannot be read"):
+            pub.publish(some(), 1)
+        daemon.wait_for_message(Abandon)
+        monkeypatch.undo()
+        pub.publish(some(), 1).staged(WAIT_SECONDS)
+    assert daemon.last.tensors() == content(some())
 
 
 @pytest.mark.parametrize("daemon", ["inline"], indirect=True)

@@ -59,7 +59,7 @@ class Desk:
     def opened(self) -> Stream:
         stream = self.begin()
         self.sending.take(VersionOpened(stream.number))
-        self.sending.feed(stream, CONTENT)
+        self.sending.feed(stream, CONTENT, len(CONTENT))
         self.sending.pump()
         return stream
 
@@ -79,7 +79,7 @@ class Desk:
 def test_stream_opens_sends_seals_and_is_delivered() -> None:
     desk = Desk()
     stream = desk.begin()
-    desk.sending.feed(stream, CONTENT)
+    desk.sending.feed(stream, CONTENT, len(CONTENT))
     desk.sending.pump()
     assert desk.kinds() == [OpenVersion, ManifestPart]
     desk.sending.take(VersionOpened(stream.number))
@@ -170,7 +170,7 @@ def test_stream_is_not_given_up_while_the_trainer_is_slow() -> None:
     desk.sending.take(VersionOpened(stream.number))
     desk.now += 1000.0
     desk.sending.give_up_stalled()
-    desk.sending.feed(stream, CONTENT)
+    desk.sending.feed(stream, CONTENT, len(CONTENT))
     desk.sending.pump()
     desk.now += 59.0
     desk.sending.give_up_stalled()
@@ -208,6 +208,28 @@ def test_staged_bytes_go_into_the_ring(ring: SharedMemory) -> None:
     desk.sending.take(ChunkDone(1, 256))
     desk.sending.pump()
     assert desk.said[-1] == Chunk(1, 512, 256, 256)
+
+
+def test_staged_bytes_are_sent_as_they_come_in_whole_chunks() -> None:
+    desk = Desk(credits=8)
+    stream = desk.begin()
+    desk.sending.take(VersionOpened(stream.number))
+    offsets: list[list[int]] = []
+    for upto in (0, 255, 256, 700, 768):
+        desk.sending.feed(stream, CONTENT, upto)
+        desk.sending.pump()
+        offsets.append([message.offset for message in desk.said if isinstance(message, Chunk)])
+    assert offsets == [[], [], [0], [0, 256], [0, 256, 512]]
+    assert desk.frames == [bytes(CONTENT[at : at + 256]) for at in (0, 256, 512)]
+    assert Seal not in desk.kinds()
+
+
+def test_bytes_of_a_failed_stream_are_not_kept() -> None:
+    desk = Desk()
+    stream = desk.begin()
+    desk.sending.take(FAILED)
+    desk.sending.feed(stream, CONTENT, len(CONTENT))
+    assert stream.staged is None
 
 
 def test_window_outlives_its_session(ring: SharedMemory) -> None:

@@ -16,7 +16,7 @@ from cpe_daemon.devices.memory import address_of
 from cpe_daemon.errors import ManifestError
 from cpe_daemon.publisher import stream
 from cpe_daemon.publisher.sources import Contribution, Pairs
-from cpe_daemon.publisher.staging import Staging, digests_of
+from cpe_daemon.publisher.staging import Staging
 from cpe_daemon.publisher.stream import HostBytes, Window, pour
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of, zoo
 
@@ -59,13 +59,10 @@ def check(tensors: dict[str, Tensor], chunk_bytes: int) -> None:
     assert digests == wanted
     assert sink.sizes[:-1] == [chunk_bytes] * (len(sink.sizes) - 1)
 
-    staging = Staging()
-    staged = staging.stage(contribution)
-    assert bytes(staged) == content
-    assert digests_of(staged, contribution.shards, contribution.layout) == wanted
-    shards, placed, consumed = staging.consume(Pairs(iter(tensors.items())))
-    assert (shards, placed) == (contribution.shards, contribution.layout)
-    assert bytes(consumed) == content
+    consumed = Staging().consume(Pairs(iter(tensors.items())))
+    assert (consumed.shards, consumed.layout) == (contribution.shards, contribution.layout)
+    assert bytes(consumed.staged) == content
+    assert consumed.digests == wanted
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 256, 1000, 4096, 1 << 20])
@@ -114,24 +111,24 @@ def test_pour_fetches_tensors_from_a_gpu() -> None:
 
 def test_staging_keeps_its_memory() -> None:
     staging = Staging()
-    first = address_of(staging.stage(Contribution.of({"a": torch.ones(1000)}.items())))
-    second = address_of(staging.stage(Contribution.of({"a": torch.zeros(900), "b": torch.ones(3)}.items())))
-    assert first == second
+    first = address_of(staging.reserve(4096))
+    assert address_of(staging.reserve(8192)) == first
+    assert staging.window(256, 512).address == first + 256
 
 
 @pytest.mark.parametrize("somebody_looks", [False, True])
 def test_staging_grows_under_an_iterator(monkeypatch: pytest.MonkeyPatch, somebody_looks: bool) -> None:
     monkeypatch.setattr("cpe_daemon.publisher.staging._GRAIN_BYTES", 1 << 16)
     staging = Staging()
-    old = staging.stage(Contribution.of({"a": torch.ones(3)}.items())) if somebody_looks else None
+    old = staging.reserve(256) if somebody_looks else None
     tensors = {str(at): tensor_of("uint8", 9000, seed=at) for at in range(40)}
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
         yield from tensors.items()
 
-    shards, placed, staged = staging.consume(Pairs(pairs()))
-    assert bytes(staged) == expected(tensors)[0]
-    assert placed == layout(shards)
+    consumed = staging.consume(Pairs(pairs()))
+    assert (bytes(consumed.staged), consumed.digests) == expected(tensors)
+    assert consumed.layout == layout(consumed.shards)
     assert old is None or bytes(old[:12]) != b""
 
 

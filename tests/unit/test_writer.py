@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from xxhash import xxh3_128_digest
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, layout
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, align
-from cpe_daemon.devices.memory import address_of
+from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import DigestError, ProtocolError
+from cpe_daemon.ingest import writer
 from cpe_daemon.ingest.writer import ExtentWriter
 
 A = ALIGNMENT_BYTES
@@ -131,6 +133,24 @@ def test_digest_is_of_what_the_arena_holds_not_of_what_was_sent() -> None:
         sent.write(*chunk)
     assert sent.digests != promised
     assert sent.writer.check(sent.digests) == [sent.digests]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, A - 1, A, 3 * A])
+def test_chunk_is_digested_where_it_arrived_piece_by_piece(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece that was copied is overwritten at the sender's before it is digested."""
+    sent = Contribution([2 * A + 7, 0, 1, 5 * A, 3], 4 * A)
+    promised, content = sent.digests, bytes(sent.source)
+
+    def copy_and_overwrite(destination: int, source: int, nbytes: int) -> None:
+        copy(destination, source, nbytes)
+        ctypes.memset(source, 0xFF, nbytes)
+
+    monkeypatch.setattr(writer, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(writer, "copy", copy_and_overwrite)
+    sent.send_all()
+    assert b"".join(sent.writer.check(promised)) == promised
+    assert sent.arena[A:-A] == content
+    assert set(sent.source) == {0xFF}
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])

@@ -1,0 +1,89 @@
+"""Has one stream's chunks copied into its extent, by threads that all streams share.
+
+One thread at a time works for a stream: it takes the chunks in their order, so that `ExtentWriter` digests every piece
+while it is still in the cache. A second one would copy ahead, and the digest then read all of it from memory again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cpe_daemon.devices.copypool import CopyPool
+from cpe_daemon.ingest.writer import ExtentWriter
+from cpe_daemon.wire.messages import Chunk
+
+
+class Job(NamedTuple):
+    """A chunk whose bytes lie at ``address``; ``frame`` keeps them there, if they came as one."""
+
+    chunk: Chunk
+    address: int
+    frame: memoryview | None
+
+
+Copied = Callable[[Sequence[Job], Exception | None], None]
+"""Called with chunks that were copied, and with what went wrong with one of them, if anything did."""
+
+
+class Copier:
+    """The queue of one stream. Belongs to the event loop.
+
+    Args:
+        writer: fills the extent.
+        pool: the threads.
+        batch: how many chunks at most are copied before the loop hears of it. Waking it costs as much as copying some
+            hundred KiB, and its answers wake the trainer.
+        copied: called on the loop; owns the jobs again.
+    """
+
+    def __init__(self, writer: ExtentWriter, pool: CopyPool, batch: int, copied: Copied) -> None:
+        self._writer = writer
+        self._pool = pool
+        self._batch = batch
+        self._copied = copied
+        self._loop = asyncio.get_running_loop()
+        self._jobs: deque[Job] = deque()
+        self._lock = threading.Lock()  # guards the two, which a thread looks at together when it runs out of jobs
+        self._working = False
+
+    def put(self, job: Job) -> None:
+        """Have a chunk that the writer accepted copied."""
+        with self._lock:
+            self._jobs.append(job)
+            idle, self._working = not self._working, True
+        if idle:
+            self._pool.submit(self._work)
+
+    def _work(self) -> None:
+        """Copy batch by batch, until there is nothing more or another stream waits for a thread."""
+        while True:
+            self._copy_batch()
+            with self._lock:
+                self._working = bool(self._jobs)
+                if not self._working:
+                    return
+            if not self._pool.go_on():
+                try:
+                    self._pool.submit(self._work)
+                except RuntimeError:
+                    continue  # it shuts down, and waits for this thread to copy what is left
+                return
+
+    def _copy_batch(self) -> None:
+        jobs: list[Job] = []
+        error: Exception | None = None
+        while len(jobs) < self._batch and (job := self._next()) is not None:
+            jobs.append(job)
+            try:
+                self._writer.write(job.chunk.offset, job.address, job.chunk.nbytes)
+            except Exception as failed:  # task boundary: the loop has to hear of it, and to take the chunks back
+                error = failed
+        self._loop.call_soon_threadsafe(self._copied, jobs, error)
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            return self._jobs.popleft() if self._jobs else None
