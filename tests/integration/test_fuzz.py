@@ -167,7 +167,12 @@ def each_is_counted(daemon: Daemon, name: str, number: int) -> Iterator[None]:
 
 @pytest.fixture
 def daemon(node: Node) -> Daemon:
-    return node.start_daemon(ingest__insecure=True, ingest__listen=["tcp://127.0.0.1:0"], log__level="warning")
+    return node.start_daemon(
+        ingest__insecure=True,
+        ingest__listen=["tcp://127.0.0.1:0"],
+        ingest__messages_per_second=10_000_000,  # each message is to be refused for what it is
+        log__level="warning",
+    )
 
 
 @pytest.fixture(autouse=True)
