@@ -174,15 +174,14 @@ def deal(copies: Iterable[Copy], shares: Sequence[Share], count: int) -> tuple[t
         if end <= share_end:
             pulls.append(copy)
             continue
-        shift = copy.address - start
-        while start < end:
-            if start >= share_end:
-                _, share_end, gpu = next(remaining)
-                pulls = dealt[gpu]
-                continue
-            stop = min(end, share_end)
-            pulls.append(Copy(copy.origin, start + shift, start, stop - start))
-            start = stop
+        origin, shift = copy.origin, copy.address - start
+        while share_end < end:
+            if share_end > start:
+                pulls.append(Copy(origin, start + shift, start, share_end - start))
+                start = share_end
+            _, share_end, gpu = next(remaining)
+            pulls = dealt[gpu]
+        pulls.append(Copy(origin, start + shift, start, end - start))
     return tuple([tuple(pulls) for pulls in dealt])
 
 
