@@ -53,7 +53,6 @@ class ShmSlots:
     """
 
     def __init__(self, slots: SlotSet, handoff: str) -> None:
-        self._slots = slots
         fd, self._tether = self._claim(slots, handoff)
         try:
             self._memory = SharedMemory.attach(fd, slots.count * slots.slot_bytes, writable=False)
@@ -63,7 +62,8 @@ class ShmSlots:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             # A view of its own: who keeps a tensor longer than allowed reads old bytes, and not unmapped memory.
-            self._bytes = torch.frombuffer(memoryview(self._memory.view), dtype=torch.uint8)
+            everything = torch.frombuffer(memoryview(self._memory.view), dtype=torch.uint8)
+        self._views: tuple[torch.Tensor, ...] = everything.split(slots.slot_bytes)
 
     @staticmethod
     def _claim(slots: SlotSet, handoff: str) -> tuple[int, Tether]:
@@ -73,7 +73,7 @@ class ShmSlots:
 
     def slot(self, index: int) -> torch.Tensor:
         """Return slot ``index`` as uint8 ``[slot_bytes]``."""
-        return self._bytes.narrow(0, index * self._slots.slot_bytes, self._slots.slot_bytes)
+        return self._views[index]
 
     @property
     def lost(self) -> bool:
@@ -82,6 +82,6 @@ class ShmSlots:
 
     def close(self) -> None:
         """Unmap, and let go of the tether."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._views = ()
         self._memory.close()
         self._tether.close()
