@@ -198,23 +198,25 @@ def raw(connect: Connect, speeches: Callable[[random.Random], Sequence[bytes]]) 
 _GREETING: Final = b"\xff" + bytes(8) + b"\x7f"
 
 
-def _greeting(mechanism: bytes) -> bytes:
+def greeting(mechanism: bytes) -> bytes:
+    """ZMTP's first words."""
     return _GREETING + b"\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32)
 
 
-def _command(name: bytes, body: bytes) -> bytes:
+def command(name: bytes, body: bytes) -> bytes:
+    """A command of ZMTP."""
     said = bytes([len(name)]) + name + body
     return b"\x04" + bytes([len(said)]) + said if len(said) < 256 else b"\x06" + len(said).to_bytes(8, "big") + said
 
 
-_READY: Final = _command(b"READY", b"\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00")
+READY: Final = command(b"READY", b"\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00")
 
 
 def zmtp(rng: random.Random) -> Sequence[bytes]:
     """ZMTP gone wrong: in the greeting, in the handshake of either mechanism, and after it."""
-    null, curve = _greeting(b"NULL"), _greeting(b"CURVE")
-    hello = _command(b"HELLO", b"\x01\x00" + bytes(72) + rng.randbytes(32 + 8 + 80))
-    initiate = _command(b"INITIATE", rng.randbytes(96 + 8 + rng.randrange(16, 600)))
+    null, curve = greeting(b"NULL"), greeting(b"CURVE")
+    hello = command(b"HELLO", b"\x01\x00" + bytes(72) + rng.randbytes(32 + 8 + 80))
+    initiate = command(b"INITIATE", rng.randbytes(96 + 8 + rng.randrange(16, 600)))
     return rng.choice(
         (
             [b""],
@@ -222,21 +224,22 @@ def zmtp(rng: random.Random) -> Sequence[bytes]:
             [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(200)],
             [rng.randbytes(rng.randrange(300))],
             [null[: rng.randrange(len(null))]],
-            [_damaged(rng, null), _READY],
-            [null, _READY, rng.randbytes(rng.randrange(200))],
-            [null, _damaged(rng, _READY)],
-            [null, _READY, b"\x02" + (1 << rng.randrange(20, 63)).to_bytes(8, "big"), bytes(1000)],
-            [null, _READY, b"\x01\x04abcd" * rng.randrange(1, 5000)],
-            [null, _READY, _command(b"PING", b"\x00\x01" + rng.randbytes(rng.randrange(40)))],
-            [_greeting(rng.randbytes(20))],
-            [_greeting(b"PLAIN"), _command(b"HELLO", b"\x05admin\x05admin")],
+            [_damaged(rng, null), READY],
+            [null, READY, rng.randbytes(rng.randrange(200))],
+            [null, _damaged(rng, READY)],
+            [null, READY, b"\x02" + (1 << rng.randrange(20, 63)).to_bytes(8, "big"), bytes(1000)],
+            [null, READY, b"\x01\x04abcd" * rng.randrange(1, 5000)],
+            [null, READY, command(b"PING", b"\x00\x01" + rng.randbytes(rng.randrange(40)))],
+            [null, READY, (b"\x00\x04abcd" * rng.randrange(1, 2000) + command(b"PING", b"\x00\x05")) * 20],
+            [greeting(rng.randbytes(20))],
+            [greeting(b"PLAIN"), command(b"HELLO", b"\x05admin\x05admin")],
             [curve, hello],
             [curve, _damaged(rng, hello)],
             [curve, hello[: rng.randrange(len(hello))]],
             [curve, hello, initiate],
             [curve, initiate],
-            [curve, _command(b"MESSAGE", rng.randbytes(rng.randrange(200)))],
-            [curve, _READY],
+            [curve, command(b"MESSAGE", rng.randbytes(rng.randrange(200)))],
+            [curve, READY],
             [curve, rng.randbytes(rng.randrange(500))],
         )
     )
