@@ -197,7 +197,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--observability",
         action="store_true",
-        help="what metrics, logs and a scrape every second cost: a daemon with them beside one without",
+        help="what metrics, logs and scrapes cost: a daemon with them beside one without",
     )
     parser.add_argument("--quick", action="store_true", help="a model of some megabytes and two updates")
     asked = parser.parse_args(arguments)

@@ -55,6 +55,7 @@ def test_push_is_measured_with_and_without_metrics_and_logs(runtime_dir: Path) -
     assert result["logs_share"] > 0
     assert result["scrape_seconds"] > 0
     assert "scraped every second" in table
+    assert "every 15 s" in table
 
 
 def test_slots_that_are_too_small_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
