@@ -27,7 +27,10 @@ from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusR
 
 log = structlog.get_logger(__name__)
 
-_QUEUE: Final = 256
+_MESSAGES_BESIDE_CREDITS: Final = 16
+"""What a client may have on its way besides chunks: heartbeats, parts of manifests, questions."""
+
+_OUTGOING: Final = 256
 """Answers that may wait for a client; enough that one which reads them misses none."""
 
 _DECRYPTING_THREADS: Final = min(4, len(os.sched_getaffinity(0)))
@@ -74,6 +77,7 @@ class Front:
         self._local = self._router(
             "front",
             frame_bytes=max(ingest.chunk_bytes, ingest.landing_chunk_bytes),
+            credit=max(ingest.credits, ingest.landing_credits),
         )
         self._remote: Router | None = None
 
@@ -117,7 +121,9 @@ class Front:
             self._curve.open(self._context)
             spawn(self._curve.answer())
             spawn(self._follow_keys(self._curve))
-            self._remote = self._router("remote", frame_bytes=ingest.chunk_bytes, curve=self._curve)
+            self._remote = self._router(
+                "remote", frame_bytes=ingest.chunk_bytes, credit=ingest.credits, curve=self._curve
+            )
         for warning in self.warnings():
             log.warning("front.insecure", warning=warning, mend="cpe keys new --daemon, and ingest.insecure: false")
         bound = []
@@ -149,7 +155,7 @@ class Front:
     def _over_tcp(self) -> list[str]:
         return [endpoint for endpoint in self._config.ingest.listen if endpoint.startswith("tcp://")]
 
-    def _router(self, name: str, *, frame_bytes: int, curve: Curve | None = None) -> Router:
+    def _router(self, name: str, *, frame_bytes: int, credit: int, curve: Curve | None = None) -> Router:
         per_second = self._config.ingest.messages_per_second
         return Router(
             name,
@@ -157,7 +163,8 @@ class Front:
             accepts=FrontMessage,
             handlers=self._handlers,
             max_frame_bytes=max(MAX_HEADER_BYTES, frame_bytes),
-            queue=_QUEUE,
+            queue=credit + _MESSAGES_BESIDE_CREDITS,
+            outgoing=_OUTGOING,
             handshake_seconds=self._config.deadlines.hello_seconds,
             pair=curve.pair if curve else None,
             access=curve.access if curve else None,

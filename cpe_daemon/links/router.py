@@ -54,13 +54,8 @@ _KEEPALIVE: Final = (
     (zmq.TCP_KEEPALIVE_CNT, 2),
     (zmq.TCP_MAXRT, 20_000),
 )
-"""Hosts that vanish are noticed by the kernel, and not by libzmq's heartbeats; see `_UNBOUNDED`."""
-
-_UNBOUNDED: Final = 0
-"""Messages that may wait to be taken. libzmq (4.3.5, its issues 4364 and 4767) aborts the process over a peer that has
-filled its queue and leaves, if a heartbeat of either side comes due then: some bytes would end the daemon. A queue
-without a bound is never full. What keeps it short is that refusing a message costs less than sending one, at Python's
-pace; who sends faster fills memory, which can be had in other ways too (docs/SECURITY.md)."""
+"""Hosts that vanish are noticed by the kernel, and not by libzmq's heartbeats: libzmq (4.3.5, its issues 4364 and 4767)
+aborts the process if one of its timers comes due for a peer that has filled its queue and left."""
 
 _SOCKET_MODE: Final = 0o660
 _BACKLOG: Final = 1024
@@ -76,7 +71,8 @@ class Router:
         accepts: union of the message types taken.
         handlers: by message type; a type without one is refused.
         max_frame_bytes: larger frames cut the connection before they are held in memory.
-        queue: messages that may wait for a peer to take them; more are dropped.
+        queue: messages of a peer that may wait to be taken; the rest waits in its own memory.
+        outgoing: messages that may wait for a peer to take them, more are dropped; as ``queue`` if None.
         handshake_seconds: a connection that has not introduced itself in as long is cut.
         pair: the daemon's keys: every endpoint takes clients with keys only, by CURVE, as soon as ``access`` lets
             them in; None for endpoints of this host, whose files say who may connect.
@@ -94,6 +90,7 @@ class Router:
         handlers: Mapping[type[Message], Handler],
         max_frame_bytes: int,
         queue: int = 1000,
+        outgoing: int | None = None,
         handshake_seconds: float = 10.0,
         pair: KeyPair | None = None,
         access: Access | None = None,
@@ -118,8 +115,8 @@ class Router:
             (zmq.ROUTER_HANDOVER, 1),
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, max_frame_bytes),
-            (zmq.RCVHWM, _UNBOUNDED),
-            (zmq.SNDHWM, queue),
+            (zmq.RCVHWM, queue),
+            (zmq.SNDHWM, queue if outgoing is None else outgoing),
             *_KEEPALIVE,
             (zmq.HANDSHAKE_IVL, int(handshake_seconds * 1000)),
             (zmq.BACKLOG, _BACKLOG),

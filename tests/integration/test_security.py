@@ -45,7 +45,6 @@ from cpe_daemon.wire.messages import (
     VersionStatus,
     Watch,
 )
-from tests.integration import attacks
 from tests.integration.harness import MODEL, RUN, Daemon, Node
 from tests.integration.keyring import Keyring
 from tests.integration.processes import until
@@ -508,21 +507,6 @@ def test_flood_of_questions_gets_one_answer_many_times(daemon: Daemon) -> None:
         made = len(set(seen))
         assert 1 < made <= 200 + 10 * (time.monotonic() - began) + 2
         assert seen == sorted(seen)
-
-
-@pytest.mark.parametrize("name", ["front.sock", "engines.sock"])
-def test_heartbeats_of_who_floods_and_leaves_end_nothing(daemon: Daemon, name: str) -> None:
-    """libzmq aborts over them, unless its queues have no bound."""
-    message, ping = b"\x00\x04abcd", attacks.command(b"PING", b"\x00\x05")
-    for number in (20, 200, 2000) * 3:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(daemon.runtime_dir / name))
-            connection.settimeout(10)
-            connection.sendall(attacks.greeting(b"NULL") + attacks.READY)
-            assert connection.recv(64), "the daemon greets"
-            connection.sendall((message * number + ping) * 20)
-        assert daemon.alive
-        assert daemon.status()
 
 
 @pytest.mark.parametrize("name", ["front.sock", "engines.sock", "tcp"])

@@ -375,3 +375,11 @@ async def test_socket_file_is_the_group_s_whatever_the_umask(
                 made.router.close()
         finally:
             os.umask(before)
+
+
+async def test_daemon_sends_no_heartbeats_of_libzmq(daemon: Daemon) -> None:
+    """One that falls due for a peer which filled its queue and left aborts the process; the kernel looks after hosts."""
+    socket = daemon.router._socket
+    assert socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
+    assert socket.getsockopt(zmq.TCP_KEEPALIVE) == 1
+    assert 0 < socket.getsockopt(zmq.RCVHWM) <= 4096
