@@ -12,8 +12,16 @@ from cpe_daemon.cli.settings import load, settings_options
 
 @click.command("serve", short_help="Run the daemon of this node.")
 @settings_options
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Record what each stage of the last pushes did when, and write it here at the end; ui.perfetto.dev shows it.",
+)
 @debug_option
-def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: Path | None) -> None:
+def serve_command(
+    path: Path | None, assignments: tuple[str, ...], runtime_dir: Path | None, trace: Path | None
+) -> None:
     """Run the daemon of this node in the foreground, until SIGTERM or SIGINT.
 
     Settings come from --set, then the environment (CPE_<SECTION>__<NAME>), then --config, then defaults.
@@ -34,9 +42,10 @@ def serve_command(path: Path | None, assignments: tuple[str, ...], runtime_dir: 
 
     from cpe_daemon.daemon import serve
     from cpe_daemon.observe.logs import configure_logging
+    from cpe_daemon.push.trace import recording
 
     configure_logging(config.log.level, config.log.format)
     # A watchdog ends a daemon that is stuck by SIGABRT: then it says where its threads are.
     faulthandler.enable(sys.__stderr__ or sys.stderr)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(config))
+    with recording(trace) as recorder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config, recorder))

@@ -16,6 +16,7 @@ from cpe_daemon.daemon.drain import describe, holdings, longest_stop_seconds, un
 from cpe_daemon.daemon.supervision import Supervision
 from cpe_daemon.errors import ConfigError
 from cpe_daemon.observe.notify import Notifier
+from cpe_daemon.push.trace import Trace
 from cpe_daemon.runtime import RuntimeDirectory
 
 log = structlog.get_logger(__name__)
@@ -24,11 +25,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _STUCK_STATUS: Final = 1
 
 
-async def serve(config: Config) -> None:
+async def serve(config: Config, trace: Trace | None = None) -> None:
     """Run a daemon until SIGTERM or SIGINT; the second one has a push in flight undone rather than awaited.
 
     Args:
         config: its settings.
+        trace: records what its pushes do.
 
     Raises:
         ConfigError: it cannot start with these settings; says why. Nothing is left behind.
@@ -37,7 +39,9 @@ async def serve(config: Config) -> None:
     try:
         with RuntimeDirectory(config.runtime_dir):
             async with asyncio.TaskGroup() as tasks:
-                life = _Life(config, notifier, Daemon(config, tasks))
+                daemon = Daemon(config, tasks)
+                daemon.pusher.traffic.trace = trace
+                life = _Life(config, notifier, daemon)
                 try:
                     await life.run(tasks)
                 finally:

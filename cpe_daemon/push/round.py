@@ -72,6 +72,7 @@ class Round:
         self._clock = clock
         # Slots that are full at the pause shorten it only for engines that load faster than slots fill.
         prefill = None if any(participant.engine.starved for participant in participants) else 1
+        self._trace = traffic.trace if traffic is not None else None
         self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic, prefill)
         self._abandoned: CpeError | None = None
         self._updating: asyncio.Timeout | None = None
@@ -196,6 +197,9 @@ class Round:
             raise EngineError(f"no engine is left in round {self.number}")
 
     def _change(self, event: RoundEvent) -> None:
+        if self._trace is not None:
+            named = {"round": self.number, "version": str(self.version)}
+            self._trace.add("rounds", str(self.state), self.began_at, **named)
         self.state = advance(ROUND_TABLE, self.state, event)
 
     def _names(self, *, alive: bool = True) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from cpe_daemon.core.plan import Bucket
 from cpe_daemon.core.tally import Tally
+from cpe_daemon.push.trace import Trace
 
 
 class Traffic:
@@ -22,6 +23,8 @@ class Traffic:
         """Between the slots of several GPUs."""
         self.load = Tally(clock)
         """Out of slots, by the engines; its bytes are counted as each engine has them."""
+        self.trace: Trace | None = None
+        """Records what goes on, if somebody asked for that."""
 
     def fetching(self, bucket: Bucket) -> int:
         """Bytes of a bucket that come from the arena: what all its slots hold, but for what they have of each other."""

@@ -206,7 +206,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run `cpe serve` with a daemon that raises."""
 
     def run(error: BaseException, *arguments: str, **environ: str) -> Result:
-        async def serve(_config: Config) -> None:
+        async def serve(_config: Config, _trace: object) -> None:
             raise error
 
         module = types.ModuleType("cpe_daemon.daemon")
@@ -298,7 +298,7 @@ def test_set_without_value_is_refused() -> None:
 def test_serve_hands_the_configuration_to_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, str]] = []
 
-    async def serve(config: Config) -> None:
+    async def serve(config: Config, _trace: object) -> None:
         seen.append((config, type(asyncio.get_running_loop()).__module__))
 
     module = types.ModuleType("cpe_daemon.daemon")
