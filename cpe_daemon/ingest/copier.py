@@ -1,7 +1,8 @@
 """Has one stream's chunks copied into its extent, by threads that all streams share.
 
-One thread at a time works for a stream: it takes the chunks in their order, so that `ExtentWriter` digests every piece
-while it is still in the cache. A second one would copy ahead, and the digest then read all of it from memory again.
+A stream has the threads that it may have, and no more: each takes chunks in the order in which they came, so that
+`ExtentWriter` digests every piece while it is still in the cache. A second one copies ahead, and the digest then reads
+those bytes from memory again: with few cores that costs more than it brings.
 """
 
 from __future__ import annotations
@@ -35,27 +36,30 @@ class Copier:
     Args:
         writer: fills the extent.
         pool: the threads.
+        threads: how many of them at most work for the stream at once.
         batch: how many chunks at most are copied before the loop hears of it. Waking it costs as much as copying some
             hundred KiB, and its answers wake the trainer.
         copied: called on the loop; owns the jobs again.
     """
 
-    def __init__(self, writer: ExtentWriter, pool: CopyPool, batch: int, copied: Copied) -> None:
+    def __init__(self, writer: ExtentWriter, pool: CopyPool, threads: int, batch: int, copied: Copied) -> None:
         self._writer = writer
         self._pool = pool
+        self._threads = threads
         self._batch = batch
         self._copied = copied
         self._loop = asyncio.get_running_loop()
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()  # guards the two, which a thread looks at together when it runs out of jobs
-        self._working = False
+        self._working = 0
 
     def put(self, job: Job) -> None:
         """Have a chunk that the writer accepted copied."""
         with self._lock:
             self._jobs.append(job)
-            idle, self._working = not self._working, True
-        if idle:
+            another = self._working < self._threads
+            self._working += another
+        if another:
             self._pool.submit(self._work)
 
     def _work(self) -> None:
@@ -63,8 +67,8 @@ class Copier:
         while True:
             self._copy_batch()
             with self._lock:
-                self._working = bool(self._jobs)
-                if not self._working:
+                if not self._jobs:
+                    self._working -= 1
                     return
             if not self._pool.go_on():
                 try:

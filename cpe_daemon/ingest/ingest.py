@@ -175,7 +175,9 @@ class Ingest:
         address = self._arena.address + extent.offset
         stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes)
         copied = functools.partial(self._copied, session, stream)
-        stream.copier = Copier(stream.writer, self._pool, session.credits // _BATCHES or 1, copied)
+        threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
+        batch = max(1, session.credits // (_BATCHES * threads))
+        stream.copier = Copier(stream.writer, self._pool, threads, batch, copied)
         self._touch(stream.version)
         self._trainers.send(session, VersionOpened(stream.id))
 

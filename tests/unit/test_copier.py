@@ -1,4 +1,4 @@
-"""A stream's chunks are copied in order by one thread at a time, and every stream has its turn."""
+"""A stream's chunks are copied by the threads that it may have, and every stream has its turn."""
 
 from __future__ import annotations
 
@@ -52,6 +52,26 @@ class Writing(ExtentWriter):
         return Job(Chunk(1, index * A, A), address_of(memoryview(self.source)) + index * A, None)
 
 
+class Together(Writing):
+    """A writer whose every chunk waits until so many are being written at once."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__("a", [])
+        self.most = 0
+        self._barrier = threading.Barrier(threads)
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, source: int, nbytes: int) -> None:
+        with self._lock:
+            self.together += 1
+            self.most = max(self.most, self.together)
+        self._barrier.wait(WAIT_SECONDS)
+        ExtentWriter.write(self, offset, source, nbytes)
+        with self._lock:
+            self.together -= 1
+        self._barrier.wait(WAIT_SECONDS)
+
+
 class Told:
     """What the loop was told of a stream."""
 
@@ -83,7 +103,7 @@ async def closed(pool: CopyPool) -> None:
 async def test_chunks_are_copied_in_order_and_told_in_batches(no_leaks: None) -> None:
     pool, log, told = CopyPool(4, "cpe-test"), list[str](), Told()
     writer = Writing("a", log)
-    copier = Copier(writer, pool, 4, told)
+    copier = Copier(writer, pool, 1, 4, told)
     for index in range(12):
         copier.put(writer.job(index))
     assert writer.reached.wait(WAIT_SECONDS)
@@ -100,7 +120,7 @@ async def test_batch_is_not_awaited_where_there_is_nothing_to_copy() -> None:
     pool, told = CopyPool(1, "cpe-test"), Told()
     writer = Writing("a", [])
     writer.gate.set()
-    copier = Copier(writer, pool, 4, told)
+    copier = Copier(writer, pool, 1, 4, told)
     for index in range(3):
         copier.put(writer.job(index))
         await told.until(index + 1)
@@ -111,7 +131,7 @@ async def test_batch_is_not_awaited_where_there_is_nothing_to_copy() -> None:
 async def test_stream_that_waits_for_a_thread_has_its_turn_after_a_batch() -> None:
     pool, log = CopyPool(1, "cpe-test"), list[str]()
     writers, tolds = [Writing("a", log), Writing("b", log)], [Told(), Told()]
-    copiers = [Copier(writer, pool, 2, told) for writer, told in zip(writers, tolds, strict=True)]
+    copiers = [Copier(writer, pool, 1, 2, told) for writer, told in zip(writers, tolds, strict=True)]
     for writer, copier in zip(writers, copiers, strict=True):
         for index in range(4):
             copier.put(writer.job(index))
@@ -124,12 +144,25 @@ async def test_stream_that_waits_for_a_thread_has_its_turn_after_a_batch() -> No
     await closed(pool)
 
 
+async def test_stream_has_as_many_threads_as_it_may(no_leaks: None) -> None:
+    pool, told = CopyPool(4, "cpe-test"), Told()
+    writer = Together(3)
+    copier = Copier(writer, pool, 3, 1, told)
+    for index in range(12):
+        copier.put(writer.job(index))
+    await told.until(12)
+    assert writer.most == 3
+    assert sorted(told.chunks) == list(range(12))
+    assert writer.arena == writer.source
+    await closed(pool)
+
+
 async def test_failed_copy_is_told_with_its_chunk_and_does_not_keep_the_others() -> None:
     pool, told = CopyPool(2, "cpe-test"), Told()
     writer = Writing("a", [])
     writer.fails_at = 1
     writer.gate.set()
-    copier = Copier(writer, pool, 4, told)
+    copier = Copier(writer, pool, 1, 4, told)
     for index in range(6):
         copier.put(writer.job(index))
     await told.until(6)
@@ -143,7 +176,7 @@ async def test_pool_that_shuts_down_copies_what_it_was_given() -> None:
     pool, log = CopyPool(1, "cpe-test"), list[str]()
     writers, tolds = [Writing("a", log), Writing("b", log)], [Told(), Told()]
     for writer, told in zip(writers, tolds, strict=True):
-        copier = Copier(writer, pool, 2, told)
+        copier = Copier(writer, pool, 1, 2, told)
         for index in range(6):
             copier.put(writer.job(index))
     assert writers[0].reached.wait(WAIT_SECONDS)

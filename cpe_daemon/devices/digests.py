@@ -1,0 +1,140 @@
+"""Digests of shards whose bytes come in chunks, in any order and by several threads.
+
+A shard's bytes are digested in their order, but different shards at once, and nobody waits for anybody: where a shard
+reaches over the end of a chunk, the state of its digest meets the bytes that come next. Whichever thread brings the
+second of the two goes on with them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from typing import Final
+
+from xxhash import xxh3_128, xxh3_128_digest
+
+from cpe_daemon.core.manifest import Layout
+
+_OF_NOTHING: Final = xxh3_128_digest(b"")
+
+
+class Digests:
+    """The digests of all shards of one contribution. Thread-safe, if each chunk is one thread's.
+
+    Args:
+        layout: where each shard lies.
+        chunk_bytes: the size of every chunk but the last.
+        lasting: whether a chunk's memory keeps its bytes after `ChunkDigests.end`; if not, bytes that still wait for
+            their turn are copied.
+    """
+
+    def __init__(self, layout: Layout, chunk_bytes: int, *, lasting: bool) -> None:
+        self.layout = layout
+        self.chunk_bytes = chunk_bytes
+        self.found = [_OF_NOTHING] * len(layout.sizes)
+        """The digest of each shard, once all of its bytes have come."""
+        self._lasting = lasting
+        self._lock = threading.Lock()  # guards the two that meet: each has what came first at the start of a chunk
+        self._states: dict[int, xxh3_128] = {}
+        self._heads: dict[int, memoryview] = {}
+
+    def chunk(self, index: int, view: memoryview) -> ChunkDigests:
+        """Begin with a chunk, whose bytes ``view`` is about to hold."""
+        start = index * self.chunk_bytes
+        shard = self.first_shard(start)
+        if shard == len(self.found) or self.layout.offsets[shard] >= start:
+            return ChunkDigests(self, index, view, shard, None, blocked=False)
+        with self._lock:
+            state = self._states.pop(index, None)
+        return ChunkDigests(self, index, view, shard, state, blocked=state is None)
+
+    def first_shard(self, at: int) -> int:
+        """The first shard with bytes at or behind a position; the number of shards if there is none."""
+        shard = max(bisect.bisect_right(self.layout.offsets, at) - 1, 0)
+        while shard < len(self.found) and self.layout.offsets[shard] + self.layout.sizes[shard] <= at:
+            shard += 1
+        return shard
+
+    def bring_state(self, index: int, state: xxh3_128) -> None:
+        """The bytes before a chunk are digested, and the shard goes on in it."""
+        while True:
+            with self._lock:
+                head = self._heads.pop(index, None)
+                if head is None:
+                    self._states[index] = state
+                    return
+            if not self._take(index, state, head):
+                return
+            index += 1
+
+    def bring_head(self, index: int, head: memoryview) -> None:
+        """The bytes with which a shard goes on in a chunk are there."""
+        kept = head if self._lasting else memoryview(bytes(head))
+        with self._lock:
+            state = self._states.pop(index, None)
+            if state is None:
+                self._heads[index] = kept
+                return
+        if self._take(index, state, kept):
+            self.bring_state(index + 1, state)
+
+    def _take(self, index: int, state: xxh3_128, head: memoryview) -> bool:
+        """Digest what waited at the start of a chunk; return whether the shard fills it and goes on in the next."""
+        state.update(head)
+        shard = self.first_shard(index * self.chunk_bytes)
+        if self.layout.offsets[shard] + self.layout.sizes[shard] > (index + 1) * self.chunk_bytes:
+            return True
+        self.found[shard] = state.digest()
+        return False
+
+
+class ChunkDigests:
+    """One chunk's part of it, for the thread that fills the chunk."""
+
+    __slots__ = ("_at", "_blocked", "_index", "_owner", "_shard", "_start", "_state", "_view")
+
+    def __init__(
+        self, owner: Digests, index: int, view: memoryview, shard: int, state: xxh3_128 | None, *, blocked: bool
+    ) -> None:
+        self._owner = owner
+        self._index = index
+        self._view = view
+        self._start = self._at = index * owner.chunk_bytes
+        self._shard = shard
+        self._state = state
+        self._blocked = 0
+        if blocked:
+            layout = owner.layout
+            self._blocked = min(layout.offsets[shard] + layout.sizes[shard] - self._start, len(view))
+            self._shard += 1
+
+    def upto(self, end: int) -> None:
+        """Digest the first ``end`` bytes of the chunk, which are there, as far as that is not done yet."""
+        offsets, sizes, start, view = self._owner.layout.offsets, self._owner.layout.sizes, self._start, self._view
+        end += start
+        while self._shard < len(sizes):
+            begin = offsets[self._shard]
+            last = begin + sizes[self._shard]
+            at = max(begin, self._at)
+            if last > end:
+                if at < end:
+                    if self._state is None:
+                        self._state = xxh3_128()
+                    self._state.update(view[at - start : end - start])
+                    self._at = end
+                return
+            if self._state is not None:
+                self._state.update(view[at - start : last - start])
+                self._owner.found[self._shard] = self._state.digest()
+                self._state = None
+            elif begin < last:
+                self._owner.found[self._shard] = xxh3_128_digest(view[at - start : last - start])
+            self._shard += 1
+
+    def end(self) -> None:
+        """All bytes of the chunk are there: digest the rest, and leave to others what cannot be digested yet."""
+        self.upto(len(self._view))
+        if self._state is not None:
+            self._owner.bring_state(self._index + 1, self._state)
+        if self._blocked:
+            self._owner.bring_head(self._index, self._view[: self._blocked])
