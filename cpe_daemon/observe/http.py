@@ -1,8 +1,9 @@
 """The HTTP listener: a few pages that only tell. It knows connections and requests, and not what its pages say.
 
 A connection carries one request and lives some seconds at most, whatever its peer does: sends nothing, or its request
-byte by byte, or does not read the answer. With more connections than there is room for, the oldest that has not sent
-its request yet makes room. And nobody is answered faster than the daemon can well spare: a flood of requests waits.
+byte by byte, or does not read the answer. Where there is no room for another one, the oldest makes room, so that a
+probe gets in however many others are there. And pages that take time are made no more often than the daemon can well
+spare: all who wait for one get the same answer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,7 +53,7 @@ class Answer:
 
 
 Page = Callable[[str], Awaitable[Answer]]
-"""Called with the request's Accept header."""
+"""Called with what the request accepts."""
 
 
 def as_json(value: object, status: int = 200, **headers: str) -> Answer:
@@ -66,7 +67,6 @@ class _Connection:
     """One connection, from its accepting until it is lost."""
 
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    asked: bool = False
     task: asyncio.Task[None] | None = None
 
 
@@ -139,10 +139,8 @@ class Listener:
                 log.warning("http.accept_failed", error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            if self._has_room():
-                self._take(accepted)
-            else:
-                accepted.close()
+            self._make_room()
+            self._take(accepted)
             await asyncio.sleep(_PAUSE_SECONDS)
 
     def _take(self, accepted: socket.socket) -> None:
@@ -157,14 +155,14 @@ class Listener:
         connection.task = self._tasks.create_task(self._serve(accepted, handler, connection))
         connection.task.add_done_callback(done)
 
-    def _has_room(self) -> bool:
-        """Whether there is room for one more; who has not asked yet makes some, the oldest first."""
+    def _make_room(self) -> None:
+        """End the oldest connection if there is no room for one more."""
         if len(self._connections) < MAX_CONNECTIONS:
-            return True
+            return
         for connection in self._connections.values():
-            if connection.task is not None and not connection.asked and not connection.task.cancelling():
-                return connection.task.cancel()
-        return False
+            if connection.task is not None and not connection.task.cancelling():
+                connection.task.cancel()
+                return
 
     async def _serve(self, accepted: socket.socket, handler: web.RequestHandler, connection: _Connection) -> None:
         """One connection's life; ends it when its time is up."""
@@ -192,9 +190,6 @@ class Listener:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        connection = self._connections.get(request.protocol)
-        if connection is not None:
-            connection.asked = True
         try:
             answer = await self._answer(request)
         except Exception as error:  # task boundary: a bug behind one page must not take the others away
@@ -223,23 +218,47 @@ class Listener:
 
 
 class Paced:
-    """A page that is made once at a time, and not more often than every ``seconds``: whoever asks meanwhile waits."""
+    """A page that is made once at a time, and not more often than every ``seconds``.
 
-    def __init__(self, page: Page, seconds: float) -> None:
+    However many ask meanwhile, they wait for one and the same answer, which is begun after the last of them has asked.
+
+    Args:
+        page: the page; called with one of ``kinds``, or with nothing.
+        seconds: between two answers.
+        kinds: media types that a request may accept, and then gets an answer of its own kind.
+    """
+
+    def __init__(self, page: Page, seconds: float, kinds: Collection[str] = ()) -> None:
         self._page = page
         self._seconds = seconds
+        self._kinds = kinds
         self._turn = asyncio.Lock()
         self._next = 0.0
+        self._begun = 0
+        self._made: dict[str, tuple[int, Answer]] = {}
+        """By kind, the last answer and how many had been begun with it."""
 
     async def __call__(self, accept: str) -> Answer:
         """The page, in its turn."""
-        loop = asyncio.get_running_loop()
+        kind = next((kind for kind in self._kinds if kind in accept), "")
+        asked = self._begun
         async with self._turn:
-            await asyncio.sleep(self._next - loop.time())
-            try:
-                return await self._page(accept)
-            finally:
-                self._next = loop.time() + self._seconds
+            number, answer = self._made.get(kind, (0, None))
+            if answer is None or number <= asked:
+                answer = await self._make(kind)
+            return answer
+
+    async def _make(self, kind: str) -> Answer:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._next - loop.time())
+        self._begun += 1
+        number = self._begun
+        try:
+            answer = await self._page(kind)
+        finally:
+            self._next = loop.time() + self._seconds
+        self._made[kind] = number, answer
+        return answer
 
 
 class _Handler(web.RequestHandler):
@@ -263,7 +282,7 @@ class _Server(web.Server):
         lost: Callable[[web.RequestHandler], None],
         **terms: Any,
     ) -> None:
-        super().__init__(handle, request_factory=self._made)
+        super().__init__(handle, request_factory=self._made, handler_cancellation=True)  # whoever is gone asks no more
         self._lost = lost
         self._terms = terms
 

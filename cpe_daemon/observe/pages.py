@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from cpe_daemon.observe.http import Answer, Paced, Page, as_json
 
+OPENMETRICS: Final = "application/openmetrics-text"
 _UNAVAILABLE: Final = 503
 _PACE_SECONDS: Final = 0.05
-"""A page that takes milliseconds is made 20 times a second at most."""
+"""A page that takes milliseconds is made 20 times a second at most; probes wait for nobody."""
 
 
 def make_pages(
@@ -23,7 +24,7 @@ def make_pages(
     """Return the pages by path. All functions are called on the event loop.
 
     Args:
-        metrics: by the request's Accept header, the text and its content type.
+        metrics: by what is accepted, `OPENMETRICS` or nothing, the text and its content type.
         health: what is wrong with the daemon itself; empty if nothing is.
         readiness: plain values, of which ``ready`` decides.
         status: plain values.
@@ -45,8 +46,8 @@ def make_pages(
         return await asyncio.to_thread(as_json, status())
 
     return {
-        "/metrics": Paced(metrics_page, _PACE_SECONDS),
+        "/metrics": Paced(metrics_page, _PACE_SECONDS, [OPENMETRICS]),
         "/healthz": health_page,
-        "/readyz": Paced(readiness_page, _PACE_SECONDS),
+        "/readyz": readiness_page,
         "/status": Paced(status_page, _PACE_SECONDS),
     }

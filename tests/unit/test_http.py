@@ -354,25 +354,57 @@ async def test_oldest_silent_connection_makes_room(monkeypatch: pytest.MonkeyPat
                 pass
 
 
-async def test_who_has_asked_does_not_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_oldest_makes_room_though_it_has_asked(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    """Or else those who wait for a slow page would keep probes out."""
     monkeypatch.setattr(http, "MAX_CONNECTIONS", 2)
-    go, asked = asyncio.Event(), 0
+    go, asked, gone = asyncio.Event(), 0, 0
 
     async def slow(_: str) -> Answer:
-        nonlocal asked
+        nonlocal asked, gone
         asked += 1
-        await go.wait()
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            gone += 1
+            raise
         return Answer(b"at last", "text/plain")
 
-    async with serving({"/slow": slow}) as served:
-        waiting = [asyncio.create_task(served.get("/slow")) for _ in range(2)]
+    async with serving(PAGES | {"/slow": slow}) as served:
+        waiting = [asyncio.create_task(served.get("/slow"))]
+        await until(lambda: asked == 1)
+        waiting.append(asyncio.create_task(served.get("/slow")))
         await until(lambda: asked == 2)
-        reader, writer = await served.connect()
-        async with asyncio.timeout(WAIT_SECONDS), closing(writer):
-            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                await reader.readexactly(1)
+        assert (await served.get("/hello")).status == 200
+        with pytest.raises(ConnectionError):
+            await waiting[0]
+        assert gone == 1
         go.set()
-        assert [(await answer).body for answer in waiting] == [b"at last"] * 2
+        assert (await waiting[1]).body == b"at last"
+
+
+async def test_probe_is_answered_while_a_crowd_asks_for_a_slow_page(
+    monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """More clients than there is room for, each of which asks again as soon as it is cut off."""
+    monkeypatch.setattr(http, "MAX_CONNECTIONS", 8)
+    over = asyncio.Event()
+
+    async def slow(_: str) -> Answer:
+        await over.wait()
+        return Answer(b"", "text/plain")
+
+    async def ask_on() -> None:
+        while not over.is_set():
+            with suppress(OSError):
+                await served.get("/slow")
+
+    async with serving(PAGES | {"/slow": Paced(slow, 0.05)}) as served, asyncio.TaskGroup() as crowd:
+        for _ in range(12):
+            crowd.create_task(ask_on())
+        await until(lambda: len(served.listener._connections) == 8)
+        answers = [(await served.get("/hello")).status for _ in range(10)]
+        over.set()
+    assert answers == [200] * 10
 
 
 async def test_flood_of_connections_leaves_it_serving(no_leaks: None) -> None:
@@ -382,29 +414,69 @@ async def test_flood_of_connections_leaves_it_serving(no_leaks: None) -> None:
         await until(lambda: not served.listener._connections)
 
 
-async def test_pages_are_made_one_at_a_time_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = at_work = 0
+class Slow:
+    """A page that is made when it may, and says which one it is."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.go = asyncio.Semaphore(0)
+
+    async def __call__(self, accept: str) -> Answer:
+        self.kinds.append(accept)
+        number = len(self.kinds)
+        await self.go.acquire()
+        return Answer(str(number).encode(), "text/plain")
+
+
+async def test_all_who_wait_for_a_page_get_one_answer_that_is_newer_than_their_questions() -> None:
+    slow = Slow()
+    paced = Paced(slow, 0.0)
+    first = asyncio.create_task(paced(""))
+    await until(lambda: len(slow.kinds) == 1)
+    later = [asyncio.create_task(paced("")) for _ in range(50)]
+    await asyncio.sleep(0)
+    slow.go.release()
+    slow.go.release()
+    assert (await first).body == b"1"
+    assert {answer.body for answer in await asyncio.gather(*later)} == {b"2"}
+    assert len(slow.kinds) == 2
+
+
+async def test_who_leaves_while_a_page_is_made_for_him_leaves_the_others_theirs() -> None:
+    slow = Slow()
+    paced = Paced(slow, 0.0)
+    first = asyncio.create_task(paced(""))
+    await until(lambda: len(slow.kinds) == 1)
+    second = asyncio.create_task(paced(""))
+    await asyncio.sleep(0)
+    first.cancel()
+    slow.go.release()
+    assert (await second).body == b"2"
+
+
+async def test_page_has_an_answer_for_each_kind_and_no_more_than_there_are() -> None:
+    slow = Slow()
+    paced = Paced(slow, 0.0, ["text/a"])
+    for _ in range(2):
+        slow.go.release()
+    answers = await asyncio.gather(*(paced(f"text/{kind};q=0.{n}") for n in range(9) for kind in "ab"))
+    assert [answer.body for answer in answers] == [b"1", b"2"] * 9
+    assert slow.kinds == ["text/a", ""]
+
+
+async def test_page_is_not_made_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     sleep = asyncio.sleep
-
-    async def page(_: str) -> Answer:
-        nonlocal at_work, made
-        at_work += 1
-        assert at_work == 1
-        made += 1
-        await sleep(0)
-        at_work -= 1
-        return Answer(b"", "")
 
     async def note(seconds: float) -> None:
         slept.append(seconds)
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", note)
-    paced = Paced(page, 1000.0)
-    await asyncio.gather(*(paced("") for _ in range(4)))
-    assert made == 4
-    assert [seconds > 900 for seconds in slept] == [False, True, True, True]
+    paced = Paced(hello, 1000.0)
+    for _ in range(3):
+        await paced("")
+    assert [seconds > 900 for seconds in slept] == [False, True, True]
 
 
 async def test_closing_cuts_those_that_are_connected(no_leaks: None) -> None:
