@@ -31,6 +31,7 @@ _MODE: Final = 0o640
 _MAX_BYTES: Final = 1 << 20
 _FIELDS: Final = 3
 _GONE: Final = (-1,)
+_UNREAD: Final = (-2,)
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -83,7 +84,7 @@ def read_allowed(path: Path) -> Clients:
     """Read the file; one that is not there allows nobody.
 
     Raises:
-        ConfigError: it cannot be read, others may write to it, or a line is wrong.
+        ConfigError: it cannot be read, is no regular file, others may write to it, or a line is wrong.
     """
     return parse_allowed(_text(path), str(path))
 
@@ -125,7 +126,7 @@ def revoke(path: Path, wanted: str) -> Client:
 
 
 class AllowedFile:
-    """The file as a running daemon follows it. Its methods block: call them in a thread.
+    """The file as a running daemon follows it. Its methods block, perhaps for ever: call them in a thread.
 
     Args:
         path: of the file.
@@ -134,6 +135,12 @@ class AllowedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, ...] = ()
+
+    def afresh(self) -> AllowedFile:
+        """Return one that reads the file at its next call whatever was read before, for when a call has not ended."""
+        fresh = AllowedFile(self.path)
+        fresh._seen = _UNREAD
+        return fresh
 
     def read_if_changed(self) -> Clients | None:
         """Return the clients if the file is another one than at the last call, else None.
@@ -147,17 +154,46 @@ class AllowedFile:
         first, self._seen = not self._seen, seen
         if seen == _GONE and not first:
             raise ConfigError(f"{self.path} is gone; to allow nobody, leave an empty file there")
-        return read_allowed(self.path)
+        clients = read_allowed(self.path)
+        if seen != _GONE:
+            self._check_owners()
+        return clients
 
     def _look(self) -> tuple[int, ...]:
-        """What is another whenever the file is."""
+        """What is another whenever the file is, or who may replace it."""
         try:
-            found = os.stat(self.path)
+            found, above = os.stat(self.path), os.stat(self._directory)
         except FileNotFoundError:
             return _GONE
         except OSError as error:
             return (error.errno or 0,)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, above.st_mode
+
+    def _check_owners(self) -> None:
+        """Refuse a file that somebody else than root and this user could have written or replaced.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        try:
+            owner, above = os.stat(self.path).st_uid, os.stat(self._directory)
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be looked at: {error.strerror or error}") from None
+        if owner not in (0, os.geteuid()):
+            raise ConfigError(
+                f"{self.path} belongs to user {owner}, who could let anybody in; it has to be root's or this user's:"
+                f" chown {os.geteuid()} {self.path}, and look at what is in it"
+            )
+        if above.st_mode & _WRITABLE_BY_OTHERS:
+            raise ConfigError(
+                f"{self._directory} may be written by others than its owner (mode {stat.S_IMODE(above.st_mode):04o}),"
+                f" who could put another list in the place of {self.path}; chmod go-w {self._directory}"
+            )
+
+    @property
+    def _directory(self) -> Path:
+        """Where the file really is: a Kubernetes Secret is reached by links."""
+        return self.path.resolve().parent
 
 
 def _client(line: str) -> Client:
@@ -182,13 +218,15 @@ def _client(line: str) -> Client:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a FIFO would wait
             mode = os.fstat(file.fileno()).st_mode
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(_MAX_BYTES + 1) if stat.S_ISREG(mode) else b""
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path} is no regular file")
     if mode & _WRITABLE_BY_OTHERS:
         raise ConfigError(
             f"{path} may be written by others than its owner (mode {stat.S_IMODE(mode):04o}), who could let anybody in;"

@@ -21,6 +21,7 @@ from cpe_daemon.core.rates import Rates
 from cpe_daemon.errors import ConfigError
 from cpe_daemon.links.access import Access
 from cpe_daemon.links.allowed import ALLOWED, AllowedFile
+from cpe_daemon.links.blocking import Patience
 from cpe_daemon.links.keys import DAEMON_NAME, SECRET_SUFFIX, KeyPair, load_pair
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,10 @@ _LOGGED_PER_SECOND: Final = 1.0
 _CONNECTED_BURST: Final = 2000
 _REFUSED_BURST: Final = 20
 """Lines in the log: a training job's ranks come all at once, and strangers must not fill it."""
+
+_READ_SECONDS: Final = 5.0
+_MOST_READS: Final = 4
+"""Reads of the list that may hang at a time. As long as there are fewer, each look at it is a fresh one."""
 
 _EVERYBODY: Final = b""
 
@@ -60,6 +65,7 @@ class Curve:
         self._directory = directory
         self._on_refused = on_refused
         self._list = AllowedFile(directory / ALLOWED)
+        self._patience = Patience(_READ_SECONDS, most=_MOST_READS, name="cpe-keys")
         self._pair: KeyPair | None = None
         self._authenticator: Authenticator | None = None
         self._asked_from = ""
@@ -149,15 +155,21 @@ class Curve:
         return allowed
 
     async def look(self) -> bool:
-        """Look at the list; whether another one is in effect now. A file that cannot be used leaves the last one.
+        """Look at the list; whether another one is in effect now.
 
-        Takes as long as the file's disk does.
+        One that cannot be used, or that cannot be read in time, leaves the last one in effect, and is `trouble`.
         """
         try:
-            clients = await asyncio.to_thread(self._list.read_if_changed)
+            clients = await self._patience.do(self._list.read_if_changed)
         except ConfigError as error:
-            self.trouble = f"the list of allowed keys is not used, and the one before it still is: {error.message}"
-            log.error("curve.list_refused", reason=error.message)
+            self._complain(error.message)
+            return False
+        except TimeoutError:
+            self._list = self._list.afresh()  # the other one belongs to a thread that hangs
+            self._complain(
+                f"{self._list.path} could not be read within {self._patience.seconds:g} s, so nobody knows whether keys"
+                " were revoked since; does its file system answer?"
+            )
             return False
         if clients is None:
             return False
@@ -165,3 +177,9 @@ class Curve:
         self.access.replace(clients)
         log.info("curve.list_read", allowed=sorted(client.name for client in clients.values()))
         return True
+
+    def _complain(self, reason: str) -> None:
+        trouble = f"the list of allowed keys is not used, and the one before it still is: {reason}"
+        if trouble != self.trouble:
+            log.error("curve.list_refused", reason=reason)
+        self.trouble = trouble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from structlog.testing import capture_logs
 from cpe_daemon.core.rates import Rates
 from cpe_daemon.core.roles import Role
 from cpe_daemon.errors import AccessError, ConfigError, CpeError, PeerLostError, from_code
-from cpe_daemon.links.allowed import ALLOWED, Client, allow, revoke
+from cpe_daemon.links.allowed import ALLOWED, AllowedFile, Client, allow, revoke
 from cpe_daemon.links.curve import Curve
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.keys import Credentials, KeyPair, new_pair, write_pair
@@ -200,6 +201,36 @@ async def test_look_keeps_the_last_good_list(keys_dir: Path, curve: Curve) -> No
     assert ANNE.public in curve.access
     (keys_dir / ALLOWED).write_text(good)
     assert await curve.look()
+    assert not curve.trouble
+
+
+async def test_revocation_counts_after_reads_that_hang(
+    keys_dir: Path, curve: Curve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended, read = threading.Event(), AllowedFile.read_if_changed
+    hanging: list[threading.Thread] = []
+
+    def hang(file: AllowedFile) -> None:
+        hanging.append(threading.current_thread())
+        mended.wait()
+
+    curve._patience.seconds = 0.01
+    monkeypatch.setattr(AllowedFile, "read_if_changed", hang)
+    with capture_logs() as logs:
+        for _ in range(6):
+            assert not await curve.look()
+    assert "could not be read within 0.01 s" in curve.trouble
+    assert [line["event"] for line in logs] == ["curve.list_refused"]
+    assert len(hanging) == 4
+    assert ANNE.public in curve.access
+    mended.set()
+    for thread in hanging:
+        thread.join()
+    monkeypatch.setattr(AllowedFile, "read_if_changed", read)
+    curve._patience.seconds = 20.0
+    revoke(keys_dir / ALLOWED, "anne")
+    assert await curve.look()
+    assert ANNE.public not in curve.access
     assert not curve.trouble
 
 

@@ -360,3 +360,58 @@ def test_follower_complains_of_each_broken_file_once(tmp_path: Path) -> None:
     path.write_text(good)
     path.chmod(0o640)
     assert list(follower.read_if_changed() or ()) == [ANNE]
+
+
+def test_list_that_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "allowed"
+    os.mkfifo(path, 0o640)
+    with pytest.raises(ConfigError, match="is no regular file"):
+        AllowedFile(path).read_if_changed()
+
+
+def test_follower_refuses_a_list_that_others_could_replace_until_they_cannot(tmp_path: Path) -> None:
+    directory = tmp_path / "keys"
+    directory.mkdir()
+    path = directory / "allowed"
+    allow(path, Client("anne", ANNE, TRAINER))
+    follower = AllowedFile(path)
+    for bits in (0o770, 0o1777):
+        directory.chmod(bits)
+        with pytest.raises(ConfigError, match=f"keys may be written by others.*mode {bits:04o}.*chmod go-w"):
+            follower.read_if_changed()
+        assert follower.read_if_changed() is None
+    directory.chmod(0o750)
+    assert list(follower.read_if_changed() or ()) == [ANNE]
+
+
+def test_follower_refuses_a_list_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "allowed"
+    allow(path, Client("anne", ANNE, TRAINER))
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:
+        os.chown(path, 12345, -1)
+    with pytest.raises(ConfigError, match=r"belongs to user \d+.*chown"):
+        AllowedFile(path).read_if_changed()
+
+
+def test_follower_takes_a_list_that_is_reached_by_links_through_a_directory_for_all(tmp_path: Path) -> None:
+    """As in a pod: the Secret's own directory is root's, that of the link is an emptyDir."""
+    real, mounted = tmp_path / "real", tmp_path / "mounted"
+    for directory in (real, mounted):
+        directory.mkdir()
+    allow(real / "allowed", Client("anne", ANNE, TRAINER))
+    mounted.chmod(0o777)
+    (mounted / "allowed").symlink_to(real / "allowed")
+    assert list(AllowedFile(mounted / "allowed").read_if_changed() or ()) == [ANNE]
+
+
+def test_fresh_follower_reads_again_and_still_knows_that_there_was_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "allowed"
+    allow(path, Client("anne", ANNE, TRAINER))
+    follower = AllowedFile(path)
+    follower.read_if_changed()
+    assert list(follower.afresh().read_if_changed() or ()) == [ANNE]
+    path.unlink()
+    with pytest.raises(ConfigError, match="is gone"):
+        follower.afresh().read_if_changed()
