@@ -129,7 +129,7 @@ def merge(
         plan = layout(shards)
         for shard, offset, nbytes, digest in zip(shards, plan.offsets, plan.sizes, rank_digests, strict=True):
             name, spec = shard.name, shard.spec
-            piece = Run(_tensor_offset(shard), nbytes, rank, offset), digest
+            piece = Run(tensor_offset(shard), nbytes, rank, offset), digest
             if name not in specs:
                 specs[name] = spec
                 pieces[name] = [piece]
@@ -159,7 +159,7 @@ def _whole(spec: TensorSpec, pieces: list[tuple[Run, bytes]]) -> Tensor:
     return Tensor(spec, tuple([run for run, _ in pieces]), tuple([digest for _, digest in pieces]))
 
 
-def _tensor_offset(shard: Shard) -> int:
+def tensor_offset(shard: Shard) -> int:
     """Byte offset in the whole tensor at which a shard's one contiguous run begins.
 
     Raises:

@@ -7,7 +7,7 @@ cannot be digested yet (`cpe_daemon.devices.digests`): always the arena's bytes,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
@@ -21,6 +21,16 @@ PIECE_BYTES: Final = 256 << 10
 _NAMED: Final = 10
 
 
+class Folder(Protocol):
+    """Folds an extent's bytes beside the digests (`cpe_daemon.ingest.fold.ExtentFold`)."""
+
+    total: int
+
+    def add(self, offset: int, nbytes: int) -> None:
+        """Take these bytes, which have all come, for good. Any thread."""
+        ...
+
+
 class ExtentWriter:
     """Fills one extent.
 
@@ -32,16 +42,24 @@ class ExtentWriter:
         shards: what it holds, in order.
         layout: where each shard lies.
         chunk_bytes: the grid; every chunk but the last has this size.
+        folder: folds what has come, if that is wanted.
     """
 
     def __init__(
-        self, address: int, view: memoryview, shards: Sequence[Shard], layout: Layout, chunk_bytes: int
+        self,
+        address: int,
+        view: memoryview,
+        shards: Sequence[Shard],
+        layout: Layout,
+        chunk_bytes: int,
+        folder: Folder | None = None,
     ) -> None:
         self._address = address
         self._view = view
         self._shards = shards
         self._layout = layout
         self._chunk_bytes = chunk_bytes
+        self._folder = folder
         count = -(-layout.nbytes // chunk_bytes)
         self._accepted = bytearray(count)
         self._left = count
@@ -53,6 +71,11 @@ class ExtentWriter:
     def all_accepted(self) -> bool:
         """Whether every chunk has been accepted."""
         return self._left == 0
+
+    @property
+    def fold(self) -> int | None:
+        """The fold of the extent's bytes, when every write has returned; None without a folder."""
+        return self._folder.total if self._folder is not None else None
 
     def accept(self, offset: int, nbytes: int) -> None:
         """Take note of a chunk that is about to be written.
@@ -80,6 +103,8 @@ class ExtentWriter:
             copy(address + start, source + start, step)
             digests.upto(start + step)
         digests.end()
+        if self._folder is not None:
+            self._folder.add(offset, nbytes)
 
     def check(self, digests: bytes) -> list[bytes]:
         """Compare with the trainer's digests, when every write has returned; return them one by one.

@@ -19,6 +19,7 @@ from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, align
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import DigestError, ProtocolError
 from cpe_daemon.ingest import writer
+from cpe_daemon.ingest.fold import ExtentFold
 from cpe_daemon.ingest.writer import ExtentWriter
 
 A = ALIGNMENT_BYTES
@@ -44,7 +45,8 @@ class Contribution:
         self.arena = bytearray(b"\xee" * (A + self.layout.nbytes + A))
         view = memoryview(self.arena)[A : A + self.layout.nbytes]
         address = address_of(memoryview(self.arena)) + A
-        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes)
+        fold = ExtentFold(view, self.shards, self.layout)
+        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes, fold)
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -58,6 +60,13 @@ class Contribution:
             xxh3_128_digest(self.source[offset : offset + nbytes])
             for offset, nbytes in zip(self.layout.offsets, self.sizes, strict=True)
         )
+
+    @property
+    def fold(self) -> int:
+        """Of all bytes that the sender has, at once."""
+        fold = ExtentFold(memoryview(self.source), self.shards, self.layout)
+        fold.add(0, self.layout.nbytes)
+        return fold.total
 
     def accept_all(self) -> None:
         for offset, nbytes in self.chunks:
@@ -87,6 +96,7 @@ def test_digests_equal_hashing_whole_in_any_order(sizes: list[int], chunk_bytes:
     split = sent.writer.check(sent.digests)
     assert b"".join(split) == sent.digests
     assert [len(digest) for digest in split] == [DIGEST_BYTES] * len(sizes)
+    assert sent.writer.fold == sent.fold
     assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
 
 
@@ -110,6 +120,7 @@ def test_digests_equal_hashing_whole_from_several_threads(
         for done in [pool.submit(copy_share, share) for share in range(threads)]:
             done.result()
     assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert sent.writer.fold == sent.fold
     assert sent.arena[A:-A] == sent.source
 
 

@@ -1,0 +1,103 @@
+"""The fold: 64 bits of all bytes of a version, by which an engine worker knows that it was handed what was staged.
+
+It is cheap where bytes are moved (one multiplication and two additions a word, in numpy and in torch alike), and its
+terms may be added in any order, so that it does not matter in which pieces a tensor came or travels. All arithmetic is
+modulo 2^64, all words are unsigned and little-endian:
+
+* A tensor is its bytes, filled up with zeros to rows of 32 words. Row ``r`` has the sum ``s`` of ``word * WEIGHTS[c]``
+  over its words ``c``, and the value ``mix(s + (seed(name) + r) * STEP)``.
+* The fold of a version is the sum of the values of all rows of all its tensors.
+
+`mix` can be undone and weights are odd, so that a change within one word always changes the fold. So does an exchange
+of two words of one row that differ in any but their highest five bits, for no two weights are equal modulo 64. A change
+that leaves the sum of every row as it was is not noticed: an even number of words of one row, say, that change in their
+very highest bit and in nothing else. Any other is missed with a probability of about 2^-64. It is no digest: whoever
+wants to can find other bytes with the same fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+ROW_BYTES: Final = 256
+"""What parts of tensors are aligned to, in the arena and in slots."""
+
+ROW_WORDS: Final = ROW_BYTES // 8
+STEP: Final = 0x9E3779B97F4A7C15
+ROUNDS: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Of `mix`: shifts, each with the factor that follows it."""
+
+LAST_SHIFT: Final = 31
+_MODULUS: Final = 1 << 64
+
+
+def mix(value: int) -> int:
+    """Scatter 64 bits, reversibly: splitmix64's last steps."""
+    for shift, factor in ROUNDS:
+        value = (value ^ value >> shift) * factor % _MODULUS
+    return value ^ value >> LAST_SHIFT
+
+
+def seed(name: str) -> int:
+    """What a tensor's rows are counted from: xxh3_64 of its name in UTF-8."""
+    return xxh3_64_intdigest(name.encode())
+
+
+def key(name: str, row: int) -> int:
+    """What is added to the sum of a tensor's row; ``row`` may be one before the first."""
+    return (seed(name) + row) * STEP % _MODULUS
+
+
+def modulo(value: int) -> int:
+    """Any sum, as the 64 bits that it is here."""
+    return value % _MODULUS
+
+
+WEIGHTS: Final = tuple(mix(column * STEP % _MODULUS) & ~63 | 2 * column + 1 for column in range(ROW_WORDS))
+"""Of a row's words: any bits above, 1, 3, 5 ... modulo 64."""
+
+
+class Run(NamedTuple):
+    """Bytes ``tensor_offset`` onwards, a multiple of `ROW_BYTES`, of the tensor ``name``, in memory."""
+
+    name: str
+    tensor_offset: int
+    nbytes: int
+
+
+class Tail(NamedTuple):
+    """A row of memory of which only the first ``nbytes`` belong to a tensor; the others count as zeros."""
+
+    row: int
+    nbytes: int
+
+
+class Rows(NamedTuple):
+    """What there is to know of rows of memory before they are folded, run by run.
+
+    Row ``r`` of memory, in run ``i``, has the key ``keys[i] + r * STEP``.
+    """
+
+    keys: list[int]
+    counts: list[int]
+    tails: list[Tail]
+
+
+def rows_of(runs: Iterable[Run]) -> Rows:
+    """Describe memory in which runs follow one another, each from a whole row on."""
+    keys: list[int] = []
+    counts: list[int] = []
+    tails: list[Tail] = []
+    end = 0
+    for name, tensor_offset, nbytes in runs:
+        keys.append(key(name, tensor_offset // ROW_BYTES - end))
+        whole, rest = divmod(nbytes, ROW_BYTES)
+        if rest:
+            tails.append(Tail(end + whole, rest))
+            whole += 1
+        counts.append(whole)
+        end += whole
+    return Rows(keys, counts, tails)

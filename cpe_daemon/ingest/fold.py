@@ -1,0 +1,199 @@
+"""Folds a version's bytes in the arena, as the workers fold them on their devices: see `cpe_daemon.core.fold`.
+
+An extent's rows are folded as they come, whatever lies in them. Where ranks share a tensor in other portions than whole
+rows, what lies around the seams is left out then, and folded when the version is whole: `fold_seams`.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, Run, key, modulo, rows_of
+from cpe_daemon.core.manifest import Layout, Tensor, tensor_offset
+from cpe_daemon.core.types import Shard, align
+
+Words = NDArray[np.uint64]
+"""As numpy has them, arithmetic is modulo 2^64."""
+
+_ROWS: Final = 8192
+"""Folded in one go: enough to hide what a call costs, few enough for all but the bytes to stay in the cache."""
+
+_WEIGHTS: Final = np.array(WEIGHTS, np.uint64)
+_RAMP: Final = np.arange(_ROWS, dtype=np.uint64) * np.uint64(STEP)
+_WORD_OFFSETS: Final = np.arange(0, ROW_BYTES, 8)
+_KEPT: Final = np.array([(1 << 8 * nbytes) - 1 for nbytes in range(9)], np.uint64)
+
+
+class ExtentFold:
+    """The fold of one extent.
+
+    Args:
+        view: the extent's bytes.
+        shards: what it holds, in order.
+        layout: where each shard lies.
+    """
+
+    def __init__(self, view: memoryview, shards: Sequence[Shard], layout: Layout) -> None:
+        offsets = [0 if shard.start is None else tensor_offset(shard) for shard in shards]
+        straight = [offset - offset % ROW_BYTES for offset in offsets]
+        runs = zip((shard.name for shard in shards), straight, layout.sizes, strict=True)
+        rows = rows_of(Run(*run) for run in runs)
+        self._view = view
+        self._keys = np.array(rows.keys, np.uint64)
+        self._begins = np.cumsum([0, *rows.counts])
+        self._tail_rows = np.array([tail.row for tail in rows.tails], np.int64)
+        self._tail_nbytes = np.array([tail.nbytes for tail in rows.tails], np.int64)
+        self._left_out = list(_left_out(shards, offsets, layout))
+        self._lock = threading.Lock()  # guards what follows
+        self._parted: dict[int, int] = {}
+        """Bytes that have come of rows of which some have not."""
+        self.total = 0
+        """Of the rows that have come."""
+
+    def add(self, offset: int, nbytes: int) -> None:
+        """Fold these bytes, which are there for good; once each. Any thread, others at other bytes."""
+        with self._lock:
+            rows = self._completed(offset, offset + nbytes)
+        total = sum([self._fold(some) for some in rows])
+        with self._lock:
+            self.total = modulo(self.total + total)
+
+    def _completed(self, begin: int, end: int) -> list[range]:
+        """Rows of which all bytes have come with these."""
+        first, last = -(-begin // ROW_BYTES), end // ROW_BYTES
+        if first > last:
+            ends = [(last, end - begin)]
+        else:
+            ends = [(first - 1, first * ROW_BYTES - begin), (last, end - last * ROW_BYTES)]
+        rows = [range(first, last)]
+        for row, nbytes in ends:
+            came = self._parted.pop(row, 0) + nbytes
+            if came == ROW_BYTES:
+                rows.append(range(row, row + 1))
+            elif came:
+                self._parted[row] = came
+        return rows
+
+    def _fold(self, rows: range) -> int:
+        values, spare = np.empty(_ROWS, np.uint64), np.empty(_ROWS, np.uint64)
+        total = 0
+        for first in rows[::_ROWS]:
+            last = min(first + _ROWS, rows.stop)
+            some = values[: last - first]
+            self._sum(first, last, some)
+            self._add_keys(first, last, some)
+            _mix(some, spare[: last - first])
+            self._leave_out(first, last, some)
+            total += int(np.add.reduce(some))
+        return total
+
+    def _sum(self, first: int, last: int, sums: Words) -> None:
+        words = _words(self._view[first * ROW_BYTES : last * ROW_BYTES])
+        np.einsum("rc,c->r", words, _WEIGHTS, out=sums)
+        begin, end = np.searchsorted(self._tail_rows, (first, last))
+        if begin < end:  # the bytes behind a tensor's end are whatever they are
+            at = self._tail_rows[begin:end] - first
+            kept = np.clip(self._tail_nbytes[begin:end, None] - _WORD_OFFSETS, 0, 8)
+            sums[at] = ((words[at] & _KEPT[kept]) * _WEIGHTS).sum(axis=1)
+
+    def _add_keys(self, first: int, last: int, values: Words) -> None:
+        values += _RAMP[: last - first]
+        begin = np.searchsorted(self._begins, first, "right") - 1
+        end = np.searchsorted(self._begins, last, "left")
+        counts = np.diff(np.clip(self._begins[begin : end + 1], first, last))
+        values += np.repeat(self._keys[begin:end] + np.uint64(modulo(first * STEP)), counts)
+
+    def _leave_out(self, first: int, last: int, values: Words) -> None:
+        at = bisect_left(self._left_out, first, key=lambda rows: rows.stop)
+        while at < len(self._left_out) and self._left_out[at].start < last:
+            rows = self._left_out[at]
+            values[max(rows.start - first, 0) : rows.stop - first] = 0
+            at += 1
+
+
+def fold_seams(tensors: Iterable[Tensor], extents: Sequence[memoryview]) -> int:
+    """Fold the rows of tensors that `ExtentFold` left out of the ranks' extents.
+
+    Args:
+        tensors: a manifest's.
+        extents: by rank, its bytes.
+    """
+    total = 0
+    for tensor in tensors:
+        if len(tensor.runs) > 1:
+            for rows in _seams(tensor):
+                total += _fold_gathered(tensor, rows, extents)
+    return modulo(total)
+
+
+def _is_straight(tensor_offset: int) -> bool:
+    return tensor_offset % ROW_BYTES == 0
+
+
+def _left_out(shards: Sequence[Shard], tensor_offsets: Sequence[int], layout: Layout) -> Iterator[range]:
+    """Rows of an extent, in order, that are no rows of a tensor.
+
+    They are all rows of a shard that begins within one, and the last row of a shard that ends so.
+    """
+    for shard, at, begin, nbytes in zip(shards, tensor_offsets, layout.offsets, layout.sizes, strict=True):
+        if shard.start is None:
+            continue  # all of its tensor
+        first, end = begin // ROW_BYTES, align(begin + nbytes) // ROW_BYTES
+        if not _is_straight(at):
+            yield range(first, end)
+        elif nbytes % ROW_BYTES and at + nbytes < shard.spec.nbytes:
+            yield range(end - 1, end)
+
+
+def _seams(tensor: Tensor) -> Iterator[range]:
+    """Rows of a tensor that its runs do not hold as rows."""
+    folded, nbytes = 0, tensor.spec.nbytes
+    for run in tensor.runs:
+        if _is_straight(run.tensor_offset):
+            first, end = run.tensor_offset // ROW_BYTES, run.tensor_offset + run.nbytes
+            if folded < first:
+                yield range(folded, first)
+            folded = align(end) // ROW_BYTES if end == nbytes else end // ROW_BYTES
+    last = align(nbytes) // ROW_BYTES
+    if folded < last:
+        yield range(folded, last)
+
+
+def _fold_gathered(tensor: Tensor, rows: range, extents: Sequence[memoryview]) -> int:
+    """Fold rows of a tensor whose bytes are put together from its runs."""
+    total = 0
+    gathered, values, spare = bytearray(_ROWS * ROW_BYTES), np.empty(_ROWS, np.uint64), np.empty(_ROWS, np.uint64)
+    for first in range(rows.start, rows.stop, _ROWS):
+        count = min(_ROWS, rows.stop - first)
+        begin, end = first * ROW_BYTES, min((first + count) * ROW_BYTES, tensor.spec.nbytes)
+        gathered[end - begin : count * ROW_BYTES] = bytes(count * ROW_BYTES - (end - begin))
+        for run in tensor.runs:
+            low, high = max(begin, run.tensor_offset), min(end, run.tensor_offset + run.nbytes)
+            if low < high:
+                at = run.offset + low - run.tensor_offset
+                gathered[low - begin : high - begin] = extents[run.rank][at : at + high - low]
+        some = values[:count]
+        np.einsum("rc,c->r", _words(memoryview(gathered)[: count * ROW_BYTES]), _WEIGHTS, out=some)
+        some += _RAMP[:count] + np.uint64(key(tensor.spec.name, first))
+        _mix(some, spare[:count])
+        total += int(np.add.reduce(some))
+    return total
+
+
+def _words(view: memoryview) -> Words:
+    """See rows of bytes as words ``[rows, ROW_WORDS]``."""
+    return np.frombuffer(view, np.uint64).reshape(-1, ROW_WORDS)
+
+
+def _mix(values: Words, spare: Words) -> None:
+    """`cpe_daemon.core.fold.mix` of each, in place."""
+    for shift, factor in ROUNDS:
+        values ^= np.right_shift(values, np.uint64(shift), out=spare)
+        values *= np.uint64(factor)
+    values ^= np.right_shift(values, np.uint64(LAST_SHIFT), out=spare)

@@ -1,0 +1,148 @@
+"""Folds the bytes that an engine is handed, where they lie: see `cpe_daemon.core.fold` for what a fold is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, Rows, Run, modulo, rows_of
+from cpe_daemon.errors import ProtocolError
+from cpe_daemon.wire.messages import TensorPart
+
+_CPU_ROWS: Final = 1 << 10
+_CUDA_ROWS: Final = 1 << 17
+"""Rows whose products are made and summed in one go: they should stay in the cache, and launches are not free."""
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as torch has them."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+class _Tails(NamedTuple):
+    """The rows that are not full, and how many bytes of each count; int64 ``[tails]``."""
+
+    rows: torch.Tensor
+    nbytes: torch.Tensor
+
+
+class _Bucket(NamedTuple):
+    """A bucket as it came in the last round: keys and counts are int64 ``[parts]``, on the device."""
+
+    parts: Sequence[TensorPart]
+    rows: int
+    keys: torch.Tensor
+    counts: torch.Tensor
+    tails: _Tails | None
+
+
+class Folder:
+    """Folds one version after another. Belongs to the receiver's thread; works on the device's current stream.
+
+    Nothing here waits for the device but `result`. What it takes there, about an eighth of a slot at most, is let go of
+    by `begin`; what describes a bucket is kept for the next round, which is likely to bring the same parts.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, _Bucket] = {}
+        self._scratch: _Scratch | None = None
+
+    def begin(self) -> None:
+        """Forget what was folded."""
+        self._scratch = None
+
+    def add(self, seq: int, parts: Sequence[TensorPart], slot: torch.Tensor) -> None:
+        """Fold a bucket's bytes; the slot may be overwritten when the stream has come this far.
+
+        Args:
+            seq: the bucket's number.
+            parts: what lies in it; rows of the slot without a gap.
+            slot: uint8 ``[slot_bytes]``; only read.
+
+        Raises:
+            ProtocolError: the parts do not follow one another, or lie outside the slot.
+        """
+        bucket = self._buckets.get(seq)
+        if bucket is None or bucket.parts != parts or bucket.keys.device != slot.device:
+            bucket = self._buckets[seq] = _describe(parts, slot)
+        if bucket.rows:
+            if self._scratch is None:
+                self._scratch = _Scratch(slot.device, slot.numel() // ROW_BYTES)
+            self._scratch.add(bucket, slot)
+
+    def result(self) -> int:
+        """The fold of all buckets since `begin`, as soon as the device has it."""
+        return 0 if self._scratch is None else modulo(int(self._scratch.total.item()))
+
+
+class _Scratch:
+    """Memory on the device for folding one bucket at a time, and the sum of all."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        def int64(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int64, device=device)
+
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self._weights = torch.tensor([_signed(weight) for weight in WEIGHTS], device=device)
+        self._ramp = torch.arange(rows, device=device).mul_(_signed(STEP))
+        self._values, self._shifted = int64(rows), int64(rows)
+        self._products = int64(min(rows, _CUDA_ROWS if device.type == "cuda" else _CPU_ROWS), ROW_WORDS)
+        self._kept = torch.tensor([(1 << 8 * nbytes) - 1 for nbytes in range(8)] + [-1], device=device)
+        self._word_offsets = torch.arange(0, ROW_BYTES, 8, device=device)
+
+    def add(self, bucket: _Bucket, slot: torch.Tensor) -> None:
+        """Add a bucket's rows to the sum."""
+        words = slot.narrow(0, 0, bucket.rows * ROW_BYTES).view(torch.int64).view(-1, ROW_WORDS)
+        values, shifted = self._values[: bucket.rows], self._shifted[: bucket.rows]
+        step = len(self._products)
+        for piece, sums in zip(words.split(step), values.split(step), strict=True):
+            torch.sum(torch.mul(piece, self._weights, out=self._products[: len(piece)]), dim=1, out=sums)
+        if bucket.tails is not None:
+            values.index_copy_(0, bucket.tails.rows, self._sums_of_tails(bucket.tails, words))
+        values += self._ramp[: bucket.rows]
+        values += torch.repeat_interleave(bucket.keys, bucket.counts, output_size=bucket.rows)
+        for shift, factor in ROUNDS:
+            values ^= _logical_shift(values, shift, shifted)
+            values *= _signed(factor)
+        values ^= _logical_shift(values, LAST_SHIFT, shifted)
+        self.total += values.sum()
+
+    def _sums_of_tails(self, tails: _Tails, words: torch.Tensor) -> torch.Tensor:
+        """Sum the rows that are not full, without what lies behind their tensors' ends."""
+        kept = (tails.nbytes.unsqueeze(1) - self._word_offsets).clamp_(0, 8)
+        return (words[tails.rows]).bitwise_and_(self._kept[kept]).mul_(self._weights).sum(dim=1)
+
+
+def _logical_shift(values: torch.Tensor, shift: int, out: torch.Tensor) -> torch.Tensor:
+    """Shift right, filling with zeros: torch's shift repeats the sign."""
+    return torch.bitwise_right_shift(values, shift, out=out).bitwise_and_((1 << 64 - shift) - 1)
+
+
+def _describe(parts: Sequence[TensorPart], slot: torch.Tensor) -> _Bucket:
+    rows = rows_of(Run(part.name, part.tensor_offset, part.nbytes) for part in parts)
+    _check(parts, rows, slot.numel())
+    tails = None
+    if rows.tails:
+        at, nbytes = zip(*rows.tails, strict=True)
+        tails = _Tails(_int64(at, slot.device), _int64(nbytes, slot.device))
+    keys = _int64([_signed(key) for key in rows.keys], slot.device)
+    return _Bucket(parts, sum(rows.counts), keys, _int64(rows.counts, slot.device), tails)
+
+
+def _int64(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _check(parts: Sequence[TensorPart], rows: Rows, slot_bytes: int) -> None:
+    """Refuse parts that do not lie as `rows_of` takes it."""
+    end = 0
+    for part, count in zip(parts, rows.counts, strict=True):
+        if count and (part.slot_offset != end or part.tensor_offset % ROW_BYTES):
+            raise ProtocolError(
+                f"byte {part.tensor_offset} of {part.name} at {part.slot_offset} of a slot: not in rows"
+            )
+        end += count * ROW_BYTES
+    if end > slot_bytes:
+        raise ProtocolError(f"{end} bytes for a slot of {slot_bytes}")
