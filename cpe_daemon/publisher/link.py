@@ -12,6 +12,7 @@ from cpe_daemon.errors import AccessError, CpeError, DeadlineError, PeerError, P
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.keys import Credentials
 from cpe_daemon.publisher.delivery import Bell
+from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.session import FarewellError, Session, greet
 from cpe_daemon.wire.messages import FrontReply, TrainerHello
 
@@ -34,6 +35,7 @@ class Link:
         endpoint: of the daemon.
         hello: who this rank is.
         bell: guards ``session`` and ``refusal``, and rings when they change.
+        gpus: of this process.
         send_timeout: see `cpe_daemon.publisher.sending.Sending`.
         credentials: keys, if the endpoint takes any.
 
@@ -46,6 +48,7 @@ class Link:
         endpoint: str,
         hello: TrainerHello,
         bell: Bell,
+        gpus: Gpus,
         *,
         send_timeout: float,
         credentials: Credentials | None = None,
@@ -54,6 +57,7 @@ class Link:
         self._credentials = credentials
         self._hello = hello
         self._bell = bell
+        self._gpus = gpus
         self._send_timeout = send_timeout
         self._session: Session | None = None
         self._refusal: CpeError | None = None
@@ -153,7 +157,7 @@ class Link:
             welcome = greet(dealer, self._hello, self._closing.is_set)
             if welcome is None:
                 return None
-            session = Session(dealer, welcome, self._bell, send_timeout=self._send_timeout)
+            session = Session(dealer, welcome, self._bell, self._gpus, send_timeout=self._send_timeout)
             kept = True
         finally:
             if not kept:

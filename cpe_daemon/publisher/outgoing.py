@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cpe_daemon.core.types import Shard
@@ -15,7 +16,8 @@ from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.sending import Sending, Stream
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution
-from cpe_daemon.publisher.stream import Window, pour
+from cpe_daemon.publisher.stream import Pouring, pour
+from cpe_daemon.publisher.window import Window
 
 BATCHES: Final = 4
 """The links' threads are woken for every fourth of the credits: waking a thread, here and at the daemon, costs as much
@@ -67,63 +69,82 @@ class NobodyLeftError(Exception):
     """Every daemon has failed; what went wrong is in the deliveries."""
 
 
-class RingSink:
-    """Chunks into the landing rings of several daemons at once: written to the first, copied to the others."""
+@dataclass(slots=True)
+class _Places:
+    """Where one chunk lies in the landing rings: written to the first, copied to the others."""
 
-    def __init__(self, lanes: Sequence[Lane], total_bytes: int, progress: Progress | None) -> None:
+    at: list[tuple[Lane, int]] = field(default_factory=list)
+    locked: bool = False
+
+    def let_go(self) -> None:
+        """No GPU writes there any more."""
+        if self.locked:
+            self.at[0][0].sending.let_go()
+
+
+class RingSink:
+    """Chunks into the landing rings of several daemons at once.
+
+    Every thread waits for places in the same order of rings, so that none holds what another needs and waits for it.
+    """
+
+    in_order = False
+
+    def __init__(self, lanes: Sequence[Lane], threads: int) -> None:
         self._lanes = lanes
-        self._total_bytes = total_bytes
-        self._progress = progress
-        self._held: list[tuple[Lane, int]] = []
-        self._window = Window(0, memoryview(b""))
-        self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // BATCHES)
-        self._chunks = 0
+        self._held: dict[int, _Places] = {}
+        """By the chunk's offset."""
+        self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // (BATCHES * threads))
+        self._chunks = itertools.count(1)
 
     def window(self, offset: int, nbytes: int) -> Window:
         """Wait for a place in every ring whose daemon has not failed."""
+        places = self._held[offset] = _Places()
         for lane in self._lanes:
             at = lane.sending.credit(lane.stream, lane.session.hurry)
             if at is not None:
-                self._held.append((lane, at))
-        if not self._held:
+                places.at.append((lane, at))
+        if not places.at:
             raise NobodyLeftError
-        lane, at = self._held[0]
-        self._window = lane.sending.window(at, nbytes)
-        return self._window
+        lane, at = places.at[0]
+        places.locked = lane.sending.hold()
+        return lane.sending.window(at, nbytes)._replace(locked=places.locked)
 
     def filled(self, offset: int, nbytes: int) -> None:
         """Send the chunk to every daemon that has a place for it."""
-        for lane, at in self._held[1:]:
-            copy(lane.sending.window(at, nbytes).address, self._window.address, nbytes)
-        self._chunks += 1
-        hurry = self._chunks % self._batch == 0
-        for lane, at in self._held:
+        places = self._held[offset]
+        (lane, first), *others = places.at
+        for other, at in others:
+            copy(other.sending.window(at, nbytes).address, lane.sending.window(first, nbytes).address, nbytes)
+        del self._held[offset]
+        places.let_go()
+        hurry = next(self._chunks) % self._batch == 0
+        for lane, at in places.at:
             chunk = functools.partial(lane.sending.chunk, lane.stream, offset, nbytes, at)
             lane.session.post(chunk, hurry=hurry)
-        self._held.clear()
-        if self._progress is not None:
-            self._progress(offset + nbytes, self._total_bytes)
 
     def refund(self) -> None:
-        """Return the places that were not filled."""
-        for lane, at in self._held:
-            lane.sending.refund(lane.stream, at)
+        """Return the places that were not filled, when nobody writes to them any more."""
+        for places in self._held.values():
+            places.let_go()
+            for lane, at in places.at:
+                lane.sending.refund(lane.stream, at)
         self._held.clear()
 
 
 def stream_into_rings(
-    contribution: Contribution, lanes: Sequence[Lane], progress: Progress | None, timeout: float, bell: Bell
+    contribution: Contribution, lanes: Sequence[Lane], pouring: Pouring, timeout: float, bell: Bell
 ) -> None:
     """Write a contribution into the landing rings of all ``lanes``, which have the same chunk size; then seal it.
 
     Returns when the last chunk is written, or every daemon has failed. What the source or ``progress`` raises is
     raised, and the version is given up.
     """
-    sink = RingSink(lanes, contribution.layout.nbytes, progress)
+    sink = RingSink(lanes, pouring.threads)
     complete = False
     try:
         _await_opened(lanes, timeout, bell)
-        digests = pour(contribution, sink, lanes[0].session.welcome.chunk_bytes)
+        digests = pour(contribution, sink, lanes[0].session.welcome.chunk_bytes, pouring)
         for lane in lanes:
             lane.seal(digests)
         complete = True

@@ -8,7 +8,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseError
 from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_for
 from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.handle import Handle, raise_failures
 from cpe_daemon.publisher.link import Link
 from cpe_daemon.publisher.outgoing import Lane, Progress, stream_into_rings
@@ -27,6 +28,7 @@ from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution, Source, open_source
 from cpe_daemon.publisher.staged import Reporter, stage_and_send
 from cpe_daemon.publisher.staging import Consumed, Staging
+from cpe_daemon.publisher.stream import Pouring, threads_here
 from cpe_daemon.wire.messages import PROTOCOL, TrainerHello
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class Publisher:
         self._bell = Bell()
         self._turn = threading.Lock()
         self._staging = Staging()
+        self._gpus = Gpus()
         self._reporter: Reporter | None = None
         self._previous: Sequence[Delivery] = ()
         self._closed = False
@@ -97,7 +100,9 @@ class Publisher:
             undo.callback(self.close)
             for name in names:
                 keys = credentials(key, server_key_for(name, server_key), name)
-                self._links.append(Link(name, hello, self._bell, send_timeout=send_timeout, credentials=keys))
+                self._links.append(
+                    Link(name, hello, self._bell, self._gpus, send_timeout=send_timeout, credentials=keys)
+                )
             undo.pop_all()
 
     def __enter__(self) -> Self:
@@ -120,6 +125,10 @@ class Publisher:
         includes the daemons' copying. Otherwise, and for an iterator, they are copied to host memory first, and this
         returns after that copy. At most one publish is under way: the next waits for the one before it.
 
+        The same holds for tensors in GPUs: what was issued on the calling thread's current streams is waited for, then
+        they are copied, and when this returns a kernel may change them. Kernels on other streams are the caller's to
+        wait for.
+
         Args:
             source: a mapping of names to tensors, (name, tensor) pairs, an ``nn.Module`` (its ``state_dict()``, a tied
                 weight under each of its names), or a path: a ``.safetensors`` file or a directory of them.
@@ -131,6 +140,7 @@ class Publisher:
         Raises:
             ManifestError: the source cannot be published.
             DeadlineError: no daemon answers, or the publish before this one does not come to its end.
+            ResourceError: a GPU failed, or the host is short of memory.
             CpeError: every daemon refuses this rank. What becomes of the version itself, the handle tells.
         """
         identity = VersionId(self._model, self._run, _number(version))
@@ -142,7 +152,8 @@ class Publisher:
             opened = open_source(source)
             if isinstance(opened, Contribution):
                 return self._publish_held(opened, identity, reach, force, progress)
-            return self._publish_consumed(self._staging.consume(opened), identity, reach, force, progress)
+            consumed = self._staging.consume(opened, self._gpus)
+            return self._publish_consumed(consumed, identity, reach, force, progress)
         finally:
             self._turn.release()
 
@@ -166,12 +177,13 @@ class Publisher:
         """Send tensors that can be read while they are sent."""
         if reach.one_ring_size:
             handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
-            stream_into_rings(held, lanes, progress, self._send_timeout + MARGIN_SECONDS, self._bell)
+            pouring = Pouring(self._gpus, threads_here(), _counted(progress, held.layout.nbytes))
+            stream_into_rings(held, lanes, pouring, self._send_timeout + MARGIN_SECONDS, self._bell)
             return handle
         staged = self._staging.reserve(held.layout.nbytes)
         handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
         self._report(held.layout.nbytes, lanes, progress)
-        stage_and_send(held, self._staging, staged, lanes)
+        stage_and_send(held, self._staging, staged, lanes, Pouring(self._gpus, threads_here()))
         return handle
 
     def _publish_consumed(
@@ -258,6 +270,19 @@ class _Reach:
         """Whether every session has a landing ring, all with chunks of one size: then they can be filled in step."""
         sizes = {session.welcome.chunk_bytes for session in self.sessions.values()}
         return len(sizes) == 1 and all(session.landing for session in self.sessions.values())
+
+
+def _counted(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:
+    """Turn what was done since the last call into what is done in all."""
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total_bytes)
+
+    return count
 
 
 def _number(version: SupportsIndex) -> int:

@@ -19,7 +19,8 @@ from cpe_daemon.devices.memory import SharedMemory, address_of, copy
 from cpe_daemon.errors import CpeError, DeadlineError, from_code
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
-from cpe_daemon.publisher.stream import Window
+from cpe_daemon.publisher.pagelock import PageLock
+from cpe_daemon.publisher.window import Window
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
@@ -97,6 +98,8 @@ class Sending:
         # A view of our own: it keeps the memory mapped for whoever is writing to it when the session ends.
         self._memory = None if ring is None else ring.view[:]
         self._address = 0 if ring is None else ring.address
+        self.page_lock: PageLock | None = None
+        """Of the ring, since GPUs copy to it; stays the caller's."""
         self._bell = bell
         self._send_timeout = send_timeout
         self._clock = clock
@@ -148,6 +151,15 @@ class Sending:
         if self._memory is None:
             raise ValueError("this session has no landing ring")
         return Window(self._address + ring_offset, self._memory[ring_offset : ring_offset + nbytes])
+
+    def hold(self) -> bool:
+        """Keep the ring page-locked until `let_go`, if it is."""
+        return self.page_lock is not None and self.page_lock.hold()
+
+    def let_go(self) -> None:
+        """What was `hold` for is over."""
+        if self.page_lock is not None:
+            self.page_lock.let_go()
 
     def refund(self, stream: Stream, ring_offset: int) -> None:
         """Return a credit that was not used."""

@@ -15,10 +15,21 @@ from dataclasses import dataclass
 from typing import Final
 
 from cpe_daemon.devices.memory import SharedMemory
-from cpe_daemon.errors import AccessError, ConfigError, CpeError, PeerError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.errors import (
+    AccessError,
+    ConfigError,
+    CpeError,
+    PeerError,
+    PeerLostError,
+    ProtocolError,
+    ResourceError,
+    from_code,
+)
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.publisher.delivery import Bell
+from cpe_daemon.publisher.gpus import Gpus
+from cpe_daemon.publisher.pagelock import PageLock
 from cpe_daemon.publisher.sending import Sending
 from cpe_daemon.wire.messages import (
     OLDEST_PROTOCOL,
@@ -73,16 +84,19 @@ class Session:
         dealer: the connection; the session's to close from now on.
         welcome: the terms.
         bell: rings when something changes.
+        gpus: of this process: once it uses one, the landing ring is page-locked.
         send_timeout: see `Sending`.
     """
 
-    def __init__(self, dealer: Dealer, welcome: TrainerWelcome, bell: Bell, *, send_timeout: float) -> None:
+    def __init__(self, dealer: Dealer, welcome: TrainerWelcome, bell: Bell, gpus: Gpus, *, send_timeout: float) -> None:
         self.welcome = welcome
+        self._gpus = gpus
         self._dealer = dealer
         self._landing = _land(dealer.endpoint, welcome)
         send = functools.partial(dealer.send, timeout=_SEND_SECONDS)
         ring = self._landing.ring if self._landing else None
         self.sending = Sending(send, welcome, ring, bell, send_timeout=send_timeout)
+        self._unlocked = ring
         self._commands: deque[Callable[[], None]] = deque()
         self._post_lock = threading.Lock()
         self._ended = False
@@ -128,6 +142,8 @@ class Session:
         """
         while self._commands:
             self._commands.popleft()()
+        if self._unlocked is not None and self._gpus.ready():
+            self._lock_pages(self._unlocked)
         self.sending.pump()
         now = time.monotonic()
         if now >= self._ping_at:
@@ -171,9 +187,22 @@ class Session:
             self._ended = True
             self._commands.clear()
         self.sending.end(error)
+        if self.sending.page_lock is not None:
+            self.sending.page_lock.close()
         if self._landing is not None:
             self._landing.close()
         self._dealer.close()
+
+    def _lock_pages(self, ring: SharedMemory) -> None:
+        """Have GPUs copy to the ring directly: here, so that no publish waits for it."""
+        try:
+            device = self._gpus.active()
+            if device is None:
+                return  # not yet
+            self.sending.page_lock = PageLock(self._gpus, device, ring)
+        except ResourceError as error:
+            self._gpus.warn_unlocked(ring.nbytes, error)
+        self._unlocked = None
 
     def _ping(self, now: float) -> None:
         self._dealer.send(Ping(), timeout=_SEND_SECONDS)

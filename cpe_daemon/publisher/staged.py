@@ -14,13 +14,16 @@ from cpe_daemon.publisher.delivery import Bell
 from cpe_daemon.publisher.outgoing import BATCHES, Lane, NobodyLeftError, Progress
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.staging import Staging
-from cpe_daemon.publisher.stream import Window, pour
+from cpe_daemon.publisher.stream import Pouring, pour
+from cpe_daemon.publisher.window import Window
 
 log = logging.getLogger(__name__)
 
 
 class _Sink:
-    """Chunks into staging, each told to the links when it is whole."""
+    """Chunks into staging, told to the links as soon as all before them are whole too."""
+
+    in_order = True
 
     def __init__(self, staging: Staging, staged: memoryview, lanes: Sequence[Lane]) -> None:
         self._staging = staging
@@ -28,6 +31,9 @@ class _Sink:
         self._lanes = lanes
         self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // BATCHES)
         self._chunks = 0
+        self._upto = 0  # this, and what follows, are guarded by the lock
+        self._whole: dict[int, int] = {}  # chunks behind a gap: where each begins and ends
+        self._lock = threading.Lock()
 
     def window(self, offset: int, nbytes: int) -> Window:
         """The chunk's place."""
@@ -36,14 +42,20 @@ class _Sink:
         return self._staging.window(offset, nbytes)
 
     def filled(self, offset: int, nbytes: int) -> None:
-        """Have it sent to every daemon."""
-        hurry = self._chunks % self._batch == 0  # the first one at once; the last is followed by the seal
-        self._chunks += 1
-        for lane in self._lanes:
-            lane.feed(self._staged, offset + nbytes, hurry=hurry)
+        """Have what is whole by now sent to every daemon."""
+        with self._lock:
+            self._whole[offset] = offset + nbytes
+            while self._upto in self._whole:
+                self._upto = self._whole.pop(self._upto)
+                hurry = self._chunks % self._batch == 0  # the first one at once; the last is followed by the seal
+                self._chunks += 1
+                for lane in self._lanes:
+                    lane.feed(self._staged, self._upto, hurry=hurry)
 
 
-def stage_and_send(contribution: Contribution, staging: Staging, staged: memoryview, lanes: Sequence[Lane]) -> None:
+def stage_and_send(
+    contribution: Contribution, staging: Staging, staged: memoryview, lanes: Sequence[Lane], pouring: Pouring
+) -> None:
     """Copy a contribution to ``staged``, the room that ``staging`` reserved, have it sent meanwhile, and seal it.
 
     Returns when the last byte is copied, or every daemon has failed. What the source raises is raised, and the version
@@ -52,7 +64,7 @@ def stage_and_send(contribution: Contribution, staging: Staging, staged: memoryv
     chunk_bytes = min(lane.session.welcome.chunk_bytes for lane in lanes)
     complete = False
     try:
-        digests = pour(contribution, _Sink(staging, staged, lanes), chunk_bytes)
+        digests = pour(contribution, _Sink(staging, staged, lanes), chunk_bytes, pouring)
         for lane in lanes:
             lane.seal(digests)
         complete = True

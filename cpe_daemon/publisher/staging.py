@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Final, NamedTuple, Self
 
 from torch import Tensor
+from xxhash import xxh3_128
 
 from cpe_daemon.core.manifest import Layout, checked_nbytes
 from cpe_daemon.core.types import Shard, align
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import ResourceError
+from cpe_daemon.publisher.gpus import BOUNCE_BYTES, Gpus
+from cpe_daemon.publisher.reader import Reader
 from cpe_daemon.publisher.sources import shard_of
-from cpe_daemon.publisher.stream import HostBytes, Window
+from cpe_daemon.publisher.stream import PIECE_BYTES
+from cpe_daemon.publisher.window import Window
 
 _GRAIN_BYTES: Final = 64 << 20
 """The mapping grows in multiples of this."""
@@ -49,11 +55,11 @@ class Staging:
         self._reserve(nbytes, keep=0)
         return self._view[:nbytes]
 
-    def consume(self, pairs: Iterable[tuple[str, Tensor]]) -> Consumed:
+    def consume(self, pairs: Iterable[tuple[str, Tensor]], gpus: Gpus) -> Consumed:
         """Copy tensors as they come, and digest them.
 
         Raises:
-            ResourceError: the host has not enough memory.
+            ResourceError: the host has not enough memory, or a GPU failed.
             ManifestError: a tensor cannot be published.
         """
         shards: list[Shard] = []
@@ -61,18 +67,18 @@ class Staging:
         sizes: list[int] = []
         digests: list[bytes] = []
         end = 0
-        for name, tensor in pairs:
-            shard = shard_of(name, tensor)
-            checked_nbytes(shard)
-            source = HostBytes(tensor)
-            after = align(end + source.nbytes)
-            self._reserve(after, keep=end)
-            digests.append(source.copy_all(Window(self._address, self._view), end))
-            self._view[end + source.nbytes : after] = bytes(after - end - source.nbytes)
-            shards.append(shard)
-            offsets.append(end)
-            sizes.append(source.nbytes)
-            end = after
+        with _Copying(gpus) as copying:
+            for name, tensor in pairs:
+                shard = shard_of(name, tensor)
+                nbytes = checked_nbytes(shard)
+                after = align(end + nbytes)
+                self._reserve(after, keep=end)
+                digests.append(copying.copy(tensor, Window(self._address, self._view), end))
+                self._view[end + nbytes : after] = bytes(after - end - nbytes)
+                shards.append(shard)
+                offsets.append(end)
+                sizes.append(nbytes)
+                end = after
         return Consumed(shards, Layout(tuple(offsets), tuple(sizes), end), b"".join(digests), self._view[:end])
 
     def window(self, offset: int, nbytes: int) -> Window:
@@ -120,3 +126,46 @@ class Staging:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self._address = address_of(self._view)
+
+
+class _Copying:
+    """A context in which whole tensors are copied and digested: what is in a GPU by a thread of its own.
+
+    The trainer's thread goes on with its iterator, and has to find the current device as it left it.
+    """
+
+    def __init__(self, gpus: Gpus) -> None:
+        self._gpus = gpus
+        self._here, self._there = Reader(gpus), Reader(gpus)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.submit(self._there.close)
+            self._pool.shutdown()
+
+    def copy(self, tensor: Tensor, window: Window, at: int) -> bytes:
+        """Copy a tensor to position ``at`` of a window, and return the digest of what is there then."""
+        device = self._gpus.device_of(tensor)
+        if device is None:
+            return _copy(self._here, tensor, window, at, PIECE_BYTES)
+        self._gpus.settle(device)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "cpe-fetch")
+        return self._pool.submit(_copy, self._there, tensor, window, at, BOUNCE_BYTES).result()
+
+
+def _copy(reader: Reader, tensor: Tensor, window: Window, at: int, piece_bytes: int) -> bytes:
+    source, nbytes = reader.find(tensor), tensor.nbytes
+    hasher = xxh3_128()
+    for start in range(0, nbytes, piece_bytes):
+        step = min(piece_bytes, nbytes - start)
+        reader.copy(source, start, step, window, at + start)
+        reader.arrive()
+        hasher.update(window.view[at + start : at + start + step])
+    return hasher.digest()

@@ -1,175 +1,220 @@
-"""Cuts a contribution into chunks: tensors to bytes in chunk memory, and a digest of each tensor.
+"""Fills chunks: tensors to bytes in chunk memory, and a digest of each tensor, by as many threads as that takes.
 
 The bytes of a rank's contribution are one stream, laid out by `cpe_daemon.core.manifest.layout`, with zeros between the
-tensors. The digests are of the bytes just written to the chunk's memory, in pieces that are still in the cache: reading
-a whole chunk again costs a quarter more. Copies are `memmove` calls: torch's copy_ starts OpenMP threads that fight
-the daemon for cores (a tenth of the rate on a busy two-core host), and costs ten times as much a small tensor.
+tensors. The digests are of the bytes just written to the chunk's memory. What the host copies is digested in pieces
+that are still in the cache: reading a whole chunk again costs a quarter more. Its copies are `memmove` calls: torch's
+copy_ starts OpenMP threads that fight the daemon for cores (a tenth of the rate on a busy two-core host), and costs ten
+times as much a small tensor. What is in a GPU comes by one asynchronous copy for each tensor of a chunk, and is
+digested when the chunk is there: while one thread waits for its chunk, others digest theirs.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
-from xxhash import xxh3_128, xxh3_128_digest
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from cpe_daemon.core.types import ALIGNMENT_BYTES
-from cpe_daemon.devices.memory import copy
+from cpe_daemon.devices.digests import ChunkDigests, Digests
+from cpe_daemon.publisher.gpus import Gpus
+from cpe_daemon.publisher.reader import Reader
+from cpe_daemon.publisher.runs import cut_runs
 from cpe_daemon.publisher.sources import Contribution
+from cpe_daemon.publisher.window import Window
 
 PIECE_BYTES: Final = 256 << 10
-"""Copied and digested in one go."""
+"""Copied on the host, and digested, in one go."""
 
-_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_THREADS: Final = 8
+_RUNS_A_THREAD: Final = 4
+"""Several, so that all threads end at about the same time."""
 _ZEROS: Final = bytes(ALIGNMENT_BYTES)
 
 
-class Window(NamedTuple):
-    """Memory for one chunk. Whoever holds ``view`` keeps ``address`` valid."""
-
-    address: int
-    view: memoryview
-
-
 class Sink(Protocol):
-    """Where chunks go."""
+    """Where chunks go. Called by several threads, each with chunks of its own."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether chunks had better be filled from the first to the last."""
+        ...
 
     def window(self, offset: int, nbytes: int) -> Window:
         """Return memory for bytes ``offset`` to ``offset + nbytes`` of the contribution; may wait for it."""
         ...
 
     def filled(self, offset: int, nbytes: int) -> None:
-        """The window last returned is full: send it."""
+        """The window returned for ``offset`` is full: send it."""
         ...
 
 
-def pour(contribution: Contribution, sink: Sink, chunk_bytes: int) -> bytes:
-    """Write a contribution into the windows of ``sink``, in order, each of ``chunk_bytes`` but the last.
+def threads_here() -> int:
+    """How many threads fill chunks: half of the cores, since the daemon copies and digests as much, and at most 8."""
+    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Pouring:
+    """How a contribution is poured.
+
+    Attributes:
+        gpus: of this process.
+        threads: how many fill chunks. One is the calling thread, if no tensor is in a GPU.
+        progress: called by the calling thread with the bytes of every chunk that was filled.
+    """
+
+    gpus: Gpus
+    threads: int
+    progress: Callable[[int], None] = lambda nbytes: None
+
+
+def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pouring) -> bytes:
+    """Write a contribution into the windows of ``sink``, each of ``chunk_bytes`` but the last.
 
     Args:
-        contribution: what to write. Its tensors must not change meanwhile.
-        sink: asked for one window at a time. What it raises ends the pouring.
+        contribution: what to write. Its tensors must not change meanwhile, but by what was issued to a GPU on this
+            thread's current stream: that is waited for.
+        sink: asked for windows. What it raises ends the pouring.
         chunk_bytes: the size of a chunk.
+        pouring: how.
 
     Returns:
         The digests of all shards, one after another, in order.
+
+    Raises:
+        ResourceError: a GPU failed.
     """
-    cutter = _Cutter(sink, contribution.layout.nbytes, chunk_bytes)
-    digests: list[bytes] = []
-    for tensor, offset in zip(contribution.tensors, contribution.layout.offsets, strict=True):
-        cutter.pad(offset)
-        digests.append(cutter.write(tensor))
-    cutter.pad(contribution.layout.nbytes)
-    return b"".join(digests)
+    devices = {device for tensor in contribution.tensors if (device := pouring.gpus.device_of(tensor)) is not None}
+    for device in devices:
+        pouring.gpus.settle(device)
+    digests = Digests(contribution.layout, chunk_bytes, lasting=False)
+    if pouring.threads == 1 and not devices:
+        with Reader(pouring.gpus) as reader:
+            filler = _Filler(contribution, sink, digests, reader)
+            for chunk in range(-(-contribution.layout.nbytes // chunk_bytes)):
+                pouring.progress(filler.fill(chunk))
+    else:
+        runs = cut_runs(contribution.layout, chunk_bytes, pouring.threads * _RUNS_A_THREAD)
+        if not sink.in_order:
+            runs.sort(key=len, reverse=True)  # the longest last would keep one thread while all others are done
+        _Crew(contribution, sink, digests, runs, pouring).work()
+    return b"".join(digests.found)
 
 
-class HostBytes:
-    """A tensor's contiguous bytes, to be copied piece by piece; copies it first if they are not contiguous.
+class _Crew:
+    """Threads that fill one contribution's chunks, run by run."""
 
-    A tensor on another device stays there: each piece is copied to the host by itself.
-    """
-
-    __slots__ = ("_address", "_device", "_tensor", "nbytes", "piece_bytes")
-
-    def __init__(self, tensor: Tensor) -> None:
-        if not _is_plain(tensor):
-            tensor = _contiguous(tensor.detach().resolve_conj().resolve_neg())
-        self._tensor = tensor
-        self.nbytes = tensor.nbytes
-        self.piece_bytes = PIECE_BYTES
-        self._device: Tensor | None = None
-        self._address = 0
-        if tensor.is_cpu:
-            self._address = tensor.data_ptr()
-        elif self.nbytes:
-            self._device = tensor.detach().reshape(-1).view(torch.uint8)
-            self.piece_bytes = self.nbytes  # a call costs more there than what the cache saves
-
-    def copy(self, start: int, nbytes: int, window: Window, at: int) -> None:
-        """Copy ``nbytes`` from ``start`` on to position ``at`` of a window. Releases the GIL."""
-        if self._device is None:
-            copy(window.address + at, self._address + start, nbytes)
-        else:
-            target = torch.frombuffer(window.view[at : at + nbytes], dtype=torch.uint8)
-            target.copy_(self._device[start : start + nbytes])
-
-    def copy_all(self, window: Window, at: int) -> bytes:
-        """Copy everything to position ``at`` of a window; return the digest of what is there then."""
-        hasher = xxh3_128()
-        for start in range(0, self.nbytes, max(self.piece_bytes, 1)):
-            step = min(self.piece_bytes, self.nbytes - start)
-            self.copy(start, step, window, at + start)
-            hasher.update(window.view[at + start : at + start + step])
-        return hasher.digest()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its values as they are.
-
-    A conjugated or negated view shares its base's memory, which holds other values than the tensor.
-    """
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """Copy as plain bits: torch cannot copy all of the dtypes that it has, or warns of it."""
-    bits = _BITS.get(tensor.element_size())
-    return (tensor if bits is None else tensor.view(bits)).contiguous()
-
-
-class _Cutter:
-    """The position in the stream and in the window that is being filled."""
-
-    def __init__(self, sink: Sink, total: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, contribution: Contribution, sink: Sink, digests: Digests, runs: Sequence[range], pouring: Pouring
+    ) -> None:
+        self._contribution = contribution
         self._sink = sink
-        self._total = total
-        self._chunk_bytes = chunk_bytes
-        self._window = Window(0, memoryview(b""))
-        self._start = 0  # of the window, in the stream
-        self._at = 0  # in the window
-        self._size = 0  # of the window
+        self._digests = digests
+        self._runs = deque(runs)
+        self._pouring = pouring
+        self._filled: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        """Bytes of each chunk, and None when a thread ends."""
+        self._stop = threading.Event()
 
-    def pad(self, offset: int) -> None:
-        """Write zeros up to ``offset``: less than the alignment."""
-        left = offset - self._start - self._at
-        while left > 0:
-            step = min(left, self._room())
-            self._window.view[self._at : self._at + step] = _ZEROS[:step]
-            self._advance(step)
-            left -= step
+    def work(self) -> None:
+        """Fill all chunks; raises what a thread raised, when all have ended."""
+        threads = min(self._pouring.threads, len(self._runs))
+        if not threads:
+            return
+        with ThreadPoolExecutor(threads, "cpe-pour") as pool:
+            done = [pool.submit(self._work) for _ in range(threads)]
+            try:
+                left = threads
+                while left:
+                    nbytes = self._filled.get()  # each thread's waits are bounded, and it says None at its end
+                    if nbytes is None:
+                        left -= 1
+                    else:
+                        self._pouring.progress(nbytes)
+            finally:
+                self._stop.set()
+        for thread in done:
+            thread.result()
 
-    def write(self, tensor: Tensor) -> bytes:
-        """Write a tensor's bytes and return their digest."""
-        nbytes = tensor.nbytes
-        at = self._at
-        if 0 < nbytes <= min(self._size - at, PIECE_BYTES) and tensor.is_cpu and _is_plain(tensor):
-            copy(self._window.address + at, tensor.data_ptr(), nbytes)  # the way of small tensors: no objects made
-            found = xxh3_128_digest(self._window.view[at : at + nbytes])
-            self._advance(nbytes)
-            return found
-        source = HostBytes(tensor)
-        hasher = xxh3_128()
-        done = 0
-        while done < nbytes:
-            step = min(nbytes - done, self._room(), source.piece_bytes)
-            at = self._at
-            source.copy(done, step, self._window, at)
-            hasher.update(self._window.view[at : at + step])
-            self._advance(step)
-            done += step
-        return hasher.digest()
+    def _work(self) -> None:
+        try:
+            with Reader(self._pouring.gpus) as reader:
+                filler = _Filler(self._contribution, self._sink, self._digests, reader)
+                while self._runs and not self._stop.is_set():
+                    self._fill_run(filler)
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            self._filled.put(None)
 
-    def _room(self) -> int:
-        """Bytes left in the window; asks for the next one if it is full."""
-        if self._at == self._size:
-            self._start += self._size
-            self._at = 0
-            self._size = min(self._chunk_bytes, self._total - self._start)
-            self._window = self._sink.window(self._start, self._size)
-        return self._size - self._at
+    def _fill_run(self, filler: _Filler) -> None:
+        try:
+            run = self._runs.popleft()
+        except IndexError:
+            return  # another thread was faster
+        for chunk in run:
+            if self._stop.is_set():
+                return
+            self._filled.put(filler.fill(chunk))
 
-    def _advance(self, nbytes: int) -> None:
-        self._at += nbytes
-        if self._at == self._size:
-            self._sink.filled(self._start, self._size)
+
+class _Filler:
+    """Fills chunks, in one thread."""
+
+    def __init__(self, contribution: Contribution, sink: Sink, digests: Digests, reader: Reader) -> None:
+        self._tensors = contribution.tensors
+        self._layout = contribution.layout
+        self._sink = sink
+        self._digests = digests
+        self._reader = reader
+
+    def fill(self, chunk: int) -> int:
+        """Fill a chunk, and return how many bytes it has."""
+        start = chunk * self._digests.chunk_bytes
+        nbytes = min(self._digests.chunk_bytes, self._layout.nbytes - start)
+        window = self._sink.window(start, nbytes)
+        digests = self._digests.chunk(chunk, window.view)
+        self._write(start, window, digests)
+        self._reader.arrive()
+        digests.end()
+        self._sink.filled(start, nbytes)
+        return nbytes
+
+    def _write(self, start: int, window: Window, digests: ChunkDigests) -> None:
+        """Write what of the tensors is in the chunk that begins at ``start``, and zeros between them."""
+        offsets, sizes, total = self._layout.offsets, self._layout.sizes, len(window.view)
+        at = digested = 0
+        shard = self._digests.first_shard(start)
+        while at < total:
+            begin = min(offsets[shard] - start, total) if shard < len(sizes) else total
+            if at < begin:
+                _clear(window.view[at:begin])
+                at = begin
+            if at == total:
+                return
+            if not sizes[shard]:
+                shard += 1
+                continue
+            source = self._reader.find(self._tensors[shard])
+            done = start + at - offsets[shard]
+            while (step := min(sizes[shard] - done, total - at)) > 0:
+                if source.device is None:
+                    step = min(step, PIECE_BYTES)
+                self._reader.copy(source, done, step, window, at)
+                done += step
+                at += step
+                if at - digested >= PIECE_BYTES and not self._reader.pending:
+                    digests.upto(at)
+                    digested = at
+            shard += 1
+
+
+def _clear(view: memoryview) -> None:
+    """Write zeros: fewer than the alignment, as there are between shards."""
+    view[:] = _ZEROS[: len(view)]

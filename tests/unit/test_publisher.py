@@ -34,7 +34,7 @@ from cpe_daemon.errors import (
 from cpe_daemon.publisher import EndpointsFailedError, Publisher
 from cpe_daemon.publisher.delivery import Delivery
 from cpe_daemon.publisher.staging import Staging
-from cpe_daemon.publisher.stream import Window
+from cpe_daemon.publisher.window import Window
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,

@@ -15,14 +15,21 @@ from cpe_daemon.core.manifest import layout
 from cpe_daemon.devices.memory import address_of
 from cpe_daemon.errors import ManifestError
 from cpe_daemon.publisher import stream
+from cpe_daemon.publisher.gpus import Gpus
+from cpe_daemon.publisher.reader import Reader
 from cpe_daemon.publisher.sources import Contribution, Pairs
 from cpe_daemon.publisher.staging import Staging
-from cpe_daemon.publisher.stream import HostBytes, Window, pour
+from cpe_daemon.publisher.stream import Pouring, pour
+from cpe_daemon.publisher.window import Window
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of, zoo
+
+ALONE = Pouring(Gpus(), threads=1)
 
 
 class Chunks:
     """A sink that reuses one dirty place, as a landing ring does."""
+
+    in_order = False
 
     def __init__(self, chunk_bytes: int) -> None:
         self.place = bytearray(b"\xee" * chunk_bytes)
@@ -53,13 +60,13 @@ def expected(tensors: dict[str, Tensor]) -> tuple[bytes, bytes]:
 
 def check(tensors: dict[str, Tensor], chunk_bytes: int) -> None:
     contribution, sink = Contribution.of(tensors.items()), Chunks(chunk_bytes)
-    digests = pour(contribution, sink, chunk_bytes)
+    digests = pour(contribution, sink, chunk_bytes, ALONE)
     content, wanted = expected(tensors)
     assert sink.content == content
     assert digests == wanted
     assert sink.sizes[:-1] == [chunk_bytes] * (len(sink.sizes) - 1)
 
-    consumed = Staging().consume(Pairs(iter(tensors.items())))
+    consumed = Staging().consume(Pairs(iter(tensors.items())), Gpus())
     assert (consumed.shards, consumed.layout) == (contribution.shards, contribution.layout)
     assert bytes(consumed.staged) == content
     assert consumed.digests == wanted
@@ -86,17 +93,18 @@ def test_pour_gathers_strided_tensors_of_every_dtype(dtype: str) -> None:
     plain = tensor_of(dtype, 6, 4)
     bits = plain.view(torch.uint8).reshape(6, 4, -1)
     sink = Chunks(64)
-    pour(Contribution.of({"t": plain.t()}.items()), sink, 64)
+    pour(Contribution.of({"t": plain.t()}.items()), sink, 64, ALONE)
     wanted = bits.transpose(0, 1).reshape(-1).numpy().tobytes()
     assert sink.content[: len(wanted)] == wanted
 
 
 def test_contiguous_tensors_are_not_copied_first() -> None:
     tensor = torch.zeros(4)
-    source = HostBytes(tensor)
+    reader = Reader(Gpus())
+    source = reader.find(tensor)
     tensor += 1
     place = bytearray(16)
-    source.copy(0, 16, Window(address_of(memoryview(place)), memoryview(place)), 0)
+    reader.copy(source, 0, 16, Window(address_of(memoryview(place)), memoryview(place)), 0)
     assert bytes(place) == bytes_of(tensor)
 
 
@@ -105,7 +113,7 @@ def test_pour_fetches_tensors_from_a_gpu() -> None:
     tensors = {name: tensor for name, tensor in zoo().items() if tensor.dtype is not torch.complex32}
     sink = Chunks(1000)
     moved = {name: tensor.cuda() for name, tensor in tensors.items()}
-    digests = pour(Contribution.of(moved.items()), sink, 1000)
+    digests = pour(Contribution.of(moved.items()), sink, 1000, ALONE)
     assert (sink.content, digests) == expected(tensors)
 
 
@@ -126,7 +134,7 @@ def test_staging_grows_under_an_iterator(monkeypatch: pytest.MonkeyPatch, somebo
     def pairs() -> Iterator[tuple[str, Tensor]]:
         yield from tensors.items()
 
-    consumed = staging.consume(Pairs(pairs()))
+    consumed = staging.consume(Pairs(pairs()), Gpus())
     assert (bytes(consumed.staged), consumed.digests) == expected(tensors)
     assert consumed.layout == layout(consumed.shards)
     assert old is None or bytes(old[:12]) != b""
@@ -134,4 +142,4 @@ def test_staging_grows_under_an_iterator(monkeypatch: pytest.MonkeyPatch, somebo
 
 def test_staging_refuses_what_an_iterator_yields_wrong() -> None:
     with pytest.raises(ManifestError, match="is not a tensor"):
-        Staging().consume(Pairs(iter([("a", torch.ones(1)), ("b", 2)])))
+        Staging().consume(Pairs(iter([("a", torch.ones(1)), ("b", 2)])), Gpus())

@@ -63,6 +63,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cuDeviceTotalMem_v2": (_OUT, _INT),
     "cuDeviceCanAccessPeer": (_OUT, _INT, _INT),
     "cuDeviceGetP2PAttribute": (_OUT, _INT, _INT, _INT),
+    "cuDevicePrimaryCtxGetState": (_INT, _OUT, _OUT),
     "cuDevicePrimaryCtxRetain": (_OUT, _INT),
     "cuDevicePrimaryCtxRelease_v2": (_INT,),
     "cuCtxSetCurrent": (_PTR,),
@@ -172,6 +173,12 @@ class Driver:
         return bool(out.value)
 
     # --- contexts and memory -----------------------------------------------------------------------------------------
+
+    def is_active(self, device: int) -> bool:
+        """Whether this process uses a GPU already: to `retain` another's context takes some of its memory."""
+        flags, active = _UINT(), _INT()
+        self._call("cuDevicePrimaryCtxGetState", device, ctypes.byref(flags), ctypes.byref(active))
+        return bool(active.value)
 
     def retain(self, device: int) -> int:
         """Return a GPU's primary context, which torch uses too; give it back by `release`."""
