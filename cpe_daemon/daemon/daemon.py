@@ -229,7 +229,7 @@ class Daemon:
         self.handoff.close()  # after the last messages: a client that sees its tether cut listens no more
         await asyncio.to_thread(self._pool.shutdown)
         await self.device.close()
-        self.arena.close()
+        await asyncio.to_thread(self.arena.close)  # minutes, for some terabytes
         log.info("daemon.stopped")
 
     def _listen(self) -> None:

@@ -26,7 +26,10 @@ FAREWELL_SECONDS: Final = 2.0
 """For everybody to read what is said last, and to let go. Only one that hangs takes so long."""
 
 CLOSE_SECONDS: Final = 8.0
-"""For threads to end their copies, and for memory to be unmapped."""
+"""For threads to end their copies, and for all that is closed but the arena."""
+
+_RELEASED_BYTES_PER_SECOND: Final = 2 << 30
+"""So much of the arena the kernel takes back in a second at least: half of what it did in a virtual machine."""
 
 _REASON: Final = "the daemon stops"
 
@@ -38,9 +41,15 @@ _WITHOUT_ERROR: Final = {
 """Why nobody knows what an engine holds, where no error tells."""
 
 
-def longest_stop_seconds(deadlines: DeadlinesConfig) -> float:
+def longest_close_seconds(arena_bytes: int) -> float:
+    """How long it takes at most to close everything and to give the memory back."""
+    return CLOSE_SECONDS + arena_bytes / _RELEASED_BYTES_PER_SECOND
+
+
+def longest_stop_seconds(deadlines: DeadlinesConfig, arena_bytes: int) -> float:
     """How long it takes a daemon to stop at most; whoever runs it gives it somewhat more."""
-    return deadlines.drain_seconds + deadlines.undo_seconds + FAREWELL_SECONDS + CLOSE_SECONDS
+    drained = deadlines.drain_seconds + deadlines.undo_seconds + FAREWELL_SECONDS
+    return drained + longest_close_seconds(arena_bytes)
 
 
 async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
@@ -93,7 +102,7 @@ class Drain:
 
     async def run(self, hurried: asyncio.Event) -> None:
         """Drain. ``hurried``: do not wait for the push in flight, but undo it."""
-        log.info("daemon.draining", at_most_seconds=round(longest_stop_seconds(self._deadlines), 3))
+        log.info("daemon.draining")
         began = time.monotonic()
         self._ingest.stop(_REASON)
         self._trainers.turn_away(_REASON)

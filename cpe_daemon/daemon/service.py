@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from typing import Final
 
 import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.daemon.daemon import Daemon
-from cpe_daemon.daemon.drain import describe, holdings, longest_stop_seconds, unless
+from cpe_daemon.daemon.drain import describe, holdings, longest_close_seconds, longest_stop_seconds, unless
+from cpe_daemon.daemon.last_resort import LastResort
 from cpe_daemon.daemon.supervision import Supervision
 from cpe_daemon.errors import ConfigError
 from cpe_daemon.observe.notify import Notifier
@@ -22,7 +21,6 @@ from cpe_daemon.runtime import RuntimeDirectory
 log = structlog.get_logger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_STUCK_STATUS: Final = 1
 
 
 async def serve(config: Config, trace: Trace | None = None) -> None:
@@ -56,12 +54,13 @@ class _Life:
     """From the start of a daemon's parts until they are closed, with the signals that part its chapters."""
 
     def __init__(self, config: Config, notifier: Notifier, daemon: Daemon) -> None:
-        self._deadlines = config.deadlines
+        self._config = config
         self._daemon = daemon
+        self._notifier = notifier
         self._supervision = Supervision(notifier)
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
-        self._last_resort: asyncio.TimerHandle | None = None
+        self._last_resort = LastResort(self._say_that_it_is_stuck)
         self._supervising: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         for number in _SIGNALS:
@@ -79,12 +78,13 @@ class _Life:
         await daemon.drain(self._hurried, self._supervision.tell)
 
     async def end(self) -> None:
-        """Close everything."""
+        """Close everything, also where nobody asked for it, but some part of the daemon has failed."""
+        seconds = longest_close_seconds(self._config.arena.size_bytes)
+        self._last_resort.arm(seconds)
+        self._notifier.extend_timeout(seconds)
         await self._daemon.close()
         if self._supervising is not None:
             self._supervising.cancel()
-        if self._last_resort is not None:
-            self._last_resort.cancel()
         for number in _SIGNALS:
             self._loop.remove_signal_handler(number)
 
@@ -92,13 +92,14 @@ class _Life:
         if self._stopping.is_set():
             self._hurried.set()
             return
-        seconds = longest_stop_seconds(self._deadlines)
+        seconds = longest_stop_seconds(self._config.deadlines, self._config.arena.size_bytes)
+        log.info("daemon.stopping", at_most_seconds=round(seconds, 3))
+        self._last_resort.arm(seconds)
         self._supervision.stopping(seconds)
         self._stopping.set()
-        self._last_resort = self._loop.call_later(seconds, self._give_up, seconds)
 
-    def _give_up(self, seconds: float) -> None:
-        """End the process: a thread is stuck in a copy, and nothing would end it. The kernel takes the memory back."""
+    def _say_that_it_is_stuck(self, seconds: float) -> None:
+        """Called by the thread that is about to end the process."""
         held, doubtful = holdings(self._daemon.registry)
         log.critical(
             "daemon.stop_timed_out",
@@ -108,5 +109,3 @@ class _Life:
             in_doubt=doubtful,
         )
         self._supervision.tell(f"did not stop within {seconds:g} s: {describe(held, doubtful)}")
-        sys.stderr.flush()
-        os._exit(_STUCK_STATUS)

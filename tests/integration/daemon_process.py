@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -12,6 +15,7 @@ import uvloop  # noqa: F401 - so that children need not
 import cpe_daemon.daemon
 import cpe_daemon.daemon.daemon
 import cpe_daemon.daemon.drain
+import cpe_daemon.daemon.service
 import cpe_daemon.observe.logs
 from cpe_daemon.cli import main as cpe
 from cpe_daemon.devices.copypool import CopyPool
@@ -23,12 +27,16 @@ def main(arguments: dict[str, Any]) -> None:
     cpe(["serve", "--config", arguments["config"]], prog_name="cpe")
 
 
-def play(copies_wait_for: str = "", close_seconds: float = 0.0) -> None:
+def play(
+    copies_wait_for: str = "", close_seconds: float = 0.0, thread_hangs: bool = False, fails_on_signal: bool = False
+) -> None:
     """Have something be wrong with this daemon, or different.
 
     Args:
         copies_wait_for: a FIFO; a thread that copies into the arena is stuck until somebody opens it to write.
         close_seconds: how long a daemon that stops waits for its threads.
+        thread_hangs: a thread of the loop's own pool never ends, as one that looks at a dead network file system.
+        fails_on_signal: a part of the daemon has a bug, which SIGUSR1 brings out.
     """
     if copies_wait_for:
 
@@ -43,3 +51,21 @@ def play(copies_wait_for: str = "", close_seconds: float = 0.0) -> None:
         vars(cpe_daemon.daemon.daemon)["CopyPool"] = StuckPool
     if close_seconds:
         vars(cpe_daemon.daemon.drain)["CLOSE_SECONDS"] = close_seconds
+    if thread_hangs or fails_on_signal:
+
+        class FaultyDaemon(cpe_daemon.daemon.daemon.Daemon):
+            async def start(self, *args: Any) -> None:
+                await super().start(*args)
+                if thread_hangs:
+                    self.hanging = asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+                if fails_on_signal:
+                    self._spawn(fail_on_signal())
+
+        vars(cpe_daemon.daemon.service)["Daemon"] = FaultyDaemon
+
+
+async def fail_on_signal() -> None:
+    signalled = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, signalled.set)
+    await signalled.wait()
+    raise ZeroDivisionError

@@ -16,7 +16,7 @@ import yaml
 
 from cpe_daemon import __version__
 from cpe_daemon.cli import main
-from cpe_daemon.config import Config, load_config
+from cpe_daemon.config import ArenaConfig, Config, DeadlinesConfig, load_config
 from cpe_daemon.config.section import GIB
 from cpe_daemon.core.roles import Role
 from cpe_daemon.daemon.drain import longest_stop_seconds
@@ -135,10 +135,12 @@ def test_daemon_is_given_what_its_configuration_names(config: Config) -> None:
 
 
 def test_daemon_is_killed_later_than_it_stops(config: Config) -> None:
-    longest = longest_stop_seconds(config.deadlines)
+    longest = longest_stop_seconds(config.deadlines, config.arena.size_bytes)
     assert daemon_pod()["terminationGracePeriodSeconds"] >= longest + 10
+    by_default = longest_stop_seconds(DeadlinesConfig(), ArenaConfig().size_bytes)
+    assert by_default + 10 <= 75
     assert "--stop-timeout 75" in (FOLDER / "README.md").read_text()
-    assert f"{longest:g} s by default" in OPERATIONS.read_text()
+    assert f"{by_default:g} s by default" in OPERATIONS.read_text()
 
 
 def test_liveness_probe_is_more_patient_than_the_daemon_with_a_copy(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpe_daemon.config import DeadlinesConfig
+from cpe_daemon.config import ArenaConfig, DeadlinesConfig
 from cpe_daemon.config.model import settings
 from cpe_daemon.config.sources import ENV_PREFIX, env_name
 from cpe_daemon.daemon.drain import longest_stop_seconds
@@ -82,7 +82,7 @@ def test_devices_that_are_let_through_are_those_of_gpus_and_rdma() -> None:
 
 
 def test_daemon_stops_sooner_than_it_is_killed() -> None:
-    longest = longest_stop_seconds(DeadlinesConfig())
+    longest = longest_stop_seconds(DeadlinesConfig(), ArenaConfig().size_bytes)
     assert seconds("TimeoutStopSec") >= longest + 10
     assert f"by default {longest:g} s" in UNIT.read_text()
     assert f"{longest:g} s by default" in (FOLDER / "README.md").read_text()
