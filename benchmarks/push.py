@@ -1,8 +1,8 @@
-"""``python -m benchmarks.push``: how long a staged version takes to be live in an engine, beside two bare memcpys.
+"""``python -m benchmarks.push``: how long a staged version takes to be live in an engine, beside bare copies.
 
 A real daemon (``cpe serve``), a real engine worker in torch, and a publisher, each a process; the seconds are the
 daemon's own, from staged to live. Beside them the floor (`benchmarks.floor`) streams the same buckets through slots of
-the same size. The runs of both alternate, and ``ratio`` is of their medians.
+the same size. The runs of both alternate, and ``ratio`` is of their medians. On GPUs `benchmarks.gpu.push` measures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Final
 
 from benchmarks import push_observability, report
 from benchmarks.bystanders import Bystanders, remark
-from benchmarks.host import FloorProcess, Host, Setting, Weights
-from benchmarks.models import DENSE
+from benchmarks.gpu import push as gpu_push
+from benchmarks.host import SERVE, FloorProcess, Host, Setting, Weights
+from benchmarks.models import DENSE, MODELS
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 from cpe_daemon.demo.memory import Sizes
 from cpe_daemon.demo.signals import Interruption
@@ -28,6 +29,7 @@ from cpe_daemon.wire.reports import VersionReport
 
 _WARM_UPS: Final = 2
 _MIB: Final = 1 << 20
+_GPU_SLOT_BYTES: Final = 256 * _MIB
 _SMALLEST_SLOT_BYTES: Final = 4096
 _SHAPES: Final = ((1, 1), (2, 1), (2, 2))
 """Workers and sets of slots: the first is what the ratio is of."""
@@ -39,10 +41,15 @@ examples:
   python -m benchmarks.push --slot-mib 16 --slots 4     # other slots, for the floor as well
   python -m benchmarks.push --observability             # what metrics and logs cost
   python -m benchmarks.push --quick                     # some megabytes, to see that it works
+  python -m benchmarks.push --device cuda --model 8b --gpus 2               # one engine of two ranks
+  python -m benchmarks.push --device cuda --model 8b --gpus 2 --engines each
+  python -m benchmarks.push --device cuda --model 8b --gpus 2 --table pause
+  python -m benchmarks.push --device cuda --model 8b --source gpu --trace push.json
 
-Needs about 8 GB of memory for 0.6b. The last line is JSON: bench, device, bytes, seconds (of each update) and
-floor_seconds (of each run of the floor), for one worker and one set of slots; ratio, of their medians; and more. A
-shared machine is noisy: more --updates, or several runs, tell more than one."""
+Needs about 8 GB of memory for 0.6b, 40 GB for 8b and 75 GB for 32b. The last line is JSON: bench, device, bytes,
+seconds (of each update) and floor_seconds (of each run of the floor), for one worker and one set of slots; ratio, of
+their medians; and more. With cuda also first_seconds, paused_seconds and vram_bytes, of slots and what workers took
+beside their weights. A shared machine is noisy: more --updates, or several runs, tell more than one."""
 
 
 @dataclass(slots=True)
@@ -76,10 +83,17 @@ class Row:
         return sum(seconds for phase, seconds in self.phases.items() if phase != "prefetch")
 
 
-def measure(setting: Setting, weights: Weights, floor: FloorProcess, directory: Path, updates: int) -> Row:
+def measure(
+    setting: Setting,
+    weights: Weights,
+    floor: FloorProcess,
+    directory: Path,
+    updates: int,
+    serve: Sequence[str] = SERVE,
+) -> Row:
     """Push ``updates`` versions, and run the floor as often, in turn; what the engine holds then has to be right."""
     row = Row(setting)
-    with Host(setting, directory) as host:
+    with Host(setting, directory, serve) as host:
         for _ in range(_WARM_UPS):
             host.update(weights)
             floor.run()
@@ -95,26 +109,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parse(arguments)
     with Interruption() as interruption, tempfile.TemporaryDirectory(prefix="cpe-bench-") as directory:
         interruption.arm()
-        setting = Setting(asked.model, asked.slots, asked.slot_bytes)
         try:
+            if asked.device == "cuda":
+                gpu_push.run(asked, Path(directory))
+                return 0
+            setting = Setting(asked.model, asked.slots, asked.slot_bytes)
             if asked.observability:
                 push_observability.run(setting, Path(directory), asked.updates)
             else:
-                _run(setting, Path(directory), asked.updates, _SHAPES if asked.rows == "all" else _SHAPES[:1])
+                shapes = _SHAPES if asked.rows == "all" else _SHAPES[:1]
+                _run(setting, Path(directory), asked.updates, shapes, asked.trace)
         except CpeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0
 
 
-def _run(setting: Setting, directory: Path, updates: int, shapes: Sequence[tuple[int, int]]) -> None:
+def _run(
+    setting: Setting, directory: Path, updates: int, shapes: Sequence[tuple[int, int]], trace: Path | None
+) -> None:
+    traced = (*SERVE, "--trace", str(trace.absolute())) if trace else SERVE
     bystanders, weights = Bystanders(), Weights(setting.architecture)
     with FloorProcess(setting, directory) as floor:
         buckets = floor.ready()
-        rows = []
+        rows: list[Row] = []
         for workers, gpus in shapes:
             made = replace(setting, workers=workers, gpus=gpus)
-            rows.append(measure(made, weights, floor, directory / f"{workers}-{gpus}", updates))
+            serve = traced if not rows else SERVE
+            rows.append(measure(made, weights, floor, directory / f"{workers}-{gpus}", updates, serve))
     others_share, first = bystanders.share(), rows[0]
     _show(rows, weights.nbytes, buckets, others_share)
     report.finish(
@@ -182,30 +204,58 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=["shm"], default="shm", help="shm: shared memory, an engine on the CPU")
-    parser.add_argument("--model", choices=sorted(DENSE), default="0.6b", help="whose names and shapes (0.6b)")
-    parser.add_argument("--updates", type=_positive, default=9, metavar="N", help="versions that are timed (9)")
-    parser.add_argument("--slots", type=_positive, default=3, metavar="N", help="slots of each set (3)")
     parser.add_argument(
-        "--slot-mib", type=_slot_bytes, dest="slot_bytes", metavar="MIB", help="size of a slot (64; less if small)"
+        "--device", choices=["shm", "cuda"], default="shm", help="shm: shared memory, an engine on the CPU; cuda: GPUs"
     )
+    parser.add_argument("--model", choices=sorted(MODELS), help="whose names and shapes (0.6b; 8b with cuda)")
+    parser.add_argument("--updates", type=_positive, default=9, metavar="N", help="versions that are timed (9)")
+    parser.add_argument("--slots", type=_slots, default=3, metavar="N", help="slots of each set or GPU, or auto (3)")
     parser.add_argument(
+        "--slot-mib",
+        type=_slot_bytes,
+        dest="slot_bytes",
+        metavar="MIB",
+        help="size of a slot (64, less if the model is small; 256 with cuda)",
+    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what the daemon's stages did, for Perfetto")
+    parser.add_argument("--quick", action="store_true", help="a small model and two updates, to see that it works")
+    on_cpu = parser.add_argument_group("with --device shm")
+    on_cpu.add_argument(
         "--rows",
         choices=["one", "all"],
         help="one: one worker and one set of slots; all: two of either as well (all; with --quick, one)",
     )
-    parser.add_argument(
+    on_cpu.add_argument(
         "--observability",
         action="store_true",
         help="what metrics, logs and scrapes cost: a daemon with them beside one without",
     )
-    parser.add_argument("--quick", action="store_true", help="a model of some megabytes and two updates")
-    asked = parser.parse_args(arguments)
-    if asked.quick:
-        asked.model, asked.updates, asked.rows = "small", 2, asked.rows or "one"
-    asked.rows = asked.rows or "all"
-    asked.slot_bytes = asked.slot_bytes or Sizes.of(DENSE[asked.model]).slot_bytes
+    on_gpu = parser.add_argument_group("with --device cuda")
+    on_gpu.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many take part (1)")
+    on_gpu.add_argument(
+        "--engines", choices=["tp", "each"], default="tp", help="tp: one, a rank on each GPU; each: one on each GPU"
+    )
+    on_gpu.add_argument("--source", choices=["host", "gpu"], default="host", help="where the trainer's tensors are")
+    on_gpu.add_argument("--table", choices=["pause"], help="pause: against slots, from one up to all")
+    asked = _completed(parser.parse_args(arguments))
+    if asked.device == "shm" and (asked.model not in DENSE or asked.slots == "auto"):
+        parser.error("--device shm takes --model 0.6b or small, and a number of --slots")
     return asked
+
+
+def _completed(asked: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the device."""
+    on_gpu = asked.device == "cuda"
+    if asked.quick:
+        asked.model, asked.updates, asked.rows = "0.6b" if on_gpu else "small", 2, asked.rows or "one"
+    asked.model = asked.model or ("8b" if on_gpu else "0.6b")
+    asked.rows = asked.rows or "all"
+    asked.slot_bytes = asked.slot_bytes or (_GPU_SLOT_BYTES if on_gpu else Sizes.of(MODELS[asked.model]).slot_bytes)
+    return asked
+
+
+def _slots(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _slot_bytes(text: str) -> int:

@@ -16,6 +16,7 @@ DTYPE: Final = "bfloat16"
 
 _SHARED_DIMENSION: Final = {
     "embed_tokens": 0,
+    "lm_head": 0,
     "q_proj": 0,
     "k_proj": 0,
     "v_proj": 0,
