@@ -56,8 +56,8 @@ def modulo(value: int) -> int:
     return value % _MODULUS
 
 
-WEIGHTS: Final = tuple(mix(column * STEP % _MODULUS) & ~63 | 2 * column + 1 for column in range(ROW_WORDS))
-"""Of a row's words: any bits above, 1, 3, 5 ... modulo 64."""
+WEIGHTS: Final = tuple(mix(2 * column + 1) & ~63 | 2 * column + 1 for column in range(ROW_WORDS))
+"""Of a row's words: 1, 3, 5 ... in the lowest six bits, and scattered bits above."""
 
 
 class Run(NamedTuple):

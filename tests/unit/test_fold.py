@@ -21,6 +21,7 @@ from cpe_daemon.errors import ProtocolError
 from cpe_daemon.ingest import fold as ingest_fold
 from cpe_daemon.ingest.fold import ExtentFold, fold_seams
 from cpe_daemon.wire.messages import TensorPart
+from inference_plugins import fold as plugin_fold
 from inference_plugins.fold import Folder
 
 MODULUS = 1 << 64
@@ -49,7 +50,9 @@ def random_tensors(sizes: Sequence[int], seed: int = 0) -> dict[str, bytes]:
     return {f"layers.{index}.w": rng.randbytes(nbytes) for index, nbytes in enumerate(sizes)}
 
 
-def in_torch(tensors: Mapping[str, bytes], slot_bytes: int = 1 << 14, folder: Folder | None = None) -> int:
+def in_torch(
+    tensors: Mapping[str, bytes], slot_bytes: int = 1 << 14, folder: Folder | None = None, device: str = "cpu"
+) -> int:
     """Fold through buckets as the daemon cuts them; whatever a slot holds besides is noise."""
     specs = [TensorSpec(name, "uint8", (len(data),)) for name, data in tensors.items()]
     made: Cut = cut(specs, slot_bytes)
@@ -65,9 +68,9 @@ def in_torch(tensors: Mapping[str, bytes], slot_bytes: int = 1 << 14, folder: Fo
             parts.append(
                 TensorPart(spec.name, spec.dtype, spec.shape, part.tensor_offset, part.nbytes, part.slot_offset)
             )
-        before = bytes(slot)
-        folder.add(seq, parts, torch.frombuffer(slot, dtype=torch.uint8))
-        assert slot == before
+        content = torch.frombuffer(bytearray(slot), dtype=torch.uint8).to(device)
+        folder.add(seq, parts, content)
+        assert bytes(content.tolist()) == slot
     return folder.result()
 
 
@@ -121,7 +124,8 @@ def cut_tensors(draw: st.DrawFn) -> tuple[dict[str, bytes], list[list[int]]]:
 def test_fold_is_what_it_was() -> None:
     """Daemon and workers may be of different releases: a change of the fold is a change of the protocol."""
     assert mix(1) == 0x5692161D100B05E5
-    assert reference({"w": bytes(range(256)) + b"tail", "b": b"", "é": b"\x01"}) == 5336238310275673820
+    assert tuple(mix(odd) // 64 * 64 + odd for odd in range(1, 64, 2)) == WEIGHTS
+    assert reference({"w": bytes(range(256)) + b"tail", "b": b"", "é": b"\x01"}) == 11479923048015890683
 
 
 def test_weights_are_odd_and_differ_modulo_64() -> None:
@@ -165,6 +169,34 @@ def test_extent_fold_takes_rows_from_several_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda at: fold.add(at, min(1000, plan.nbytes - at)), range(0, plan.nbytes, 1000)))
     assert fold.total == reference(tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [40, 1 << 13])
+def test_fold_on_a_gpu_is_the_reference(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin_fold, "_CUDA_ROWS", 1000)
+    folder = Folder()
+    for seed in range(2):
+        tensors = random_tensors([0, 1, 7, 777, 5000, 300_000, 256, 3_000_001], seed)
+        assert in_torch(tensors, rows * ROW_BYTES, folder, device="cuda") == reference(tensors)
+
+
+@pytest.mark.gpu
+def test_folder_on_a_gpu_takes_a_fraction_of_a_slot_of_memory() -> None:
+    slot = torch.randint(0, 256, (256 << 20,), dtype=torch.uint8, device="cuda")
+    part = TensorPart("w", "uint8", (slot.numel(),), 0, slot.numel() - 3, 0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    folder = Folder()
+    folder.add(0, [part], slot)
+    shard = Shard("w", "uint8", (part.nbytes,))
+    fold = ExtentFold(memoryview(slot.cpu().numpy().data), [shard], layout([shard]))
+    fold.add(0, slot.numel())
+    assert folder.result() == fold.total
+    assert torch.cuda.max_memory_allocated() - before < slot.numel() // 3
+    folder.begin()
+    assert torch.cuda.memory_allocated() - before < 1 << 20
 
 
 def test_folder_begins_anew_and_sees_when_a_bucket_holds_something_else() -> None:
