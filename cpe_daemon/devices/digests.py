@@ -110,26 +110,31 @@ class ChunkDigests:
 
     def upto(self, end: int) -> None:
         """Digest the first ``end`` bytes of the chunk, which are there, as far as that is not done yet."""
-        offsets, sizes, start, view = self._owner.layout.offsets, self._owner.layout.sizes, self._start, self._view
+        layout, found, start, view = self._owner.layout, self._owner.found, self._start, self._view
+        offsets, sizes, shard = layout.offsets, layout.sizes, self._shard
         end += start
-        while self._shard < len(sizes):
-            begin = offsets[self._shard]
-            last = begin + sizes[self._shard]
-            at = max(begin, self._at)
+        while shard < len(sizes):
+            begin = offsets[shard]
+            last = begin + sizes[shard]
             if last > end:
-                if at < end:
-                    if self._state is None:
-                        self._state = xxh3_128()
-                    self._state.update(view[at - start : end - start])
-                    self._at = end
-                return
+                self._update(max(begin, self._at), end)
+                break
             if self._state is not None:
-                self._state.update(view[at - start : last - start])
-                self._owner.found[self._shard] = self._state.digest()
-                self._state = None
+                self._update(self._at, last)
+                found[shard], self._state = self._state.digest(), None
             elif begin < last:
-                self._owner.found[self._shard] = xxh3_128_digest(view[at - start : last - start])
-            self._shard += 1
+                found[shard] = xxh3_128_digest(view[begin - start : last - start])
+            shard += 1
+        self._shard = shard
+
+    def _update(self, at: int, end: int) -> None:
+        """Digest bytes of a shard that has others before or behind them."""
+        if at >= end:
+            return
+        if self._state is None:
+            self._state = xxh3_128()
+        self._state.update(self._view[at - self._start : end - self._start])
+        self._at = end
 
     def end(self) -> None:
         """All bytes of the chunk are there: digest the rest, and leave to others what cannot be digested yet."""

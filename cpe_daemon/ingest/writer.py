@@ -15,7 +15,7 @@ from cpe_daemon.devices.digests import Digests
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DigestError, ProtocolError
 
-PIECE_BYTES: Final = 256 << 10
+PIECE_BYTES: Final = 512 << 10
 """Copied and digested in one go, so that the digest reads the cache."""
 
 _NAMED: Final = 10

@@ -19,15 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from torch import Tensor
+
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 from cpe_daemon.devices.digests import ChunkDigests, Digests
+from cpe_daemon.devices.memory import copy
 from cpe_daemon.publisher.gpus import Gpus
-from cpe_daemon.publisher.reader import Reader
+from cpe_daemon.publisher.reader import Reader, is_plain
 from cpe_daemon.publisher.runs import cut_runs
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.window import Window
 
-PIECE_BYTES: Final = 256 << 10
+PIECE_BYTES: Final = 512 << 10
 """Copied on the host, and digested, in one go."""
 
 _MOST_THREADS: Final = 8
@@ -95,14 +98,14 @@ def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pour
     digests = Digests(contribution.layout, chunk_bytes, lasting=False)
     if pouring.threads == 1 and not devices:
         with Reader(pouring.gpus) as reader:
-            filler = _Filler(contribution, sink, digests, reader)
+            filler = _Filler(contribution, sink, digests, reader, all_here=True)
             for chunk in range(-(-contribution.layout.nbytes // chunk_bytes)):
                 pouring.progress(filler.fill(chunk))
     else:
         runs = cut_runs(contribution.layout, chunk_bytes, pouring.threads * _RUNS_A_THREAD)
         if not sink.in_order:
             runs.sort(key=len, reverse=True)  # the longest last would keep one thread while all others are done
-        _Crew(contribution, sink, digests, runs, pouring).work()
+        _Crew(contribution, sink, digests, runs, pouring, all_here=not devices).work()
     return b"".join(digests.found)
 
 
@@ -110,13 +113,21 @@ class _Crew:
     """Threads that fill one contribution's chunks, run by run."""
 
     def __init__(
-        self, contribution: Contribution, sink: Sink, digests: Digests, runs: Sequence[range], pouring: Pouring
+        self,
+        contribution: Contribution,
+        sink: Sink,
+        digests: Digests,
+        runs: Sequence[range],
+        pouring: Pouring,
+        *,
+        all_here: bool,
     ) -> None:
         self._contribution = contribution
         self._sink = sink
         self._digests = digests
         self._runs = deque(runs)
         self._pouring = pouring
+        self._all_here = all_here
         self._filled: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         """Bytes of each chunk, and None when a thread ends."""
         self._stop = threading.Event()
@@ -144,7 +155,7 @@ class _Crew:
     def _work(self) -> None:
         try:
             with Reader(self._pouring.gpus) as reader:
-                filler = _Filler(self._contribution, self._sink, self._digests, reader)
+                filler = _Filler(self._contribution, self._sink, self._digests, reader, all_here=self._all_here)
                 while self._runs and not self._stop.is_set():
                     self._fill_run(filler)
         except BaseException:
@@ -165,14 +176,17 @@ class _Crew:
 
 
 class _Filler:
-    """Fills chunks, in one thread."""
+    """Fills chunks, in one thread; ``all_here`` if no tensor is in a GPU."""
 
-    def __init__(self, contribution: Contribution, sink: Sink, digests: Digests, reader: Reader) -> None:
+    def __init__(
+        self, contribution: Contribution, sink: Sink, digests: Digests, reader: Reader, *, all_here: bool
+    ) -> None:
         self._tensors = contribution.tensors
         self._layout = contribution.layout
         self._sink = sink
         self._digests = digests
         self._reader = reader
+        self._all_here = all_here
 
     def fill(self, chunk: int) -> int:
         """Fill a chunk, and return how many bytes it has."""
@@ -192,29 +206,31 @@ class _Filler:
         at = digested = 0
         shard = self._digests.first_shard(start)
         while at < total:
-            begin = min(offsets[shard] - start, total) if shard < len(sizes) else total
+            begin = offsets[shard] - start if shard < len(sizes) else total
             if at < begin:
-                _clear(window.view[at:begin])
-                at = begin
-            if at == total:
-                return
-            if not sizes[shard]:
-                shard += 1
+                gap = min(begin, total)
+                window.view[at:gap] = _ZEROS[: gap - at]
+                at = gap
                 continue
-            source = self._reader.find(self._tensors[shard])
-            done = start + at - offsets[shard]
-            while (step := min(sizes[shard] - done, total - at)) > 0:
-                if source.device is None:
-                    step = min(step, PIECE_BYTES)
-                self._reader.copy(source, done, step, window, at)
-                done += step
-                at += step
-                if at - digested >= PIECE_BYTES and not self._reader.pending:
-                    digests.upto(at)
-                    digested = at
+            tensor, nbytes = self._tensors[shard], min(sizes[shard] + begin, total) - at
+            if self._all_here and begin == at and nbytes <= PIECE_BYTES and tensor.is_cpu and is_plain(tensor):
+                copy(window.address + at, tensor.data_ptr(), nbytes)  # the way of small tensors: no objects made
+            else:
+                self._write_part(tensor, at - begin, nbytes, window, at, digests)
+            at += nbytes
+            if at - digested >= PIECE_BYTES and not self._reader.pending:
+                digests.upto(at)
+                digested = at
             shard += 1
 
-
-def _clear(view: memoryview) -> None:
-    """Write zeros: fewer than the alignment, as there are between shards."""
-    view[:] = _ZEROS[: len(view)]
+    def _write_part(
+        self, tensor: Tensor, start: int, nbytes: int, window: Window, at: int, digests: ChunkDigests
+    ) -> None:
+        """Write ``nbytes`` of a tensor, from ``start`` on, and digest them if they are there at once."""
+        source = self._reader.find(tensor)
+        piece_bytes = PIECE_BYTES if source.device is None else max(nbytes, 1)  # a call costs more there
+        for done in range(0, nbytes, piece_bytes):
+            step = min(piece_bytes, nbytes - done)
+            self._reader.copy(source, start + done, step, window, at + done)
+            if not self._reader.pending:
+                digests.upto(at + done + step)
