@@ -8,7 +8,10 @@ functions; what takes time they hand to a task.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +22,7 @@ import structlog
 import zmq
 
 from cpe_daemon.core.rates import Rates
-from cpe_daemon.errors import AccessError, BusyError, ConfigError, CpeError, ProtocolError
+from cpe_daemon.errors import AccessError, BusyError, ConfigError, CpeError, ProtocolError, ResourceError
 from cpe_daemon.links.access import Access
 from cpe_daemon.links.allowed import Client
 from cpe_daemon.links.curve import secure
@@ -57,6 +60,7 @@ _KEEPALIVE: Final = (
 """Hosts that vanish are noticed by the kernel, and not by libzmq's heartbeats: libzmq (4.3.5, its issues 4364 and 4767)
 aborts the process if one of its timers comes due for a peer that has filled its queue and left."""
 
+_NOT_NOW: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENODEV)
 _SOCKET_MODE: Final = 0o660
 _BACKLOG: Final = 1024
 _LINGER_MILLISECONDS: Final = 500
@@ -107,7 +111,7 @@ class Router:
         self._on_protocol_error = on_protocol_error
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
-        self._paths: list[Path] = []
+        self._files: dict[Path, tuple[int, int] | None] = {}
         self._socket = context.socket(zmq.ROUTER)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         for option, value in (
@@ -135,18 +139,22 @@ class Router:
 
         Raises:
             ConfigError: the endpoint cannot be bound; names it.
+            ResourceError: it cannot be bound now: somebody has it, or the host lacks the address.
         """
+        path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+        if path is not None:
+            _check_free(path)
         umask = os.umask(0o777 & ~_SOCKET_MODE)  # for libzmq, which makes the file, and asks for no mode
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"cannot listen on {endpoint}: {error}") from None
+            kind = ResourceError if error.errno in _NOT_NOW else ConfigError
+            raise kind(f"cannot listen on {endpoint}: {error}") from None
         finally:
             os.umask(umask)
-        if endpoint.startswith("ipc://"):
-            path = Path(endpoint.removeprefix("ipc://"))
+        if path is not None:
             os.chmod(path, _SOCKET_MODE)
-            self._paths.append(path)
+            self._files[path] = _identity(path)
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def start(self) -> None:
@@ -165,8 +173,9 @@ class Router:
             self._loop.remove_reader(self._fd)
             self._loop = None
         self._socket.close(linger=_LINGER_MILLISECONDS)
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        for path, made in self._files.items():
+            if _identity(path) == made:  # or else it is another daemon's by now
+                path.unlink(missing_ok=True)
 
     def send(self, peer: bytes, message: Message, *frames: bytes | memoryview) -> bool:
         """Send without waiting; False if the peer is gone or its queue is full."""
@@ -275,3 +284,32 @@ class Router:
     def refuse(self, peer: bytes, error: CpeError, stream: int = 0) -> None:
         """Tell a peer why something of it was refused."""
         self.send(peer, ErrorReply(ErrorInfo(error.code, error.message), stream))
+
+
+def _check_free(path: Path) -> None:
+    """Refuse the file of a socket at which somebody listens, and one that is no socket: libzmq would replace either.
+
+    Raises:
+        ConfigError: it is no socket.
+        ResourceError: somebody listens.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not path.is_socket() and path.lstat():
+            raise ConfigError(f"cannot listen on ipc://{path}: that file is there, and it is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as asking:
+        try:
+            asking.connect(str(path))
+        except BlockingIOError:  # so many want to, that it has to wait
+            pass
+        except OSError:  # there is none, or it was left behind
+            return
+    raise ResourceError(f"cannot listen on ipc://{path}: another process does; stop that, or use another path")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell one file by a name from the next."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import pairwise
@@ -14,7 +15,7 @@ import structlog
 import zmq
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import BusyError, ConfigError, ProtocolError
+from cpe_daemon.errors import BusyError, ConfigError, ProtocolError, ResourceError
 from cpe_daemon.links import router as router_module
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.codec import Codec, encode
@@ -110,6 +111,10 @@ class Daemon:
         client = self.client(identity, queue)
         await client.ask(encode(Ping()))
         return client, self.seen[-1][0]
+
+
+def idle_router(context: Context) -> Router:
+    return Router("other", context, accepts=FrontMessage, handlers={}, max_frame_bytes=LARGEST)
 
 
 @pytest.fixture
@@ -309,15 +314,51 @@ async def test_tcp_port_zero_is_replaced_by_the_one_chosen(daemon: Daemon) -> No
     client = Client(daemon.context, endpoint)
     daemon.clients.append(client)
     assert await client.ask(encode(Ping())) == Pong("g")
-    with pytest.raises(ConfigError, match="Address already in use"):
+    with pytest.raises(ResourceError, match="Address already in use"):
         daemon.router.bind(endpoint)
 
 
-@pytest.mark.parametrize("endpoint", ["ipc:///nonexistent/front.sock", "tcp://192.0.2.1:1", "http://x", ""])
-async def test_endpoint_that_cannot_be_bound_is_named(endpoint: str, daemon: Daemon) -> None:
-    with pytest.raises(ConfigError) as caught:
+@pytest.mark.parametrize(
+    ("endpoint", "kind"),
+    [
+        ("ipc:///nonexistent/front.sock", ConfigError),
+        ("tcp://192.0.2.1:1", ResourceError),
+        ("http://x", ConfigError),
+        ("", ConfigError),
+    ],
+)
+async def test_endpoint_that_cannot_be_bound_is_named(endpoint: str, kind: type[Exception], daemon: Daemon) -> None:
+    with pytest.raises(kind) as caught:
         daemon.router.bind(endpoint)
     assert endpoint in str(caught.value)
+
+
+async def test_socket_of_another_daemon_is_neither_taken_nor_removed(daemon: Daemon) -> None:
+    other = idle_router(daemon.context)
+    with pytest.raises(ResourceError, match="another process does; stop that"):
+        other.bind(daemon.endpoint)
+    other.close()
+    assert await daemon.client().ask(encode(Ping())) == Pong("g")
+
+
+async def test_socket_that_was_left_behind_is_replaced_and_only_its_owner_removes_it(daemon: Daemon) -> None:
+    path = daemon.endpoint.removeprefix("ipc://")
+    os.unlink(path)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    other = idle_router(daemon.context)
+    other.bind(daemon.endpoint)
+    daemon.router.close()
+    assert os.path.exists(path)  # noqa: ASYNC240 - of memory
+    other.close()
+    assert not os.path.exists(path)  # noqa: ASYNC240 - of memory
+
+
+async def test_file_that_is_no_socket_is_kept(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match="it is no socket"):
+        daemon.router.bind(f"ipc://{tmp_path}/file")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 async def test_raw_bytes_at_the_socket_are_nobodys_message(daemon: Daemon) -> None:
