@@ -20,7 +20,7 @@ class Arena:
     """A region of ``nbytes``, mapped once for the life of the daemon. Extents are the event loop's business alone.
 
     Raises:
-        ConfigError: the region cannot be mapped.
+        ResourceError: the region cannot be mapped.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -66,7 +66,7 @@ class Arena:
             progress: called on the loop with (bytes done, bytes in all).
 
         Raises:
-            ConfigError: the host has not enough memory.
+            ResourceError: the host has not enough memory.
         """
         require_bytes(self.nbytes, "the arena (arena.size_bytes)")
         loop = asyncio.get_running_loop()

@@ -8,14 +8,15 @@ import stat
 from pathlib import Path
 
 from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ConfigError, ResourceError
 
 
 class RuntimeDirectory:
     """The directory of a daemon's sockets, owned by one live process at a time.
 
     Raises:
-        ConfigError: it cannot be made, or another daemon owns it (which is left unharmed).
+        ConfigError: it cannot be used.
+        ResourceError: another daemon owns it, which is left unharmed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +32,7 @@ class RuntimeDirectory:
         except BlockingIOError:
             owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             os.close(self._lock)
-            raise ConfigError(
+            raise ResourceError(
                 f"another daemon (pid {owner}) runs on {self.path}; give this one its own runtime_dir"
             ) from None
         except OSError as error:

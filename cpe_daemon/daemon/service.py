@@ -13,7 +13,7 @@ from cpe_daemon.daemon.daemon import Daemon
 from cpe_daemon.daemon.drain import describe, holdings, longest_close_seconds, longest_stop_seconds, unless
 from cpe_daemon.daemon.last_resort import LastResort
 from cpe_daemon.daemon.supervision import Supervision
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ConfigError, ResourceError
 from cpe_daemon.observe.notify import Notifier
 from cpe_daemon.push.trace import Trace
 from cpe_daemon.runtime import RuntimeDirectory
@@ -32,6 +32,7 @@ async def serve(config: Config, trace: Trace | None = None) -> None:
 
     Raises:
         ConfigError: it cannot start with these settings; says why. Nothing is left behind.
+        ResourceError: it cannot start now: memory, an address or the runtime directory is taken.
     """
     notifier = Notifier()
     try:
@@ -44,7 +45,7 @@ async def serve(config: Config, trace: Trace | None = None) -> None:
                     await life.run(tasks)
                 finally:
                     await life.end()
-    except* ConfigError as group:
+    except* (ConfigError, ResourceError) as group:
         raise group.exceptions[0] from None
     finally:
         notifier.close()

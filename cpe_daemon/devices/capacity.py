@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ResourceError
 
 _GROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -24,11 +24,11 @@ def require_bytes(nbytes: int, what: str) -> None:
         what: it is for, with the setting that says how much.
 
     Raises:
-        ConfigError: names what is needed and what there is.
+        ResourceError: names what is needed and what there is.
     """
     free = available_bytes()
     if nbytes > free:
-        raise ConfigError(
+        raise ResourceError(
             f"{what} needs {nbytes / 2**30:.2f} GiB of memory, and this host can give {free / 2**30:.2f} GiB"
         )
 

@@ -13,7 +13,7 @@ import mmap
 import os
 from typing import Final
 
-from cpe_daemon.errors import ConfigError, PeerError
+from cpe_daemon.errors import ConfigError, PeerError, ResourceError
 
 _F_ADD_SEALS: Final = 1033
 _F_GET_SEALS: Final = 1034
@@ -58,7 +58,8 @@ class SharedMemory:
         """Make a region of ``nbytes`` that nobody can resize. ``name`` shows in /proc only.
 
         Raises:
-            ConfigError: the kernel refuses; says why.
+            ConfigError: no region has this size.
+            ResourceError: the kernel refuses; says why.
         """
         fd = -1
         try:
@@ -69,7 +70,8 @@ class SharedMemory:
         except (OSError, ValueError, OverflowError) as error:
             if fd >= 0:
                 os.close(fd)
-            raise ConfigError(f"cannot map {nbytes} bytes of memory for {name}: {error}") from None
+            kind = ResourceError if isinstance(error, OSError) else ConfigError
+            raise kind(f"cannot map {nbytes} bytes of memory for {name}: {error}") from None
 
     @classmethod
     def attach(cls, fd: int, nbytes: int, *, writable: bool) -> SharedMemory:
@@ -106,13 +108,13 @@ class SharedMemory:
         """Have the kernel provide the pages of a range now: a first touch later costs ten times a warm copy. Blocking.
 
         Raises:
-            ConfigError: there is not enough memory.
+            ResourceError: there is not enough memory.
         """
         start = ctypes.c_void_p(self.address + offset)
         if nbytes and _libc.madvise(start, ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE) != 0:
             code = ctypes.get_errno()
             if code != errno.EINVAL:  # a kernel before 5.14: pages come at first touch
-                raise ConfigError(f"cannot provide {nbytes} bytes of memory: {os.strerror(code)}")
+                raise ResourceError(f"cannot provide {nbytes} bytes of memory: {os.strerror(code)}")
 
     def close(self) -> None:
         """Unmap and close, once. Views that others still hold keep the mapping until they are gone."""

@@ -2,8 +2,7 @@
 
 A connection carries one request and lives some seconds at most, whatever its peer does: sends nothing, or its request
 byte by byte, or does not read the answer. Where there is no room for another one, the oldest makes room, so that a
-probe gets in however many others are there. And pages that take time are made no more often than the daemon can well
-spare: all who wait for one get the same answer.
+probe gets in however many others are there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ import structlog
 from aiohttp import web
 from yarl import URL
 
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ConfigError, ResourceError
 from cpe_daemon.observe.tls import Certificate
 
 log = structlog.get_logger(__name__)
@@ -82,6 +81,7 @@ class Listener:
 
     Raises:
         ConfigError: the address cannot be had; says what to do.
+        ResourceError: it cannot be had now.
     """
 
     def __init__(
@@ -217,50 +217,6 @@ class Listener:
         return Answer(page.encode(), "text/html; charset=utf-8")
 
 
-class Paced:
-    """A page that is made once at a time, and not more often than every ``seconds``.
-
-    However many ask meanwhile, they wait for one and the same answer, which is begun after the last of them has asked.
-
-    Args:
-        page: the page; called with one of ``kinds``, or with nothing.
-        seconds: between two answers.
-        kinds: media types that a request may accept, and then gets an answer of its own kind.
-    """
-
-    def __init__(self, page: Page, seconds: float, kinds: Collection[str] = ()) -> None:
-        self._page = page
-        self._seconds = seconds
-        self._kinds = kinds
-        self._turn = asyncio.Lock()
-        self._next = 0.0
-        self._begun = 0
-        self._made: dict[str, tuple[int, Answer]] = {}
-        """By kind, the last answer and how many had been begun with it."""
-
-    async def __call__(self, accept: str) -> Answer:
-        """The page, in its turn."""
-        kind = next((kind for kind in self._kinds if kind in accept), "")
-        asked = self._begun
-        async with self._turn:
-            number, answer = self._made.get(kind, (0, None))
-            if answer is None or number <= asked:
-                answer = await self._make(kind)
-            return answer
-
-    async def _make(self, kind: str) -> Answer:
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._next - loop.time())
-        self._begun += 1
-        number = self._begun
-        try:
-            answer = await self._page(kind)
-        finally:
-            self._next = loop.time() + self._seconds
-        self._made[kind] = number, answer
-        return answer
-
-
 class _Handler(web.RequestHandler):
     """aiohttp's half of a connection, whose parser may choke without harm."""
 
@@ -323,6 +279,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: the address cannot be had.
+        ResourceError: it cannot be had now.
     """
     written = f"{f'[{host}]' if ':' in host else host}:{port}"
     try:
@@ -338,8 +295,7 @@ def _listen(host: str, port: int) -> socket.socket:
             errno.EADDRNOTAVAIL: "no interface of this host has that address",
             errno.EACCES: "ports below 1024 are for root; use another one",
         }.get(error.errno or 0, "set http.listen to another address")
-        raise ConfigError(
-            f"cannot listen on {written} (http.listen): {os.strerror(error.errno or 0)}: {mend}"
-        ) from None
+        kind = ResourceError if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else ConfigError
+        raise kind(f"cannot listen on {written} (http.listen): {os.strerror(error.errno or 0)}: {mend}") from None
     made.setblocking(False)
     return made

@@ -17,7 +17,6 @@ from typing import Final
 from cpe_daemon.devices.memory import SharedMemory
 from cpe_daemon.errors import (
     AccessError,
-    ConfigError,
     CpeError,
     PeerError,
     PeerLostError,
@@ -312,7 +311,7 @@ def _land(endpoint: str, welcome: TrainerWelcome) -> Landing | None:
         return None
     try:
         return Landing(tether, _mapped(fd, welcome.credits * welcome.chunk_bytes))
-    except (PeerError, ConfigError) as error:
+    except (PeerError, ResourceError) as error:
         log.warning("no landing ring from %s, sending bytes through the socket: %s", endpoint, error.message)
         return Landing(tether, None)  # kept: the daemon takes the end of a tether for the end of this process
 
@@ -321,7 +320,7 @@ def _mapped(fd: int, nbytes: int) -> SharedMemory:
     ring = SharedMemory.attach(fd, nbytes, writable=True)
     try:
         ring.prefault(0, nbytes)
-    except ConfigError:
+    except ResourceError:
         ring.close()
         raise
     return ring

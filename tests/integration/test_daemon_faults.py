@@ -112,7 +112,7 @@ def test_second_daemon_refuses_and_the_first_is_unharmed(node: Node, trainer: Tr
     first = node.daemon
     second = node.launch_daemon(fresh=True)
     second.wait()
-    assert second.exit_status == 2
+    assert second.exit_status == 6
     assert f"another daemon (pid {first.pid}) runs on" in second.said
     assert {path.name for path in node.runtime_dir.iterdir()} >= SOCKETS
     expected = publish(trainer, 2)
@@ -123,7 +123,7 @@ def test_second_daemon_refuses_and_the_first_is_unharmed(node: Node, trainer: Tr
 def test_daemon_without_the_memory_that_it_is_told_to_take_says_so(node: Node) -> None:
     daemon = node.launch_daemon(fresh=True, arena__size_bytes="60TiB")
     daemon.wait()
-    assert daemon.exit_status == 2
+    assert daemon.exit_status == 6
     assert "arena" in daemon.said
     assert not SOCKETS & {path.name for path in node.runtime_dir.iterdir()}
 

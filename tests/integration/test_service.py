@@ -121,7 +121,7 @@ def test_second_daemon_is_not_ready(node: Node, manager: InitSystem) -> None:
     node.start_daemon()
     second = node.launch_daemon(fresh=True, environment=manager.environment)
     second.wait()
-    assert second.exit_status == 2
+    assert second.exit_status == 6
     manager.hear_out()
     assert manager.heard == []
     assert node.daemon.status()["daemon"]["pid"] == node.daemon.pid

@@ -17,7 +17,7 @@ from cpe_daemon import arena as arena_module
 from cpe_daemon.arena import Arena
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.types import ALIGNMENT_BYTES, align
-from cpe_daemon.errors import ArenaFullError, ConfigError, MisuseError
+from cpe_daemon.errors import ArenaFullError, MisuseError, ResourceError
 
 A = ALIGNMENT_BYTES
 MIB = 1 << 20
@@ -91,8 +91,8 @@ def test_largest_free_without_is_what_would_fit_then(sizes: list[int], data: st.
     arena.close()
 
 
-def test_region_that_cannot_be_mapped_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="cannot map"):
+def test_region_that_cannot_be_mapped_is_a_resource_error() -> None:
+    with pytest.raises(ResourceError, match="cannot map"):
         Arena(1 << 60)
 
 
@@ -131,10 +131,10 @@ async def test_prefault_leaves_the_loop_free(arena: Arena, monkeypatch: pytest.M
 
 async def test_prefault_without_memory_fails(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(offset: int, nbytes: int) -> None:
-        raise ConfigError(f"cannot provide {nbytes} bytes of memory: Cannot allocate memory")
+        raise ResourceError(f"cannot provide {nbytes} bytes of memory: Cannot allocate memory")
 
     monkeypatch.setattr(arena._memory, "prefault", no_memory)
-    with pytest.raises(ConfigError, match="cannot provide"):
+    with pytest.raises(ResourceError, match="cannot provide"):
         await arena.prefault(2)
     assert arena.prefaulted_bytes == 0
 
@@ -153,12 +153,12 @@ async def test_prefault_that_fails_does_not_go_on(arena: Arena, monkeypatch: pyt
     def fail(offset: int, nbytes: int) -> None:
         asked.append(offset)
         assert not offset or shut_down.wait(30.0)
-        raise ConfigError("no memory")
+        raise ResourceError("no memory")
 
     monkeypatch.setattr(arena_module, "PREFAULT_BYTES", 4096)
     monkeypatch.setattr(arena_module, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(arena._memory, "prefault", fail)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ResourceError):
         await arena.prefault(1)
     assert len(asked) <= 2
 

@@ -8,7 +8,7 @@ import pytest
 
 from cpe_daemon.arena import Arena
 from cpe_daemon.devices import capacity
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ResourceError
 
 MIB = 1 << 20
 
@@ -52,14 +52,14 @@ def test_tightest_group_around_counts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_too_much_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_bytes", lambda: 1 << 30)
     capacity.require_bytes(1 << 30, "the arena")
-    with pytest.raises(ConfigError, match=r"the arena needs 1\.50 GiB of memory, and this host can give 1\.00 GiB"):
+    with pytest.raises(ResourceError, match=r"the arena needs 1\.50 GiB of memory, and this host can give 1\.00 GiB"):
         capacity.require_bytes(3 << 29, "the arena")
 
 
 async def test_arena_larger_than_the_host_takes_nothing() -> None:
     arena = Arena(1 << 46)
     try:
-        with pytest.raises(ConfigError, match=r"the arena \(arena\.size_bytes\) needs 65536\.00 GiB"):
+        with pytest.raises(ResourceError, match=r"the arena \(arena\.size_bytes\) needs 65536\.00 GiB"):
             await arena.prefault(2)
         assert arena.prefaulted_bytes == 0
     finally:

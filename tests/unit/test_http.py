@@ -18,9 +18,10 @@ import structlog
 import uvloop
 from structlog.testing import capture_logs
 
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ConfigError, ResourceError
 from cpe_daemon.observe import http
-from cpe_daemon.observe.http import Answer, Listener, Paced, Page, as_json
+from cpe_daemon.observe.http import Answer, Listener, Page, as_json
+from cpe_daemon.observe.pages import Paced
 from cpe_daemon.observe.tls import Certificate
 
 uvloop.new_event_loop().close()  # libuv keeps a pipe from its first loop on, which is no leak
@@ -495,7 +496,7 @@ async def test_closing_cuts_those_that_are_connected(no_leaks: None) -> None:
 
 async def test_port_that_is_taken_is_named_with_the_mend() -> None:
     async with serving() as served, asyncio.TaskGroup() as tasks:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ResourceError) as caught:
             Listener(("127.0.0.1", served.port), {}, tasks)
     assert f"cannot listen on 127.0.0.1:{served.port} (http.listen)" in str(caught.value)
     assert "another process has it" in str(caught.value)
@@ -504,7 +505,7 @@ async def test_port_that_is_taken_is_named_with_the_mend() -> None:
 
 async def test_address_that_is_not_this_host_is_named() -> None:
     async with asyncio.TaskGroup() as tasks:
-        with pytest.raises(ConfigError, match=r"192\.0\.2\.1:0 .*no interface of this host"):
+        with pytest.raises(ResourceError, match=r"192\.0\.2\.1:0 .*no interface of this host"):
             Listener(("192.0.2.1", 0), {}, tasks)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from cpe_daemon.devices import memory
 from cpe_daemon.devices.memory import SharedMemory, address_of, copy
-from cpe_daemon.errors import ConfigError, PeerError
+from cpe_daemon.errors import ConfigError, PeerError, ResourceError
 
 PAGE = mmap.PAGESIZE
 F_ADD_SEALS = 1033
@@ -115,18 +115,20 @@ def test_kernel_without_the_write_seal_is_a_config_error(region: SharedMemory, m
         region.seal_writes()
 
 
-@pytest.mark.parametrize("nbytes", [-1, 0, 1 << 60, 1 << 70])
-def test_impossible_size_is_a_config_error_and_leaves_nothing(nbytes: int) -> None:
-    with pytest.raises(ConfigError, match="cannot map"):
+@pytest.mark.parametrize(
+    ("nbytes", "kind"), [(-1, ResourceError), (0, ConfigError), (1 << 60, ResourceError), (1 << 70, ConfigError)]
+)
+def test_impossible_size_is_an_error_and_leaves_nothing(nbytes: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="cannot map"):
         SharedMemory.create("cpe-test", nbytes)
 
 
-def test_no_descriptor_left_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptor_left_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(name: str, flags: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "memfd_create", exhausted)
-    with pytest.raises(ConfigError, match="Too many open files"):
+    with pytest.raises(ResourceError, match="Too many open files"):
         SharedMemory.create("cpe-test", PAGE)
 
 
@@ -186,8 +188,8 @@ def test_prefault_on_an_old_kernel_leaves_it_to_the_first_touch(
     region.prefault(0, region.nbytes)
 
 
-def test_prefault_without_memory_is_a_config_error(region: SharedMemory) -> None:
-    with pytest.raises(ConfigError, match="cannot provide"):
+def test_prefault_without_memory_is_a_resource_error(region: SharedMemory) -> None:
+    with pytest.raises(ResourceError, match="cannot provide"):
         region.prefault(1 << 46, PAGE)  # no such addresses: ENOMEM, as when memory is short
 
 
