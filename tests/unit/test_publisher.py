@@ -29,6 +29,7 @@ from cpe_daemon.errors import (
     PeerLostError,
     ProtocolError,
     PublishError,
+    ResourceError,
     VersionRefusedError,
 )
 from cpe_daemon.publisher import EndpointsFailedError, Publisher
@@ -216,7 +217,7 @@ def test_ring_that_cannot_be_mapped_leaves_the_session_with_the_socket(
         raise PeerError("cannot map")
 
     def prefault(ring: SharedMemory, offset: int, nbytes: int) -> None:
-        raise ConfigError("no memory")
+        raise ResourceError("no memory")
 
     monkeypatch.setattr(SharedMemory, broken, {"attach": attach, "prefault": prefault}[broken])
     daemon = make_daemon()
