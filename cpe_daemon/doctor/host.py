@@ -56,6 +56,7 @@ class Entry:
         gid: of its group.
         mode: its permissions.
         inode: its number on its file system.
+        device: that file system, as /proc writes it: "00:1a".
         writable: whether this process may write to it.
     """
 
@@ -64,6 +65,7 @@ class Entry:
     gid: int = 0
     mode: int = 0o755
     inode: int = 0
+    device: str = ""
     writable: bool = True
 
 
@@ -166,6 +168,7 @@ class LiveHost:
             gid=found.st_gid,
             mode=stat.S_IMODE(found.st_mode),
             inode=found.st_ino,
+            device=f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}",
             writable=os.access(path, os.W_OK),
         )
 

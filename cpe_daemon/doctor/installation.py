@@ -9,7 +9,7 @@ from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET
 from cpe_daemon.doctor.finding import Judgement, fail, gib, ok, skip, warn
 from cpe_daemon.doctor.host import Entry, Host
 from cpe_daemon.doctor.subject import Subject
-from cpe_daemon.doctor.systemd import SERVICE, unit, unit_config
+from cpe_daemon.doctor.systemd import SERVICE, unit, unit_config, unit_runtime_dirs
 
 _OTHERS_MAY_WRITE: Final = 0o002
 
@@ -77,6 +77,8 @@ def judge_runtime_dir(subject: Subject) -> Judgement:
 
 def _missing(host: Host, path: str) -> Judgement:
     """Whether it can be made."""
+    if path in unit_runtime_dirs(host):
+        return ok(f"{path} is not there yet; {SERVICE} makes it (RuntimeDirectory=)")
     for parent in PurePosixPath(path).parents:
         entry = host.entry(str(parent))
         if entry is not None:

@@ -13,6 +13,7 @@ DEVICES: Final = "/sys/class/infiniband"
 VERBS: Final = (PYTHON, "-P", "-c", "import ctypes; ctypes.CDLL('libibverbs.so.1')")
 
 _LOAD_SECONDS: Final = 10.0
+_EVERY_ADDRESS: Final = ("0.0.0.0", "[::]")  # noqa: S104 - as sockets say it
 
 
 def judge_rdma(subject: Subject) -> Judgement:
@@ -88,7 +89,7 @@ def _judge_endpoint(subject: Subject, endpoint: str, held: list[str] | None) -> 
     address, _, port = endpoint.partition("://")[2].rpartition(":")
     if port == "0" or not port.isdigit():
         return None  # any free one
-    if held is not None and any(other.endswith(f":{port}") for other in held):
+    if held is not None and any(_covers(other, address, port) for other in held):
         return None
     interface = _interface(address)
     if interface and interface not in (subject.host.names("/sys/class/net") or [interface]):
@@ -101,6 +102,13 @@ def _judge_endpoint(subject: Subject, endpoint: str, held: list[str] | None) -> 
             else warn(f"the daemon that runs does not listen at {endpoint}", "restart it, for it has older settings")
         )
     return _refusal(endpoint, port, error)
+
+
+def _covers(held: str, address: str, port: str) -> bool:
+    """Whether ``held`` is an address, or every one; a name may stand for any."""
+    other, _, other_port = held.partition("://")[2].rpartition(":")
+    named = address == "*" or bool(_interface(address))
+    return other_port == port and (named or other in (address, *_EVERY_ADDRESS))
 
 
 def _refusal(endpoint: str, port: str, error: str) -> Judgement:

@@ -148,16 +148,22 @@ class Subject:
         """Return the process that holds the runtime directory's lock, a daemon's; None if none does.
 
         The kernel is asked, not the file: a killed daemon leaves its number there, which another process may have got.
+        Only where the kernel calls the file system by another name than its files do (btrfs, overlayfs), the number in
+        the file has to be the lock's.
         """
-        lock = self.host.entry(f"{self.runtime_dir}/{LOCK_FILE}")
+        path = f"{self.runtime_dir}/{LOCK_FILE}"
+        lock = self.host.entry(path)
         locks = self.host.read("/proc/locks")
         if lock is None or locks is None:
             return None
         for line in locks.splitlines():
             # "1: FLOCK  ADVISORY  WRITE 4242 00:1a:1234 0 EOF"; who waits for a lock has "->" before its kind
             fields = line.split()
-            if fields[1:2] == ["FLOCK"] and fields[3] == "WRITE" and fields[5].rpartition(":")[2] == str(lock.inode):
-                return int(fields[4])
+            if fields[1:2] != ["FLOCK"] or fields[3] != "WRITE":
+                continue
+            pid, (device, _, inode) = fields[4], fields[5].rpartition(":")
+            if inode == str(lock.inode) and (device == lock.device or pid == (self.host.read(path) or "").strip()):
+                return int(pid)
         return None
 
     def silent(self) -> int | None:

@@ -12,7 +12,8 @@ from cpe_daemon.doctor.subject import Subject
 SERVICE: Final = "cpe-daemon.service"
 
 _PROPERTIES: Final = (
-    "LoadState,ActiveState,Result,UnitFileState,User,ExecStart,LimitMEMLOCK,LimitNOFILE,MemoryMax,PrivateDevices"
+    "LoadState,ActiveState,Result,UnitFileState,User,ExecStart,LimitMEMLOCK,LimitNOFILE,MemoryMax,PrivateDevices,"
+    "RuntimeDirectory"
 )
 _COMMAND: Final = ("systemctl", "show", SERVICE, f"--property={_PROPERTIES}")
 _ASK_SECONDS: Final = 5.0
@@ -38,6 +39,13 @@ def unit_config(host: Host) -> str | None:
     # ExecStart={ path=/usr/bin/cpe ; argv[]=/usr/bin/cpe serve --config /etc/cpe.yaml ; ignore_errors=no ; ... }
     found = re.search(r"--config[= ](\S+)", unit(host).get("ExecStart", ""))
     return found[1] if found else None
+
+
+def unit_runtime_dirs(host: Host) -> list[str]:
+    """Return the directories that the unit has made for the daemon when it starts, if it is installed."""
+    shown = unit(host)
+    names = shown.get("RuntimeDirectory", "") if shown.get("LoadState") == "loaded" else ""
+    return [f"/run/{name}" for name in names.split()]
 
 
 def judge_systemd(subject: Subject) -> Judgement:

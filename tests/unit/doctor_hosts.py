@@ -288,6 +288,7 @@ def service(**changes: str) -> str:
         "LimitNOFILE": "1048576",
         "MemoryMax": "infinity",
         "PrivateDevices": "no",
+        "RuntimeDirectory": "cpe",
         **changes,
     }
     return "".join(f"{name}={value}\n" for name, value in properties.items())
@@ -325,7 +326,7 @@ def with_daemon(host: RecordedHost, pid: int = 4242) -> RecordedHost:
         f"{RUNTIME}/{name}": Entry("socket", mode=0o660) for name in ("front.sock", "engines.sock", "handoff.sock")
     }
     return host.but(
-        entries={**sockets, f"{RUNTIME}/daemon.lock": Entry("file", mode=0o640, inode=77)},
+        entries={**sockets, f"{RUNTIME}/daemon.lock": Entry("file", mode=0o640, inode=77, device="00:1a")},
         files={
             "/proc/locks": (
                 "1: FLOCK  ADVISORY  READ 98 00:1a:77 0 EOF\n"

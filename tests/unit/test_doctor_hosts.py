@@ -248,7 +248,15 @@ KILLED = laptop().but(
     files={f"{RUNTIME}/daemon.lock": "4242\n"},
 )
 STARTING = with_daemon(laptop()).but(entries={f"{RUNTIME}/front.sock": None})
+OTHER_FILE_SYSTEM = STARTING.but(
+    entries={
+        f"{RUNTIME}/daemon.lock": Entry("file", inode=77, device="00:2b"),
+        f"{RUNTIME}/engines.sock": None,
+        f"{RUNTIME}/handoff.sock": None,
+    }
+)
 NO_DIRECTORY = laptop().but(entries={RUNTIME: None})
+FRESH = unit(User="cpe").but(entries={RUNTIME: None, "/run": Entry("directory", writable=False)}, uid=990)
 SERVED = unit(ExecStart=exec_start("/usr/bin/cpe", "serve", "--config", "/etc/cpe-daemon/config.yaml"))
 CALLED = with_daemon(laptop()).but(
     files={"/proc/4242/cmdline": "python\0-m\0cpe_daemon\0serve\0--config\0/srv/a.yaml\0"}
@@ -301,6 +309,9 @@ CALLED = with_daemon(laptop()).but(
         ("runtime-dir", NO_DIRECTORY, {}, "fail", ("may not make it in /run", "RuntimeDirectory=")),
         ("runtime-dir", NO_DIRECTORY.but(entries={"/run": Entry("directory")}), {}, "ok", ("the daemon makes it",)),
         ("runtime-dir", NO_DIRECTORY.but(entries={"/run": None, "/": None}), {}, "skip", ("nothing on the way",)),
+        ("runtime-dir", FRESH, {}, "ok", ("cpe-daemon.service makes it",)),
+        ("runtime-dir", FRESH.but(commands={SHOW: Ran(0, service(LoadState="not-found"))}), {}, "fail", ("in /run",)),
+        ("runtime-dir", FRESH.but(commands={SHOW: Ran(0, service(RuntimeDirectory="x"))}), {}, "fail", ("in /run",)),
         ("runtime-dir", laptop().but(entries={RUNTIME: Entry("link")}), {}, "fail", ("is a link",)),
         ("runtime-dir", directory(mode=0o777), {}, "fail", ("everybody", "chmod 0750")),
         (
@@ -320,6 +331,14 @@ CALLED = with_daemon(laptop()).but(
         ),
         ("runtime-dir", with_daemon(laptop()), {"status": status()}, "ok", ("held by the daemon (pid 4242)",)),
         ("runtime-dir", with_daemon(laptop()), {}, "fail", ("process 4242, which does not answer", "ps -fp 4242")),
+        ("runtime-dir", OTHER_FILE_SYSTEM, {}, "ok", ("this user's alone",)),
+        (
+            "runtime-dir",
+            OTHER_FILE_SYSTEM.but(files={f"{RUNTIME}/daemon.lock": "4242\n"}),
+            {},
+            "ok",
+            ("process 4242, which starts",),
+        ),
         ("runtime-dir", STARTING, {}, "ok", ("process 4242, which starts",)),
         ("runtime-dir", KILLED, {}, "warn", ("front.sock of a daemon that was killed", "start the daemon")),
         ("systemd", laptop(), {}, "skip", ("does not run here",)),
@@ -341,6 +360,12 @@ def test_installation(case: Case) -> None:
 
 TCP = asking(endpoints=("tcp://10.0.0.7:5555",))
 HELD = {**TCP, "status": status()}
+
+
+def listening(*endpoints: str) -> dict[str, Any]:
+    """A daemon that runs listens there, and the settings want another address."""
+    daemon = {**status()["daemon"], "endpoints": list(endpoints)}
+    return {**TCP, "status": status(daemon=daemon)}
 
 
 @named(
@@ -368,6 +393,22 @@ HELD = {**TCP, "status": status()}
         ("endpoints", with_daemon(laptop()), TCP, "skip", ("process 4242 may hold them",)),
         ("endpoints", laptop(), TCP, "ok", ("tcp://10.0.0.7:5555: free",)),
         ("endpoints", with_daemon(laptop()), HELD, "ok", ("held by the daemon",)),
+        ("endpoints", with_daemon(laptop()), listening("tcp://10.0.0.7:5555"), "ok", ("held by the daemon",)),
+        ("endpoints", with_daemon(laptop()), listening("tcp://[::]:5555"), "ok", ("held by the daemon",)),
+        (
+            "endpoints",
+            with_daemon(laptop()),
+            listening("tcp://10.0.0.8:5555"),
+            "warn",
+            ("does not listen at tcp://10",),
+        ),
+        (
+            "endpoints",
+            with_daemon(laptop()).but(refused={("10.0.0.7", 5555): "EADDRINUSE"}),
+            listening("http://127.0.0.1:5555"),
+            "fail",
+            ("another process listens there",),
+        ),
         ("endpoints", laptop().but(refused={("10.0.0.7", 5555): "EADDRINUSE"}), TCP, "fail", ("another", "ss -ltnp")),
         (
             "endpoints",
