@@ -18,6 +18,7 @@ The hierarchy separates who has to act:
         * `ArenaFullError`: the arena has no room; names need and free bytes.
         * `BusyError`: something else is in flight; the request was not begun.
     * `EngineError`: an engine could not be updated; names engine, rank and phase.
+        * `VerificationError`: an engine's worker was handed other bytes than were staged.
     * `PublishError`: a published version ended in failure; carries the daemon's reason.
 
 Codes travel on the wire (`ErrorInfo` in `cpe_daemon.wire.messages`); `from_code` rebuilds the error at the other side.
@@ -141,6 +142,12 @@ class EngineError(CpeError):
     code = "engine"
 
 
+class VerificationError(EngineError):
+    """What an engine's worker loaded is not what was staged."""
+
+    code = "verification"
+
+
 class PublishError(CpeError):
     """A published version ended in failure at a daemon."""
 
@@ -166,6 +173,7 @@ _BY_CODE: dict[str, type[CpeError]] = {
         ArenaFullError,
         BusyError,
         EngineError,
+        VerificationError,
         PublishError,
     )
 }

@@ -32,11 +32,15 @@ _REMEMBERED: Final = 16
 
 @dataclass(slots=True, eq=False)
 class Contribution:
-    """One rank's part of a version: its shards, where they lie, and, once sealed, their digests."""
+    """One rank's part of a version: its shards, where they lie, and, once sealed, their digests.
+
+    ``fold`` is of its bytes in the arena (`cpe_daemon.core.fold`), where workers are to verify what they load.
+    """
 
     shards: Sequence[Shard]
     extent: Extent
     digests: Sequence[bytes] | None = None
+    fold: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +53,8 @@ class Version:
     state: VersionState = VersionState.RECEIVING
     contributions: dict[int, Contribution] = field(default_factory=dict)
     manifest: Manifest | None = None
+    fold: int | None = None
+    """Of all its bytes (`cpe_daemon.core.fold`), once staged; None if workers shall not verify what they load."""
     error: CpeError | None = None
     report: VersionReport | None = None
     staged_at: float = 0.0
@@ -213,7 +219,7 @@ class Catalogue:
 
     # --- the life of a version ---------------------------------------------------------------------------------------
 
-    def stage(self, version: Version, manifest: Manifest) -> None:
+    def stage(self, version: Version, manifest: Manifest, fold: int | None = None) -> None:
         """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
 
         Raises:
@@ -223,6 +229,7 @@ class Catalogue:
         admit(history, version.id, force=True)
         with self._changing(version, VersionEvent.STAGE):
             version.manifest = manifest
+            version.fold = fold
             version.staged_at = self._clock()
             self._history[version.id.model] = history.after(version.id)
         self._supersede_waiting(version.id.model)

@@ -15,12 +15,13 @@ from cpe_daemon.core.types import VersionId
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a round is about to load: its number, the version, and how much is to come."""
+    """What a round is about to load: its number, the version, how much is to come, and its fold, if workers verify."""
 
     round: int
     version: VersionId
     tensors: int
     nbytes: int
+    fold: int | None = None
 
 
 class Steps(Protocol):

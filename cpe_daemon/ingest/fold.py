@@ -21,8 +21,8 @@ from cpe_daemon.core.types import Shard, align
 Words = NDArray[np.uint64]
 """As numpy has them, arithmetic is modulo 2^64."""
 
-_ROWS: Final = 8192
-"""Folded in one go: enough to hide what a call costs, few enough for all but the bytes to stay in the cache."""
+_ROWS: Final = 16384
+"""Rows whose sums are worked on in one go: enough to hide what a call costs, few enough to stay in the cache."""
 
 _WEIGHTS: Final = np.array(WEIGHTS, np.uint64)
 _RAMP: Final = np.arange(_ROWS, dtype=np.uint64) * np.uint64(STEP)
@@ -31,7 +31,7 @@ _KEPT: Final = np.array([(1 << 8 * nbytes) - 1 for nbytes in range(9)], np.uint6
 
 
 class ExtentFold:
-    """The fold of one extent.
+    """The fold of one extent. Thread-safe, if each chunk is one thread's.
 
     Args:
         view: the extent's bytes.
@@ -54,46 +54,14 @@ class ExtentFold:
         self._parted: dict[int, int] = {}
         """Bytes that have come of rows of which some have not."""
         self.total = 0
-        """Of the rows that have come."""
+        """Of the chunks that have come."""
 
-    def add(self, offset: int, nbytes: int) -> None:
-        """Fold these bytes, which are there for good; once each. Any thread, others at other bytes."""
-        with self._lock:
-            rows = self._completed(offset, offset + nbytes)
-        total = sum([self._fold(some) for some in rows])
-        with self._lock:
-            self.total = modulo(self.total + total)
+    def chunk(self, offset: int, nbytes: int) -> ChunkFold:
+        """Begin with bytes that are about to come, once each."""
+        return ChunkFold(self, offset, offset + nbytes)
 
-    def _completed(self, begin: int, end: int) -> list[range]:
-        """Rows of which all bytes have come with these."""
-        first, last = -(-begin // ROW_BYTES), end // ROW_BYTES
-        if first > last:
-            ends = [(last, end - begin)]
-        else:
-            ends = [(first - 1, first * ROW_BYTES - begin), (last, end - last * ROW_BYTES)]
-        rows = [range(first, last)]
-        for row, nbytes in ends:
-            came = self._parted.pop(row, 0) + nbytes
-            if came == ROW_BYTES:
-                rows.append(range(row, row + 1))
-            elif came:
-                self._parted[row] = came
-        return rows
-
-    def _fold(self, rows: range) -> int:
-        values, spare = np.empty(_ROWS, np.uint64), np.empty(_ROWS, np.uint64)
-        total = 0
-        for first in rows[::_ROWS]:
-            last = min(first + _ROWS, rows.stop)
-            some = values[: last - first]
-            self._sum(first, last, some)
-            self._add_keys(first, last, some)
-            _mix(some, spare[: last - first])
-            self._leave_out(first, last, some)
-            total += int(np.add.reduce(some))
-        return total
-
-    def _sum(self, first: int, last: int, sums: Words) -> None:
+    def sum_up(self, first: int, last: int, sums: Words) -> None:
+        """Sum the rows from ``first`` to ``last``."""
         words = _words(self._view[first * ROW_BYTES : last * ROW_BYTES])
         np.einsum("rc,c->r", words, _WEIGHTS, out=sums)
         begin, end = np.searchsorted(self._tail_rows, (first, last))
@@ -101,6 +69,41 @@ class ExtentFold:
             at = self._tail_rows[begin:end] - first
             kept = np.clip(self._tail_nbytes[begin:end, None] - _WORD_OFFSETS, 0, 8)
             sums[at] = ((words[at] & _KEPT[kept]) * _WEIGHTS).sum(axis=1)
+
+    def take(self, first: int, sums: Words, ends: Iterable[tuple[int, int]]) -> None:
+        """Take in rows from ``first`` on, whose sums are overwritten; ``ends`` are rows and bytes of them that came."""
+        total = self._fold(first, sums)
+        for row in self._completed(ends):
+            alone = np.empty(1, np.uint64)
+            self.sum_up(row, row + 1, alone)
+            total += self._fold(row, alone)
+        with self._lock:
+            self.total = modulo(self.total + total)
+
+    def _completed(self, ends: Iterable[tuple[int, int]]) -> list[int]:
+        """Rows of which all bytes have come with these."""
+        completed: list[int] = []
+        with self._lock:
+            for row, nbytes in ends:
+                came = self._parted.pop(row, 0) + nbytes
+                if came == ROW_BYTES:
+                    completed.append(row)
+                elif came:
+                    self._parted[row] = came
+        return completed
+
+    def _fold(self, begin: int, sums: Words) -> int:
+        """Make row sums values, and add them up."""
+        spare = np.empty(min(_ROWS, len(sums)), np.uint64)
+        total = 0
+        for at in range(0, len(sums), _ROWS):
+            values = sums[at : at + _ROWS]
+            first, last = begin + at, begin + at + len(values)
+            self._add_keys(first, last, values)
+            _mix(values, spare[: len(values)])
+            self._leave_out(first, last, values)
+            total += int(np.add.reduce(values))
+        return total
 
     def _add_keys(self, first: int, last: int, values: Words) -> None:
         values += _RAMP[: last - first]
@@ -115,6 +118,34 @@ class ExtentFold:
             rows = self._left_out[at]
             values[max(rows.start - first, 0) : rows.stop - first] = 0
             at += 1
+
+
+class ChunkFold:
+    """Bytes of an extent from ``begin`` to ``end``, in the thread that brings them."""
+
+    def __init__(self, fold: ExtentFold, begin: int, end: int) -> None:
+        self._fold = fold
+        self._begin = begin
+        self._end = end
+        self._first, self._last = -(-begin // ROW_BYTES), end // ROW_BYTES
+        self._sums = np.empty(max(self._last - self._first, 0), np.uint64)
+        self._summed = self._first
+
+    def upto(self, nbytes: int) -> None:
+        """The first ``nbytes`` have come: sum them up while they are in the cache."""
+        summed, came = self._summed, (self._begin + nbytes) // ROW_BYTES
+        if came > summed:
+            self._fold.sum_up(summed, came, self._sums[summed - self._first : came - self._first])
+            self._summed = came
+
+    def end(self) -> None:
+        """All of them have come, and been summed up."""
+        if self._first > self._last:
+            ends = [(self._last, self._end - self._begin)]
+        else:
+            head, tail = self._first * ROW_BYTES - self._begin, self._end - self._last * ROW_BYTES
+            ends = [(self._first - 1, head), (self._last, tail)]
+        self._fold.take(self._first, self._sums, ends)
 
 
 def fold_seams(tensors: Iterable[Tensor], extents: Sequence[memoryview]) -> int:

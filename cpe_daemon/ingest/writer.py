@@ -7,7 +7,7 @@ cannot be digested yet (`cpe_daemon.devices.digests`): always the arena's bytes,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
@@ -15,20 +15,13 @@ from cpe_daemon.devices.digests import Digests
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DigestError, ProtocolError
 
+if TYPE_CHECKING:  # imports numpy, which not every daemon needs
+    from cpe_daemon.ingest.fold import ExtentFold
+
 PIECE_BYTES: Final = 512 << 10
 """Copied and digested in one go, so that the digest reads the cache."""
 
 _NAMED: Final = 10
-
-
-class Folder(Protocol):
-    """Folds an extent's bytes beside the digests (`cpe_daemon.ingest.fold.ExtentFold`)."""
-
-    total: int
-
-    def add(self, offset: int, nbytes: int) -> None:
-        """Take these bytes, which have all come, for good. Any thread."""
-        ...
 
 
 class ExtentWriter:
@@ -42,7 +35,7 @@ class ExtentWriter:
         shards: what it holds, in order.
         layout: where each shard lies.
         chunk_bytes: the grid; every chunk but the last has this size.
-        folder: folds what has come, if that is wanted.
+        fold: folds what has come, if that is wanted.
     """
 
     def __init__(
@@ -52,14 +45,14 @@ class ExtentWriter:
         shards: Sequence[Shard],
         layout: Layout,
         chunk_bytes: int,
-        folder: Folder | None = None,
+        fold: ExtentFold | None = None,
     ) -> None:
         self._address = address
         self._view = view
         self._shards = shards
         self._layout = layout
         self._chunk_bytes = chunk_bytes
-        self._folder = folder
+        self._fold = fold
         count = -(-layout.nbytes // chunk_bytes)
         self._accepted = bytearray(count)
         self._left = count
@@ -74,8 +67,8 @@ class ExtentWriter:
 
     @property
     def fold(self) -> int | None:
-        """The fold of the extent's bytes, when every write has returned; None without a folder."""
-        return self._folder.total if self._folder is not None else None
+        """The fold of the extent's bytes, when every write has returned; None if nobody wants it."""
+        return self._fold.total if self._fold is not None else None
 
     def accept(self, offset: int, nbytes: int) -> None:
         """Take note of a chunk that is about to be written.
@@ -97,14 +90,17 @@ class ExtentWriter:
     def write(self, offset: int, source: int, nbytes: int) -> None:
         """Copy an accepted chunk from the address ``source`` into the arena, and digest what can be digested by now."""
         digests = self._digests.chunk(offset // self._chunk_bytes, self._view[offset : offset + nbytes])
+        fold = self._fold.chunk(offset, nbytes) if self._fold is not None else None
         address = self._address + offset
         for start in range(0, nbytes, PIECE_BYTES):
             step = min(PIECE_BYTES, nbytes - start)
             copy(address + start, source + start, step)
             digests.upto(start + step)
+            if fold is not None:
+                fold.upto(start + step)
         digests.end()
-        if self._folder is not None:
-            self._folder.add(offset, nbytes)
+        if fold is not None:
+            fold.end()
 
     def check(self, digests: bytes) -> list[bytes]:
         """Compare with the trainer's digests, when every write has returned; return them one by one.

@@ -38,6 +38,8 @@ class Participant:
         self.workers = tuple(engine.workers.values())
         self.error: CpeError | None = None
         self.phases: dict[str, float] = {}
+        self.verified = False
+        """Whether all its workers found that what they were handed is what was staged."""
         self.loaded_bytes = 0
         """Bytes of weights that all its workers have loaded in the round."""
         self._stopped_at = clock()
@@ -188,4 +190,5 @@ class Participant:
         """What the round did to the engine; the rate is over the loading of buckets."""
         error = ErrorInfo(self.error.code, self.error.message) if self.error else None
         nbytes, push = self.loaded_bytes, self.phases.get("push", 0.0)
-        return EngineReport(self.outcome, dict(self.phases), nbytes, nbytes / push / 1e9 if push else 0.0, error)
+        rate = nbytes / push / 1e9 if push else 0.0
+        return EngineReport(self.outcome, dict(self.phases), nbytes, rate, error, self.verified)

@@ -23,13 +23,18 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EngineReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a round did to one engine. ``phases`` are seconds by phase; ``gigabytes_per_second`` is over the push."""
+    """What a round did to one engine.
+
+    ``phases`` are seconds by phase; ``gigabytes_per_second`` is over the push. ``verified``: all its workers found that
+    what they were handed is what was staged.
+    """
 
     outcome: str
     phases: dict[str, float] = {}
     nbytes: int = 0
     gigabytes_per_second: float = 0.0
     error: ErrorInfo | None = None
+    verified: bool = False
 
 
 class VersionReport(msgspec.Struct, frozen=True, omit_defaults=True):

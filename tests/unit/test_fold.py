@@ -74,6 +74,14 @@ def in_torch(
     return folder.result()
 
 
+def add(fold: ExtentFold, offset: int, nbytes: int) -> None:
+    """Bring a chunk in three pieces."""
+    chunk = fold.chunk(offset, nbytes)
+    for came in (nbytes // 3, nbytes // 2, nbytes):
+        chunk.upto(came)
+    chunk.end()
+
+
 def in_arena(ranks: Sequence[Sequence[tuple[Shard, bytes]]], step: int = 1 << 20) -> int:
     """Fold extents as they are staged, ``step`` bytes at a time, and what lies around seams at the end."""
     shards = [[shard for shard, _ in rank] for rank in ranks]
@@ -88,7 +96,7 @@ def in_arena(ranks: Sequence[Sequence[tuple[Shard, bytes]]], step: int = 1 << 20
         pieces = list(range(0, plan.nbytes, step))
         random.Random(number).shuffle(pieces)
         for begin in pieces:
-            fold.add(begin, min(step, plan.nbytes - begin))
+            add(fold, begin, min(step, plan.nbytes - begin))
         total += fold.total
         extents.append(memoryview(extent))
     return (total + fold_seams(manifest.tensors, extents)) % MODULUS
@@ -167,7 +175,7 @@ def test_extent_fold_takes_rows_from_several_threads() -> None:
         extent[offset : offset + len(data)] = data
     fold = ExtentFold(memoryview(extent), shards, plan)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda at: fold.add(at, min(1000, plan.nbytes - at)), range(0, plan.nbytes, 1000)))
+        list(pool.map(lambda at: add(fold, at, min(1000, plan.nbytes - at)), range(0, plan.nbytes, 1000)))
     assert fold.total == reference(tensors)
 
 
@@ -192,7 +200,7 @@ def test_folder_on_a_gpu_takes_a_fraction_of_a_slot_of_memory() -> None:
     folder.add(0, [part], slot)
     shard = Shard("w", "uint8", (part.nbytes,))
     fold = ExtentFold(memoryview(slot.cpu().numpy().data), [shard], layout([shard]))
-    fold.add(0, slot.numel())
+    add(fold, 0, slot.numel())
     assert folder.result() == fold.total
     assert torch.cuda.max_memory_allocated() - before < slot.numel() // 3
     folder.begin()

@@ -65,7 +65,9 @@ class Contribution:
     def fold(self) -> int:
         """Of all bytes that the sender has, at once."""
         fold = ExtentFold(memoryview(self.source), self.shards, self.layout)
-        fold.add(0, self.layout.nbytes)
+        chunk = fold.chunk(0, self.layout.nbytes)
+        chunk.upto(self.layout.nbytes)
+        chunk.end()
         return fold.total
 
     def accept_all(self) -> None:
