@@ -145,6 +145,7 @@ class Daemon:
             handlers={**self.trainers.handlers(), **self.ingest.handlers(), **self.operations.handlers()},
             status=self.accounts.status,
             trainers=self.trainers,
+            operations=self.operations,
             on_protocol_error=count_error,
         )
         self._engines = Router(

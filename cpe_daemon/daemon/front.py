@@ -17,13 +17,14 @@ import zmq
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.rates import Rates
+from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.errors import AccessError
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.curve import Curve
 from cpe_daemon.links.identity import is_keyed
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES, encode
-from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusRequest, TrainerHello
+from cpe_daemon.wire.messages import FrontMessage, Message, PushRequest, StatusReply, StatusRequest, TrainerHello
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +38,7 @@ _DECRYPTING_THREADS: Final = min(4, len(os.sched_getaffinity(0)))
 _STATUS_SECONDS: Final = 0.1
 _STATUS_BURST: Final = 200
 _EVERYBODY: Final = b""
+_THIS_HOST: Final = "(local)"
 
 
 def io_threads(config: Config) -> int:
@@ -53,6 +55,7 @@ class Front:
         handlers: by message type, but for `StatusRequest`.
         status: makes what that is answered with.
         trainers: lose their links when their keys are revoked.
+        operations: lose the pushes that wait for their turn when the keys of those who asked for them are.
         on_protocol_error: called with a socket's name for each message, and each key, that is refused.
     """
 
@@ -64,6 +67,7 @@ class Front:
         handlers: Mapping[type[Message], Handler],
         status: Callable[[], dict[str, Any]],
         trainers: Trainers,
+        operations: Operations,
         on_protocol_error: Callable[[str], None],
     ) -> None:
         self._config = config
@@ -71,6 +75,7 @@ class Front:
         self._handlers: dict[type[Message], Handler] = {**handlers, StatusRequest: self._on_status}
         self._status = _Paced(status)
         self._trainers = trainers
+        self._operations = operations
         self._on_protocol_error = on_protocol_error
         self._curve: Curve | None = None
         ingest = config.ingest
@@ -148,6 +153,10 @@ class Front:
         """Send without waiting; False if the peer is gone or its queue is full."""
         return self._router_of(peer).send(peer, message, *frames)
 
+    def client(self, peer: bytes) -> str:
+        """Return what a peer is called in the log: its key's name, or where it is."""
+        return self._curve.access.name_of(peer) if self._curve is not None and is_keyed(peer) else _THIS_HOST
+
     def _router_of(self, peer: bytes) -> Router:
         return self._remote if self._remote is not None and is_keyed(peer) else self._local
 
@@ -176,13 +185,18 @@ class Front:
         self._router_of(peer).send_encoded(peer, self._status.encoded())
 
     async def _follow_keys(self, curve: Curve) -> None:
-        """Look at the list of keys at the heartbeat's pace; who lost the right to have a session loses it."""
+        """Look at the list of keys at the heartbeat's pace; who lost a right loses what is under way by it."""
         while True:
             await asyncio.sleep(self._config.deadlines.heartbeat_interval_seconds)
             if await curve.look():
                 reason = "its key was revoked, or is no trainer's any more"
                 for peer in self._trainers.drop(lambda peer: not curve.access.may(peer, TrainerHello), reason):
                     self._router_of(peer).refuse(peer, AccessError(f"this trainer's session has ended: {reason}"))
+                for peer in self._operations.drop_pushes(lambda peer: not curve.access.may(peer, PushRequest)):
+                    error = AccessError(
+                        "this push is not waited for: its key was revoked, or is no operator's any more"
+                    )
+                    self._router_of(peer).refuse(peer, error)
 
 
 def _keyed(config: Config) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
+from structlog.typing import FilteringBoundLogger as BoundLogger
 
 from cpe_daemon.engines.expected import check_fit
 from cpe_daemon.engines.registry import Registry
@@ -21,7 +22,6 @@ from cpe_daemon.wire.messages import (
     Done,
     EngineAdd,
     EngineRemove,
-    EngineSpec,
     ErrorReply,
     Message,
     PushReply,
@@ -30,6 +30,8 @@ from cpe_daemon.wire.messages import (
 from cpe_daemon.wire.reports import ErrorInfo
 
 log = structlog.get_logger(__name__)
+
+R = TypeVar("R", PushRequest, EngineAdd, EngineRemove)
 
 MAX_REQUESTS: Final = 8
 """At a time."""
@@ -42,6 +44,10 @@ class Sender(Protocol):
 
     def send(self, peer: bytes, message: Message, *frames: bytes | memoryview) -> bool:
         """Send without waiting; False if the peer cannot take it."""
+        ...
+
+    def client(self, peer: bytes) -> str:
+        """Return what a peer is called in the log."""
         ...
 
 
@@ -58,7 +64,7 @@ class Operations:
         self._pusher = pusher
         self._registry = registry
         self._tasks = tasks
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], tuple[bytes, type[Message]]] = {}
         self._sender: Sender | None = None
 
     def handlers(self) -> Mapping[type[Message], Handler]:
@@ -74,20 +80,31 @@ class Operations:
         for task in self._running:
             task.cancel()
 
+    def drop_pushes(self, gone: Callable[[bytes], bool]) -> list[bytes]:
+        """Carry out no more pushes of operators who are ``gone``, and return these; a push in flight goes on."""
+        found = {task: peer for task, (peer, kind) in self._running.items() if kind is PushRequest and gone(peer)}
+        for task, peer in found.items():
+            log.warning("operator.dropped", client=self._client(peer), request=PushRequest.__name__)
+            task.cancel()
+        return list(found.values())
+
+    def _client(self, peer: bytes) -> str:
+        return self._sender.client(peer) if self._sender is not None else ""
+
     def _on_push(self, peer: bytes, request: PushRequest, _: object) -> None:
         if len(request.engines) > _MAX_NAMES:
             raise MisuseError(f"{len(request.engines)} engines are named; at most {_MAX_NAMES} are taken")
-        self._begin(peer, "push", lambda: self._push(request))
+        self._begin(peer, request, self._push)
 
     def _on_add(self, peer: bytes, request: EngineAdd, _: object) -> None:
-        self._begin(peer, "engine_add", lambda: self._expect(request.engine))
+        self._begin(peer, request, self._expect)
 
     def _on_remove(self, peer: bytes, request: EngineRemove, _: object) -> None:
-        self._begin(peer, "engine_remove", lambda: self._forget(request.engine))
+        self._begin(peer, request, self._forget)
 
     # --- in tasks ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, peer: bytes, what: str, work: Callable[[], Coroutine[Any, Any, Message]]) -> None:
+    def _begin(self, peer: bytes, request: R, work: Callable[[R, str], Coroutine[Any, Any, Message]]) -> None:
         """Carry a request out beside everything else.
 
         Raises:
@@ -97,37 +114,50 @@ class Operations:
             raise BusyError(
                 f"{MAX_REQUESTS} requests of operators are being carried out or wait for their turn already"
             )
-        task = self._tasks.create_task(self._carry_out(peer, what, work()))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        client, kind = self._client(peer), type(request)
+        said = log.bind(client=client, request=kind.__name__)
+        task = self._tasks.create_task(self._carry_out(peer, said, work(request, client)))
+        self._running[task] = peer, kind
+        task.add_done_callback(self._ended)
 
-    async def _carry_out(self, peer: bytes, what: str, work: Coroutine[Any, Any, Message]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task, None)
+
+    async def _carry_out(self, peer: bytes, said: BoundLogger, work: Coroutine[Any, Any, Message]) -> None:
         answer: Message
         try:
             answer = await work
         except CpeError as error:
-            log.info("operator.refused", request=what, code=error.code, error=error.message)
+            said.info("operator.refused", code=error.code, error=error.message)
             answer = ErrorReply(ErrorInfo(error.code, error.message))
         except Exception as error:  # task boundary: what one operator asks for must not end the daemon
-            log.exception("operator.failed", request=what)
+            said.exception("operator.failed")
             reason = f"{type(error).__name__} in the daemon, whose log has more"
             answer = ErrorReply(ErrorInfo(CpeError.code, reason))
-        self._running -= {asyncio.current_task()}  # before it is answered: whoever reads that may ask the next thing
+        if (task := asyncio.current_task()) is not None:
+            self._ended(task)  # before it is answered: whoever reads that may ask the next thing
         if self._sender is None or not self._sender.send(peer, answer):
-            log.info("operator.left", request=what)
+            said.info("operator.left")
 
-    async def _push(self, request: PushRequest) -> PushReply:
-        log.info("operator.push", model=request.model, run=request.run, number=request.number, engines=request.engines)
+    async def _push(self, request: PushRequest, client: str) -> PushReply:
+        log.info(
+            "operator.push",
+            client=client,
+            model=request.model,
+            run=request.run,
+            number=request.number,
+            engines=request.engines,
+        )
         return PushReply(await self._pusher.request(request))
 
-    async def _expect(self, spec: EngineSpec) -> Done:
+    async def _expect(self, request: EngineAdd, client: str) -> Done:
         """Count on an engine from now on, after a restart too.
 
         Raises:
             MisuseError: its terms are impossible, or another engine is attached by its name.
             CpeError: it cannot be kept; nothing has changed.
         """
-        expected = self._registry.expected
+        spec, expected = request.engine, self._registry.expected
         expected.check(spec)
         attached = self._registry.find(spec.name)
         if attached is not None and attached.workers:
@@ -136,17 +166,18 @@ class Operations:
         engine = self._registry.find(spec.name)
         if engine is not None:
             engine.serves = spec.model or engine.serves
-        log.info("engine.expected", engine=spec.name, kind=spec.kind, model=spec.model, url=spec.url)
+        log.info("engine.expected", client=client, engine=spec.name, kind=spec.kind, model=spec.model, url=spec.url)
         here = "; it is attached" if engine is not None and engine.workers else ""
         return Done(f"engine {spec.name!r} is expected from now on{here}")
 
-    async def _forget(self, name: str) -> Done:
+    async def _forget(self, request: EngineRemove, client: str) -> Done:
         """Count on an engine no longer, and forget it unless workers of it are attached.
 
         Raises:
             MisuseError: nobody expects it, and it is not known, or attached.
             CpeError: the expectation cannot be taken back; nothing has changed.
         """
+        name = request.engine
         engine = self._registry.find(name)
         if self._registry.expected.get(name) is None:
             if engine is None:
@@ -158,7 +189,7 @@ class Operations:
                 )
         await self._registry.expected.remove(name)
         self._registry.forget(name)
-        log.info("engine.forgotten", engine=name)
+        log.info("engine.forgotten", client=client, engine=name)
         if self._registry.find(name) is not None:
             return Done(f"engine {name!r} is expected no longer; it is attached, and gets versions until it is stopped")
         return Done(f"engine {name!r} is forgotten")

@@ -40,8 +40,8 @@ ROLES: Final[Mapping[type[Message], frozenset[Role]]] = {
     Seal: _TRAINER,
     Abandon: _TRAINER,
     TrainerBye: _TRAINER,
-    Watch: _TRAINER | _OPERATOR,
-    Ping: frozenset(Role),
+    Watch: _TRAINER,
+    Ping: _TRAINER,
     StatusRequest: _OPERATOR,
     PushRequest: _OPERATOR,
     EngineAdd: _OPERATOR,
@@ -60,6 +60,8 @@ class Access:
     def __init__(self, clients: Clients) -> None:
         self._clients: dict[str, tuple[Client, bytes]] = {}
         self._by_prefix: dict[bytes, Client] = {}
+        self._names: dict[bytes, str] = {}
+        """Of those who are allowed, and of those who were: what they do on connections that exist is told by name."""
         self.replace(clients)
 
     def __contains__(self, public: str) -> bool:
@@ -76,6 +78,11 @@ class Access:
         """Let these in from now on, and nobody else."""
         self._by_prefix = {prefix_of(public): client for public, client in clients.items()}
         self._clients = {client.public: (client, prefix) for prefix, client in self._by_prefix.items()}
+        self._names |= {prefix: client.name for prefix, client in self._by_prefix.items()}
+
+    def name_of(self, peer: bytes) -> str:
+        """Who speaks by a routing id that `is_keyed`, for the log; empty if it never was allowed."""
+        return self._names.get(key_prefix(peer), "")
 
     def client(self, peer: bytes, public: str | None) -> Client:
         """Return who sent a message, by the key that its connection proved to have.

@@ -27,7 +27,7 @@ from cpe_daemon.links.access import Access
 from cpe_daemon.links.allowed import Client
 from cpe_daemon.links.curve import secure
 from cpe_daemon.links.frames import receive_frames, send_frames
-from cpe_daemon.links.identity import is_keyed
+from cpe_daemon.links.identity import is_keyed, key_prefix
 from cpe_daemon.links.keys import KeyPair
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import ErrorReply, Message
@@ -49,6 +49,10 @@ _DISCARDS: Final = 1024
 
 _TELL_SECONDS: Final = 1.0
 """A peer that speaks too often is told so once in as long."""
+
+_WARNED_PER_SECOND: Final = 0.1
+_WARNED_BURST: Final = 5
+"""Refusals in the log, of each client: that there were some, and what it tried, but not all of them."""
 
 _KEEPALIVE: Final = (
     (zmq.TCP_KEEPALIVE, 1),
@@ -107,6 +111,7 @@ class Router:
         self._access = access
         self._rates = rates
         self._tellings = Rates(1 / _TELL_SECONDS, 1)
+        self._warnings = Rates(_WARNED_PER_SECOND, _WARNED_BURST)
         self._discarding = False
         self._on_protocol_error = on_protocol_error
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -230,7 +235,7 @@ class Router:
 
     def _take(self, frames: Sequence[zmq.Frame], now: float) -> None:
         """Decode and hand over one message; tell the peer if it is refused."""
-        peer, stream = frames[0].bytes, 0
+        peer, kind, stream = frames[0].bytes, "", 0
         if self._rates is not None and not self._rates.take(peer, now):
             self._hush(peer, now)
             return
@@ -240,16 +245,16 @@ class Router:
                 raise ProtocolError(f"a message has 1 to {_MOST_FRAMES} frames")
             header, *bulk = (memoryview(frame.buffer) for frame in frames[1:])
             message = self._codec.decode(header)
-            stream = getattr(message, "stream", 0)
+            kind, stream = type(message).__name__, getattr(message, "stream", 0)
             if client is not None and self._access is not None:
                 self._access.check(client, type(message))
             handler = self._handlers.get(type(message))
             if handler is None:
-                raise ProtocolError(f"{type(message).__name__} is not accepted here")
+                raise ProtocolError(f"{kind} is not accepted here")
             handler(peer, message, bulk)
         except (ProtocolError, AccessError) as error:
             self._on_protocol_error(self.name)
-            log.debug("message.refused", socket=self.name, reason=error.message)
+            self._say_refused(peer, kind, error, now)
             self.refuse(peer, error, stream)
         except CpeError as error:
             self.refuse(peer, error, stream)
@@ -272,6 +277,15 @@ class Router:
         if is_keyed(peer):
             raise AccessError("this routing id is for clients with keys, which connect over tcp")
         return None
+
+    def _say_refused(self, peer: bytes, kind: str, error: CpeError, now: float) -> None:
+        """Log a refusal: what a client with a key may not do concerns the operator, what is no message hardly."""
+        say, client = log.debug, ""
+        if self._access is not None and is_keyed(peer) and isinstance(error, AccessError):
+            client = self._access.name_of(peer)
+            if self._warnings.take(key_prefix(peer), now):
+                say = log.warning
+        say("message.refused", socket=self.name, client=client, message=kind, reason=error.message)
 
     def _hush(self, peer: bytes, now: float) -> None:
         """Refuse what came too soon after too much else."""

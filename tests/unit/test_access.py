@@ -12,7 +12,7 @@ from cpe_daemon.links.access import ROLES, Access
 from cpe_daemon.links.allowed import Client
 from cpe_daemon.links.identity import new_routing_id
 from cpe_daemon.links.keys import new_pair
-from cpe_daemon.wire.messages import Chunk, FrontMessage, Message, Ping, Pong, StatusRequest, TrainerHello
+from cpe_daemon.wire.messages import Chunk, FrontMessage, Message, Ping, Pong, StatusRequest, TrainerHello, Watch
 
 ANNE, BOB, EVE = (new_pair().public for _ in range(3))
 CLIENTS = {
@@ -57,7 +57,8 @@ def test_key_that_is_not_allowed_is_refused(public: str | None) -> None:
         (ANNE, Ping, True),
         (ANNE, StatusRequest, False),
         (BOB, StatusRequest, True),
-        (BOB, Ping, True),
+        (BOB, Ping, False),
+        (BOB, Watch, False),
         (BOB, TrainerHello, False),
         (BOB, Chunk, False),
         (ANNE, Pong, False),
@@ -77,6 +78,7 @@ def test_revoked_key_may_nothing_from_then_on() -> None:
     access, peer = Access(CLIENTS), new_routing_id(ANNE)
     assert access.may(peer, TrainerHello)
     access.replace({BOB: CLIENTS[BOB]})
+    assert (access.name_of(peer), access.name_of(new_routing_id(EVE))) == ("anne", "")
     assert not access.may(peer, TrainerHello)
     assert not access.may(new_routing_id(BOB), TrainerHello)
     assert access.may(new_routing_id(), TrainerHello), "this host's own sockets have every role"

@@ -148,6 +148,30 @@ async def test_role_is_asked_for_each_message(curve: Curve) -> None:
         assert door.counted == ["remote"]
 
 
+async def test_what_a_client_may_not_do_is_logged_by_its_name_in_bounds(keys_dir: Path, curve: Curve) -> None:
+    async with opened(curve) as door:
+        with capture_logs() as logs:
+            await door.ask(*[StatusRequest()] * 20)
+        warnings = [line for line in logs if line["event"] == "message.refused" and line["log_level"] == "warning"]
+        assert len(warnings) == 5
+        assert (warnings[0]["client"], warnings[0]["message"]) == ("anne", "StatusRequest")
+        assert "has the role trainer" in warnings[0]["reason"]
+        dealer = Dealer(door.endpoint, FrontReply, CREDENTIALS)
+        try:
+            await asyncio.to_thread(dealer.send, Ping())
+            await asyncio.to_thread(dealer.receive, 10)
+            revoke(keys_dir / ALLOWED, "anne")
+            await curve.look()
+            door.router._warnings = Rates(1.0, 5)
+            with capture_logs() as logs:
+                await asyncio.to_thread(dealer.send, Ping())
+                assert isinstance((await asyncio.to_thread(dealer.receive, 10) or [None])[0], ErrorReply)
+        finally:
+            dealer.close()
+    (line,) = [line for line in logs if line["event"] == "message.refused"]
+    assert (line["log_level"], line["client"]) == ("warning", "anne")
+
+
 async def test_revoked_key_is_refused_in_the_midst_of_a_connection(keys_dir: Path, curve: Curve) -> None:
     async with opened(curve) as door:
         dealer = Dealer(door.endpoint, FrontReply, CREDENTIALS)

@@ -52,6 +52,9 @@ class Desk:
         self.answers.setdefault(peer, asyncio.Queue()).put_nowait(message)
         return True
 
+    def client(self, peer: bytes) -> str:
+        return peer.decode()
+
     def say(self, message: Message, peer: bytes = b"operator") -> None:
         self.operations.handlers()[type(message)](peer, message, ())
 
@@ -125,6 +128,37 @@ async def test_requests_are_bounded_and_taken_again_when_some_are_done(desk: Des
     for index in range(MAX_REQUESTS):
         assert isinstance(await desk.answer(b"%d" % index), PushReply)
     assert isinstance(await desk.ask(add()), Done)
+
+
+async def test_push_that_waits_goes_with_the_operator_s_right_to_it(desk: Desk) -> None:
+    worker = desk.node.worker("a")
+    desk.node.stage(ONE)
+    worker.hang("finish")
+    desk.say(PushRequest("m"), b"bob")
+    await desk.node.until(lambda: "finish" in worker.steps)
+    desk.say(PushRequest("m"), b"anne")
+    await desk.node.until(lambda: desk.node.pusher.waiting == 1)
+    with structlog.testing.capture_logs() as logs:
+        assert desk.operations.drop_pushes(lambda peer: peer == b"anne") == [b"anne"]
+        command = next(command for command in worker.commands if type(command).__name__ == "Finish")
+        worker.say(worker.do(command))
+        assert isinstance(await desk.answer(b"bob"), PushReply)
+        assert isinstance(await desk.ask(add()), Done)
+    assert b"anne" not in desk.answers
+    assert worker.steps.count("finish") == 1
+    assert [(line["event"], line["client"]) for line in logs if line["event"].startswith("operator")] == [
+        ("operator.dropped", "anne")
+    ]
+
+
+async def test_what_operators_do_is_logged_by_their_names(desk: Desk) -> None:
+    with structlog.testing.capture_logs() as logs:
+        desk.say(PushRequest("m"), b"anne")
+        await desk.answer(b"anne")
+        desk.say(add(), b"bob")
+        await desk.answer(b"bob")
+    told = {line["event"]: line["client"] for line in logs if "client" in line}
+    assert told == {"operator.push": "anne", "operator.refused": "anne", "engine.expected": "bob"}
 
 
 async def test_endless_list_of_engines_is_refused(desk: Desk) -> None:
