@@ -41,8 +41,8 @@ class _Bucket(NamedTuple):
 class Folder:
     """Folds one version after another. Belongs to the receiver's thread; works on the device's current stream.
 
-    Nothing here waits for the device but `result`. What it takes there, about an eighth of a slot at most, is let go of
-    by `begin`; what describes a bucket is kept for the next round, which is likely to bring the same parts.
+    Nothing here waits for the device but `result`, and a bucket that is not like the last one of its number. What it
+    takes there, a third of a slot at most, is let go of by `begin`; what describes a bucket is kept for the next round.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,8 @@ class _Scratch:
         self._weights = torch.tensor([_signed(weight) for weight in WEIGHTS], device=device)
         self._ramp = torch.arange(rows, device=device).mul_(_signed(STEP))
         self._values, self._shifted = int64(rows), int64(rows)
-        self._products = int64(min(rows, _CUDA_ROWS if device.type == "cuda" else _CPU_ROWS), ROW_WORDS)
+        at_once = min(_CUDA_ROWS if device.type == "cuda" else _CPU_ROWS, max(rows // 8, 1))
+        self._products = int64(at_once, ROW_WORDS)
         self._kept = torch.tensor([(1 << 8 * nbytes) - 1 for nbytes in range(8)] + [-1], device=device)
         self._word_offsets = torch.arange(0, ROW_BYTES, 8, device=device)
 

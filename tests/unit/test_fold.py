@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from cpe_daemon.core.buckets import Cut, cut
+from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.fold import ROW_BYTES, WEIGHTS, mix
 from cpe_daemon.core.manifest import Manifest, layout, merge
 from cpe_daemon.core.types import Shard, TensorSpec, VersionId
 from cpe_daemon.errors import ProtocolError
 from cpe_daemon.ingest import fold as ingest_fold
 from cpe_daemon.ingest.fold import ExtentFold, fold_seams
+from cpe_daemon.ingest.folding import fold_of
+from cpe_daemon.versions import Contribution
 from cpe_daemon.wire.messages import TensorPart
 from inference_plugins import fold as plugin_fold
 from inference_plugins.fold import Folder
@@ -228,6 +231,27 @@ def test_folder_refuses_parts_that_are_no_rows(parts: list[tuple[str, int, int, 
     given_parts = [TensorPart(name, "uint8", (4096,), *numbers) for name, *numbers in parts]
     with pytest.raises(ProtocolError, match=said):
         Folder().add(0, given_parts, torch.zeros(1024, dtype=torch.uint8))
+
+
+def test_version_has_a_fold_if_all_of_its_contributions_were_folded() -> None:
+    tensors = random_tensors([5000, 777])
+    ranks = shared(tensors, [[300], [256]])
+    arena, extents, folds, base = bytearray(1 << 14), [], [], 512
+    for rank in ranks:
+        plan = layout([shard for shard, _ in rank])
+        for (_, data), offset in zip(rank, plan.offsets, strict=True):
+            arena[base + offset : base + offset + len(data)] = data
+        fold = ExtentFold(memoryview(arena)[base : base + plan.nbytes], [shard for shard, _ in rank], plan)
+        add(fold, 0, plan.nbytes)
+        folds.append(fold.total)
+        extents.append(Extent(base, plan.nbytes))
+        base += plan.nbytes + 512
+    shards = [[shard for shard, _ in rank] for rank in ranks]
+    manifest = merge(VersionId("m", "r", 1), shards, [[b""] * len(rank) for rank in ranks])
+    parts = [Contribution(*part) for part in zip(shards, extents, [None, None], folds, strict=True)]
+    assert fold_of(manifest, parts, memoryview(arena)) == reference(tensors)
+    parts[1].fold = None
+    assert fold_of(manifest, parts, memoryview(arena)) is None
 
 
 # --- what changes it --------------------------------------------------------------------------------------------------
