@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, Rows, Run, modulo, rows_of
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, modulo, seed
 from cpe_daemon.errors import ProtocolError
 from cpe_daemon.wire.messages import TensorPart
 
@@ -122,28 +122,26 @@ def _logical_shift(values: torch.Tensor, shift: int, out: torch.Tensor) -> torch
 
 
 def _describe(parts: Sequence[TensorPart], slot: torch.Tensor) -> _Bucket:
-    rows = rows_of(Run(part.name, part.tensor_offset, part.nbytes) for part in parts)
-    _check(parts, rows, slot.numel())
-    tails = None
-    if rows.tails:
-        at, nbytes = zip(*rows.tails, strict=True)
-        tails = _Tails(_int64(at, slot.device), _int64(nbytes, slot.device))
-    keys = _int64([_signed(key) for key in rows.keys], slot.device)
-    return _Bucket(parts, sum(rows.counts), keys, _int64(rows.counts, slot.device), tails)
+    """Find out what there is to know of a bucket.
 
-
-def _int64(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _check(parts: Sequence[TensorPart], rows: Rows, slot_bytes: int) -> None:
-    """Refuse parts that do not lie as `rows_of` takes it."""
-    end = 0
-    for part, count in zip(parts, rows.counts, strict=True):
-        if count and (part.slot_offset != end or part.tensor_offset % ROW_BYTES):
+    Raises:
+        ProtocolError: the parts are not where they have to be.
+    """
+    seeds = torch.tensor([_signed(seed(part.name)) for part in parts], dtype=torch.int64)
+    sizes = torch.tensor([part.nbytes for part in parts], dtype=torch.int64)
+    counts = (sizes + ROW_BYTES - 1) // ROW_BYTES
+    ends = counts.cumsum(0)
+    begins = ends - counts
+    for part, begin in zip(parts, begins.tolist(), strict=True):
+        if part.nbytes and (part.slot_offset != begin * ROW_BYTES or part.tensor_offset % ROW_BYTES):
             raise ProtocolError(
                 f"byte {part.tensor_offset} of {part.name} at {part.slot_offset} of a slot: not in rows"
             )
-        end += count * ROW_BYTES
-    if end > slot_bytes:
-        raise ProtocolError(f"{end} bytes for a slot of {slot_bytes}")
+    rows = int(counts.sum())
+    if rows * ROW_BYTES > slot.numel():
+        raise ProtocolError(f"{rows * ROW_BYTES} bytes for a slot of {slot.numel()}")
+    first_rows = torch.tensor([part.tensor_offset // ROW_BYTES for part in parts], dtype=torch.int64) - begins
+    keys = (seeds + first_rows) * _signed(STEP)
+    (at,) = (sizes % ROW_BYTES).nonzero(as_tuple=True)
+    tails = _Tails((ends[at] - 1).to(slot.device), (sizes[at] % ROW_BYTES).to(slot.device)) if len(at) else None
+    return _Bucket(parts, rows, keys.to(slot.device), counts.to(slot.device), tails)

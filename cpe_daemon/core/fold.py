@@ -17,8 +17,7 @@ wants to can find other bytes with the same fold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
@@ -47,7 +46,7 @@ def seed(name: str) -> int:
 
 
 def key(name: str, row: int) -> int:
-    """What is added to the sum of a tensor's row; ``row`` may be one before the first."""
+    """What is added to the sum of a tensor's row."""
     return (seed(name) + row) * STEP % _MODULUS
 
 
@@ -58,46 +57,3 @@ def modulo(value: int) -> int:
 
 WEIGHTS: Final = tuple(mix(2 * column + 1) & ~63 | 2 * column + 1 for column in range(ROW_WORDS))
 """Of a row's words: 1, 3, 5 ... in the lowest six bits, and scattered bits above."""
-
-
-class Run(NamedTuple):
-    """Bytes ``tensor_offset`` onwards, a multiple of `ROW_BYTES`, of the tensor ``name``, in memory."""
-
-    name: str
-    tensor_offset: int
-    nbytes: int
-
-
-class Tail(NamedTuple):
-    """A row of memory of which only the first ``nbytes`` belong to a tensor; the others count as zeros."""
-
-    row: int
-    nbytes: int
-
-
-class Rows(NamedTuple):
-    """What there is to know of rows of memory before they are folded, run by run.
-
-    Row ``r`` of memory, in run ``i``, has the key ``keys[i] + r * STEP``.
-    """
-
-    keys: list[int]
-    counts: list[int]
-    tails: list[Tail]
-
-
-def rows_of(runs: Iterable[Run]) -> Rows:
-    """Describe memory in which runs follow one another, each from a whole row on."""
-    keys: list[int] = []
-    counts: list[int] = []
-    tails: list[Tail] = []
-    end = 0
-    for name, tensor_offset, nbytes in runs:
-        keys.append(key(name, tensor_offset // ROW_BYTES - end))
-        whole, rest = divmod(nbytes, ROW_BYTES)
-        if rest:
-            tails.append(Tail(end + whole, rest))
-            whole += 1
-        counts.append(whole)
-        end += whole
-    return Rows(keys, counts, tails)

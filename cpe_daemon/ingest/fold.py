@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, Run, key, modulo, rows_of
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, key, modulo, seed
 from cpe_daemon.core.manifest import Layout, Tensor, tensor_offset
 from cpe_daemon.core.types import Shard, align
 
@@ -41,14 +41,14 @@ class ExtentFold:
 
     def __init__(self, view: memoryview, shards: Sequence[Shard], layout: Layout) -> None:
         offsets = [0 if shard.start is None else tensor_offset(shard) for shard in shards]
-        straight = [offset - offset % ROW_BYTES for offset in offsets]
-        runs = zip((shard.name for shard in shards), straight, layout.sizes, strict=True)
-        rows = rows_of(Run(*run) for run in runs)
+        seeds, sizes = np.array([seed(shard.name) for shard in shards], np.uint64), np.array(layout.sizes, np.int64)
         self._view = view
-        self._keys = np.array(rows.keys, np.uint64)
-        self._begins = np.cumsum([0, *rows.counts])
-        self._tail_rows = np.array([tail.row for tail in rows.tails], np.int64)
-        self._tail_nbytes = np.array([tail.nbytes for tail in rows.tails], np.int64)
+        self._begins = np.concatenate(([0], np.cumsum(-(-sizes // ROW_BYTES))))
+        first_rows = np.array(offsets, np.int64) // ROW_BYTES - self._begins[:-1]
+        self._keys = (seeds + first_rows.astype(np.uint64)) * np.uint64(STEP)
+        (tails,) = np.nonzero(sizes % ROW_BYTES)
+        self._tail_rows = self._begins[tails + 1] - 1
+        self._tail_nbytes = sizes[tails] % ROW_BYTES
         self._left_out = list(_left_out(shards, offsets, layout))
         self._lock = threading.Lock()  # guards what follows
         self._parted: dict[int, int] = {}
