@@ -20,6 +20,7 @@ from benchmarks.models import MODELS, QWEN3_8B, QWEN3_32B
 from cpe_daemon.config import load_config
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.demo.architecture import SMALL
+from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import EngineError
 from tests.unit.fake_cuda import FakeDriver
 
@@ -102,13 +103,20 @@ def test_floor_cuts_all_bytes_into_chunks_that_stay_inside() -> None:
     assert [chunk.host_at for chunk in cut] == [0, 300, 600, 0]
 
 
-def test_floor_runs_both_ways() -> None:
-    floor = Floor(GPUS, SMALL.nbytes, 1 << 20, 3)
+@pytest.mark.parametrize("gpus", [GPUS, ("GPU-00000001", "GPU-00000000")])
+def test_floor_runs_both_ways(gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(2, total=4 << 20)
+    monkeypatch.setattr(driver, "copy_to_host", lambda to, at, nbytes, stream: copy(to, at, nbytes))
+    monkeypatch.setattr("benchmarks.gpu.floor.driver", lambda: driver)
+    floor = Floor(gpus, SMALL.nbytes, 1 << 20, 3)
     try:
         assert floor.run() > 0
         assert floor.run_back() > 0
     finally:
         floor.close()
+    if gpus[0].startswith("GPU"):
+        assert sorted(driver.retained) == [0, 1]
+        assert list(driver.allocated.values()) == [3 << 20] * 2
 
 
 # --- what is read and counted ----------------------------------------------------------------------------------------
@@ -132,6 +140,14 @@ def test_counts_that_grow_are_named() -> None:
         os.close(reading)
         os.close(writing)
     assert grown(before, counter.settled(before, 0.0)) == []
+
+
+def test_memory_of_gpus_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(2, total=100 << 20)
+    monkeypatch.setattr(driver, "free_bytes", lambda: (30 + driver.device) << 20)
+    monkeypatch.setattr("benchmarks.gpu.census.driver", lambda: driver)
+    counts = Counter(os.getpid(), ("GPU-00000001", "GPU-00000000")).count()
+    assert (counts["GPU 0 MiB"], counts["GPU 1 MiB"]) == (70, 69)
 
 
 def test_memory_of_a_gpu_may_differ_by_what_drivers_take_at_a_time() -> None:
