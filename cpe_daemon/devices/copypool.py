@@ -37,7 +37,9 @@ class CopyPool(ThreadPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a thread copy; what waits for one is not counted as being copied."""
         self._count(1)
-        return super().submit(self._timed, functools.partial(fn, *args, **kwargs))
+        future = super().submit(self._timed, functools.partial(fn, *args, **kwargs))
+        future.add_done_callback(self._ended)
+        return future
 
     def go_on(self) -> bool:
         """Whether the calling thread may begin another copy in the same work: nothing else waits for a thread."""
@@ -45,6 +47,11 @@ class CopyPool(ThreadPoolExecutor):
             return False
         self._began[threading.get_ident()] = time.monotonic()
         return True
+
+    def _ended(self, future: Future[T]) -> None:
+        """What was cancelled waits no longer; whatever else has ended was begun before."""
+        if future.cancelled():
+            self._count(-1)
 
     def _count(self, step: int) -> None:
         with self._count_lock:
