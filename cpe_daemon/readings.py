@@ -17,6 +17,7 @@ from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.session import Session
+from cpe_daemon.observe.inventory import COPIES
 from cpe_daemon.observe.metrics import MAX_ENGINES, MAX_MODELS, Readings
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Version
@@ -113,11 +114,16 @@ def read_push(readings: Readings, device: Device, pusher: Pusher) -> None:
     current = pusher.current
     readings.add("cpe_push_in_progress", current is not None)
     readings.add("cpe_slot_size_bytes", device.slot_bytes)
-    readings.add("cpe_device_stuck_seconds", device.stuck_seconds)
     for index, gpu in enumerate(device.topology.gpus):
         taken = current.slots_in_use if current is not None and index in current.gpus else 0
         readings.add("cpe_slots", device.slot_count, str(index), gpu.uuid)
         readings.add("cpe_slots_in_use", taken, str(index), gpu.uuid)
+
+
+def read_copies(readings: Readings, ages: Mapping[str, float]) -> None:
+    """How long the oldest copy in flight has been; ``ages`` by `COPIES`."""
+    for copies in COPIES:
+        readings.add("cpe_copy_stuck_seconds", ages[copies], copies)
 
 
 def read_traffic(readings: Readings, pusher: Pusher, received: Mapping[str, Tally]) -> None:

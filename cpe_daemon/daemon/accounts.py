@@ -30,6 +30,7 @@ from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.readiness import Readiness, judge
 from cpe_daemon.readings import (
     read_arena,
+    read_copies,
     read_engines,
     read_push,
     read_traffic,
@@ -163,6 +164,7 @@ class Accounts:
         read_engines(readings, self._registry, states(self._registry))
         read_trainers(readings, self._trainers)
         read_push(readings, self._device, self._pusher)
+        read_copies(readings, self._health.ages())
         read_traffic(readings, self._pusher, self._ingest.received)
         readings.add("cpe_build_info", 1, *self._build)
         readings.add("cpe_ready", self.readiness().ready)

@@ -80,8 +80,8 @@ class Daemon:
         self._pool = CopyPool(config.ingest.copy_thread_count, "cpe-copy")
         self.health = Health(
             {
-                "into the arena": lambda: self._pool.stuck_seconds,
-                "out of the arena": lambda: self.device.stuck_seconds,
+                "in": lambda: self._pool.stuck_seconds,
+                "out": lambda: self.device.stuck_seconds,
             },
             stuck_seconds=config.deadlines.stuck_seconds,
         )

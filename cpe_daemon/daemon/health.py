@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
+from cpe_daemon.observe.inventory import COPIES
+
 log = structlog.get_logger(__name__)
 
 
@@ -17,7 +19,7 @@ class Health:
     """What may be wrong with the daemon itself. Belongs to the event loop.
 
     Args:
-        copying: by what they are for, the age in seconds of the oldest copy in flight (0.0: none is).
+        copying: by what they are for (`COPIES`), the age in seconds of the oldest copy in flight (0.0: none is).
         stuck_seconds: a copy that is older is stuck.
     """
 
@@ -39,6 +41,7 @@ class Health:
             log.warning("daemon.goes_on", copies=what)
         self._stuck = frozenset(stuck)
         return [
-            f"a copy {what} has been in flight for {seconds:.0f} s (deadlines.stuck_seconds: {self._stuck_seconds:g})"
+            f"a copy {COPIES[what]} has been in flight for {seconds:.0f} s"
+            f" (deadlines.stuck_seconds: {self._stuck_seconds:g})"
             for what, seconds in sorted(stuck.items())
         ]

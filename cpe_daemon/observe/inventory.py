@@ -43,6 +43,9 @@ SOCKETS: Final[Mapping[str, str]] = {
 }
 """Who is listened to where, the values of the label ``socket``."""
 
+COPIES: Final[Mapping[str, str]] = {"in": "into the arena", "out": "out of the arena"}
+"""What copies are for, the values of the label ``copies``."""
+
 THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
     "Updates": (
         Instrument(
@@ -304,11 +307,12 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             alerts=("CpeLoopLags",),
         ),
         Instrument(
-            "cpe_device_stuck_seconds",
+            "cpe_copy_stuck_seconds",
             "gauge",
-            "Age of the oldest copy to or between slots that is in flight.",
+            "Age of the oldest copy that is in flight; 0 if none is.",
+            labels=("copies",),
             panel="Loop lag, 99th percentile",
-            alerts=("CpeDeviceStuck",),
+            alerts=("CpeCopyStuck",),
             hint="Copies take milliseconds.",
         ),
         Instrument(

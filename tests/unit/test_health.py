@@ -46,6 +46,23 @@ def test_pool_without_work_is_stuck_in_nothing(pool: CopyPool) -> None:
     assert longest([]) == longest([pool]) == 0.0
 
 
+def test_work_that_is_cancelled_while_it_waits_keeps_nobody_from_going_on(pool: CopyPool) -> None:
+    blocking = [Copy(), Copy()]
+    copying = [pool.submit(copy) for copy in blocking]
+    for copy in blocking:
+        assert copy.begun.wait(_SECONDS)
+    waiting = pool.submit(Copy())
+    assert not pool.go_on()
+    assert waiting.cancel()
+    assert pool.go_on()
+    del pool._began[threading.get_ident()]
+    for copy in blocking:
+        copy.going_on.set()
+    assert [future.result(_SECONDS) for future in copying] == ["copied"] * 2
+    assert pool.go_on()
+    del pool._began[threading.get_ident()]
+
+
 def test_age_is_that_of_the_oldest_copy_in_flight(pool: CopyPool, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(copypool, "time", SimpleNamespace(monotonic=lambda: now))
@@ -79,24 +96,24 @@ def test_copy_that_fails_is_not_in_flight_any_more(pool: CopyPool) -> None:
 
 
 def test_daemon_is_well_until_a_copy_is_too_old_and_says_so_once() -> None:
-    ages = {"into the arena": 0.0, "to a GPU": 0.0}
+    ages = {"in": 0.0, "out": 0.0}
     health = Health({name: partial(ages.__getitem__, name) for name in ages}, stuck_seconds=30.0)
     with structlog.testing.capture_logs() as logs:
         assert health.reasons() == []
-        ages["to a GPU"] = 30.0
+        ages["out"] = 30.0
         assert health.reasons() == []
-        ages["to a GPU"] = 31.2
-        expected = ["a copy to a GPU has been in flight for 31 s (deadlines.stuck_seconds: 30)"]
+        ages["out"] = 31.2
+        expected = ["a copy out of the arena has been in flight for 31 s (deadlines.stuck_seconds: 30)"]
         assert health.reasons() == expected
-        ages["to a GPU"] = 32.4
+        ages["out"] = 32.4
         assert len(health.reasons()) == 1
-        ages["into the arena"] = 45.0
+        ages["in"] = 45.0
         assert len(health.reasons()) == 2
-        ages.update({"to a GPU": 0.0, "into the arena": 0.0})
+        ages.update({"out": 0.0, "in": 0.0})
         assert health.reasons() == []
     assert [(entry["log_level"], entry["event"], entry["copies"]) for entry in logs] == [
-        ("error", "daemon.stuck", "to a GPU"),
-        ("error", "daemon.stuck", "into the arena"),
+        ("error", "daemon.stuck", "out"),
+        ("error", "daemon.stuck", "in"),
         *[("warning", "daemon.goes_on", what) for what in [entry["copies"] for entry in logs[2:]]],
     ]
-    assert {entry["copies"] for entry in logs[2:]} == {"to a GPU", "into the arena"}
+    assert {entry["copies"] for entry in logs[2:]} == {"out", "in"}

@@ -13,7 +13,7 @@ from cpe_daemon.core.lifecycle import EngineEvent
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import EngineError, PeerLostError
 from cpe_daemon.observe.metrics import MAX_MODELS, Readings
-from cpe_daemon.observe.pages import make_pages
+from cpe_daemon.observe.pages import OPENMETRICS, make_pages
 from cpe_daemon.readiness import Readiness, Reason, judge
 from cpe_daemon.readings import read_arena, read_engines, read_push, read_versions
 from cpe_daemon.status import states
@@ -219,8 +219,10 @@ async def test_probe_fails_by_its_status(page: str, answer: dict[str, Any]) -> N
 
 
 async def test_metrics_are_made_as_they_are_asked_for() -> None:
-    made = await asyncio.gather(*(pages(health=[], ready=True)["/metrics"](accept) for accept in ("a", "b")))
-    assert [(page.body, page.content_type) for page in made] == [(b"metrics as a", "a"), (b"metrics as b", "b")]
+    """As OpenMetrics or not: what else is accepted makes no difference, for each kind is kept."""
+    page = pages(health=[], ready=True)["/metrics"]
+    made = await asyncio.gather(*(page(accept) for accept in (f"text/html,{OPENMETRICS};version=1.0.0;q=0.8", "b")))
+    assert [answer.body for answer in made] == [f"metrics as {OPENMETRICS}".encode(), b"metrics as "]
 
 
 def pages(*, health: list[str], ready: bool) -> Any:
