@@ -45,6 +45,7 @@ examples:
   python -m benchmarks.push --device cuda --model 8b --gpus 2 --engines each
   python -m benchmarks.push --device cuda --model 8b --gpus 2 --table pause
   python -m benchmarks.push --device cuda --model 8b --source gpu --trace push.json
+  python -m benchmarks.push --device cuda --set device.verify=false         # what the check in the engines costs
 
 Needs about 8 GB of memory for 0.6b, 40 GB for 8b and 75 GB for 32b. The last line is JSON: bench, device, bytes,
 seconds (of each update) and floor_seconds (of each run of the floor), for one worker and one set of slots; ratio, of
@@ -236,6 +237,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--engines", choices=["tp", "each"], default="tp", help="tp: one, a rank on each GPU; each: one on each GPU"
     )
     on_gpu.add_argument("--source", choices=["host", "gpu"], default="host", help="where the trainer's tensors are")
+    on_gpu.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon"
+    )
     on_gpu.add_argument("--table", choices=["pause"], help="pause: against slots, from one up to all")
     asked = _completed(parser.parse_args(arguments))
     if asked.device == "shm" and (asked.model not in DENSE or asked.slots == "auto"):

@@ -198,9 +198,14 @@ def setting_of(asked: argparse.Namespace) -> Setting:
         slots=asked.slots,
         slot_bytes=asked.slot_bytes,
         source=gpus[0] if asked.source == "gpu" else "",
-        serve=("--trace", str(asked.trace.absolute())) if asked.trace else (),
+        serve=_serve_arguments(asked),
     )
     return replace(setting, versions=1 if setting.architecture.nbytes > LARGE_BYTES else 2)
+
+
+def _serve_arguments(asked: argparse.Namespace) -> tuple[str, ...]:
+    settings = [argument for setting in asked.settings for argument in ("--set", setting)]
+    return (*settings, *(("--trace", str(asked.trace.absolute())) if asked.trace else ()))
 
 
 def gpus_of(device: str, count: int) -> tuple[str, ...]:
@@ -265,6 +270,7 @@ def plain(row: Row) -> dict[str, object]:
         engines={name: len(gpus) for name, gpus in row.setting.engines.items()},
         slots=row.slots,
         slot_bytes=row.setting.slot_bytes,
+        serve=list(row.setting.serve),
         first_seconds=round(row.first.seconds, 6),
         first_ratio=round(row.first_ratio, 4),
         paused_seconds=round(row.paused, 6),

@@ -36,6 +36,7 @@ def test_push_of_a_node_is_measured_and_traced(
     trace = tmp_path / "trace.json"
     asked = argparse.Namespace(device="shm", model="small", gpus=2, engines=engines, slots=3, slot_bytes=1 << 20)
     asked.updates, asked.source, asked.table, asked.trace = 2, "host", None, trace
+    asked.settings = ["push.automatic=true"]
     push.run(asked, runtime_dir)
     result = last_line(capsys)
     assert (result["bench"], result["bytes"], result["gpus"]) == ("push", SMALL.nbytes, 2)
