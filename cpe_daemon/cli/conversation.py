@@ -132,13 +132,17 @@ class Conversation:
                 return message
         raise DeadlineError(f"the daemon at {self.endpoint} did not {what} within {timeout:g} s")
 
+    def status(self, timeout: float) -> dict[str, Any]:
+        """Return the daemon's state; raises as `ask` does."""
+        from cpe_daemon.wire.messages import StatusReply, StatusRequest
+
+        return self.ask(StatusRequest(), StatusReply, timeout, "send its status").status
+
 
 def ask_status(daemon: DaemonAddress, timeout: float) -> dict[str, Any]:
     """Return the state of a daemon; raises as `Conversation` and its `ask` do."""
-    from cpe_daemon.wire.messages import StatusReply, StatusRequest
-
     with Conversation(daemon) as conversation:
-        return conversation.ask(StatusRequest(), StatusReply, timeout, "send its status").status
+        return conversation.status(timeout)
 
 
 def _look(endpoint: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cpe_daemon.cli.conversation import DaemonAddress, ask_status
+from cpe_daemon.cli.conversation import Conversation, DaemonAddress
 from cpe_daemon.errors import PeerError
 
 if TYPE_CHECKING:
@@ -45,16 +45,22 @@ def watch(daemon: DaemonAddress, *, interval: float, timeout: float, as_json: bo
 
 
 def _looks(daemon: DaemonAddress, interval: float, timeout: float) -> Generator[Look, None, None]:
+    """Ask again and again, over one link as long as that is answered: each link over tcp takes a handshake."""
     pause = threading.Event()
-    while True:
-        began = time.monotonic()
-        look: Look
-        try:
-            look = ask_status(daemon, timeout)
-        except PeerError as error:
-            look = error
-        yield look
-        pause.wait(max(0.0, began + interval - time.monotonic()))
+    with contextlib.ExitStack() as link:
+        conversation: Conversation | None = None
+        while True:
+            began = time.monotonic()
+            look: Look
+            try:
+                conversation = conversation or link.enter_context(Conversation(daemon))
+                look = conversation.status(timeout)
+            except PeerError as error:
+                conversation = None
+                link.close()
+                look = error
+            yield look
+            pause.wait(max(0.0, began + interval - time.monotonic()))
 
 
 def _changes(looks: Iterator[Look]) -> Iterator[Look]:

@@ -285,6 +285,8 @@ def test_engine_without_a_subcommand_shows_them() -> None:
 # --- status --watch --------------------------------------------------------------------------------------------------
 
 Look = dict[str, Any] | CpeError
+LINKS: list[str] = []
+"""What became of the links of the last watch."""
 
 
 @pytest.fixture
@@ -293,16 +295,27 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def run(said: list[Look], *words: str) -> Result:
         left = iter(said)
+        LINKS.clear()
 
-        def ask(*_: object) -> dict[str, Any]:
-            look = next(left, None)
-            if look is None:
-                raise KeyboardInterrupt
-            if isinstance(look, CpeError):
-                raise look
-            return look
+        class Said:
+            def __init__(self, _: object) -> None:
+                LINKS.append("opened")
 
-        monkeypatch.setattr("cpe_daemon.cli.watch.ask_status", ask)
+            def __enter__(self) -> Said:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                LINKS.append("closed")
+
+            def status(self, _: float) -> dict[str, Any]:
+                look = next(left, None)
+                if look is None:
+                    raise KeyboardInterrupt
+                if isinstance(look, CpeError):
+                    raise look
+                return look
+
+        monkeypatch.setattr("cpe_daemon.cli.watch.Conversation", Said)
         return cpe("status", "--watch", "--interval", "0.1", "--to", "ipc:///x", *words)
 
     return run
@@ -335,6 +348,13 @@ def test_watch_waits_for_a_daemon_that_is_away(looks: Callable[..., Result]) -> 
     assert result.stdout.count("waiting for the daemon at ipc:///x: no daemon listens") == 1
     assert "it did not send" not in result.stdout, "it is still away: that was said"
     assert result.stdout.count("gpu-17: cpe-daemon") == 2
+
+
+def test_watch_keeps_its_link_until_that_is_not_answered(looks: Callable[..., Result]) -> None:
+    looks([STATUS] * 3)
+    assert LINKS == ["opened", "closed"]
+    looks([STATUS, STATUS, AWAY, STATUS, STATUS])
+    assert LINKS == ["opened", "closed"] * 2
 
 
 def test_watch_in_json_is_one_object_a_line(looks: Callable[..., Result]) -> None:
