@@ -14,10 +14,11 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Slots
-from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.errors import CpeError, EngineError, VerificationError
 from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.assembly import Assembly, Place
+from inference_plugins.fold import Folder
 
 log: Final = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Steps:
         self._misfit: tuple[int, CpeError] | None = None
         """The last round whose version does not fit this engine, and why."""
         self._assembly = Assembly()
+        self._folder = Folder()
         self._loaded = 0
 
     def expect(self, message: Expect) -> None:
@@ -128,6 +130,7 @@ class Steps:
         self._update = None
         self._loaded = 0
         self._assembly.clear()
+        self._folder.begin()
 
     def _do(self, step: Step, slots: Slots) -> None:
         match step:
@@ -157,6 +160,8 @@ class Steps:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
         slot = slots.slot(load.slot)
+        if self._update.fold is not None:
+            self._folder.add(load.seq, load.parts, slot)
         begun = [TensorSpec(part.name, part.dtype, part.shape) for part in load.parts if part.tensor_offset == 0]
         places = self._loader.place(begun) if slot.is_cpu and begun else [None] * len(begun)
         tensors = self._assembly.take(load.parts, slot, places)
@@ -170,6 +175,11 @@ class Steps:
             raise EngineError(f"round {finish.round} was not begun here")
         if self._loaded != begun.tensors:
             raise EngineError(f"{self._loaded} of {begun.tensors} tensors came")
+        if begun.fold is not None and (fold := self._folder.result()) != begun.fold:
+            raise VerificationError(
+                f"{begun.version} came here with other bytes than were staged (their fold is {fold:016x}, not"
+                f" {begun.fold:016x}); it must not be served"
+            )
         self._loader.finish(begun.version)
         self.forget()
 

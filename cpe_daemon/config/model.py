@@ -149,6 +149,17 @@ class DeviceConfig(Section):
         le=16 * GIB,
         description=f"Size of a slot, a multiple of {ALIGNMENT_BYTES}. A larger tensor travels in several.",
     )
+    verify: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Have every worker compare what it is handed, before it is served, with what was staged: a "
+        "checksum of all bytes that reads them once more, on the GPU and as they are received. auto: where that is "
+        "cheap, with cuda.",
+    )
+
+    @property
+    def verifies(self) -> bool:
+        """Whether workers verify what they load: ``verify``, with auto resolved."""
+        return self.kind != "shm" if self.verify == "auto" else self.verify
 
     @field_validator("slot_bytes")
     @classmethod

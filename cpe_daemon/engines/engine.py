@@ -114,7 +114,7 @@ class EngineWorkers:
 
     async def begin(self, update: Update, seconds: float) -> None:
         """Make ready to load."""
-        await self._all(Begin(update.round, update.version, update.tensors, update.nbytes), seconds)
+        await self._all(Begin(update.round, update.version, update.tensors, update.nbytes, update.fold), seconds)
 
     async def finish(self, round: int, seconds: float) -> None:
         """Post-process and check."""

@@ -29,6 +29,7 @@ from cpe_daemon.errors import (
     ProtocolError,
 )
 from cpe_daemon.ingest.copier import Copier, Job
+from cpe_daemon.ingest.folding import extent_fold, fold_of
 from cpe_daemon.ingest.news import missing, status_of
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
@@ -173,7 +174,9 @@ class Ingest:
         extent = stream.contribution.extent
         view = self._arena.view[extent.offset : extent.offset + plan.nbytes]
         address = self._arena.address + extent.offset
-        stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes)
+        verifies = self._config.device.verifies
+        fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if verifies else None
+        stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes, fold)
         copied = functools.partial(self._copied, session, stream)
         threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
         batch = max(1, session.credits // (_BATCHES * threads))
@@ -244,6 +247,7 @@ class Ingest:
             return
         try:
             stream.contribution.digests = stream.writer.check(stream.seal)
+            stream.contribution.fold = stream.writer.fold
         except CpeError as error:
             self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
             self._fail(stream.version, error)
@@ -257,10 +261,11 @@ class Ingest:
         with self._catalogue.lease(version):
             shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
             manifest = await asyncio.to_thread(merge, version.id, shards, digests)
+            fold = await asyncio.to_thread(fold_of, manifest, parts, self._arena.view)
             if not manifest.tensors:
                 raise ManifestError(f"{version.id} has no tensors")
             if version.state is VersionState.RECEIVING:
-                self._catalogue.stage(version, manifest)
+                self._catalogue.stage(version, manifest, fold)
                 self._metrics.observe_phases(version.id.model, "", {"stage": self._clock() - began})
 
     # --- the end of it -----------------------------------------------------------------------------------------------

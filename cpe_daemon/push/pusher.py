@@ -261,6 +261,7 @@ class Pusher:
                 deadlines=limits,
                 clock=self._clock,
                 traffic=self.traffic,
+                fold=version.fold,
             )
             self._undoable = undoable
             if undoable and self._undoing is not None:

@@ -44,6 +44,7 @@ class Round:
         deadlines: of each phase.
         clock: seconds, monotonic.
         traffic: is told what each stage moves; None if nobody wants to know.
+        fold: of the version's bytes, that every worker is to find; None if none is to look.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Round:
         deadlines: DeadlinesConfig,
         clock: Callable[[], float],
         traffic: Traffic | None = None,
+        fold: int | None = None,
     ) -> None:
         self.state = RoundState.PREFETCHING
         self.participants = participants
         self.gpus = gpus
         self.number = number
         self.version = version
+        self._fold = fold
         self._specs = specs
         self.nbytes = plan.nbytes
         self.began_at = clock()
@@ -140,7 +143,7 @@ class Round:
                 lambda p: p.engine.driver.pause(self.number, limits.pause_seconds),
                 limits.pause_seconds,
             )
-            update = Update(self.number, self.version, len(self._specs), self.nbytes)
+            update = Update(self.number, self.version, len(self._specs), self.nbytes, self._fold)
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
             )
@@ -158,6 +161,8 @@ class Round:
             lambda p: p.engine.driver.finish(self.number, limits.finish_seconds),
             limits.finish_seconds,
         )
+        for participant in self.alive:
+            participant.verified = self._fold is not None
         self._change(RoundEvent.FINISHED)
         await asyncio.gather(*(participant.resume(self.version, self._specs) for participant in self.alive))
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)

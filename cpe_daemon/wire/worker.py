@@ -108,12 +108,17 @@ class Expect(Message, frozen=True, tag="expect"):
 
 
 class Begin(Message, frozen=True, tag="begin"):
-    """A version's buckets are about to come: ``tensors`` tensors of ``nbytes`` in all."""
+    """A version's buckets are about to come: ``tensors`` tensors of ``nbytes`` in all.
+
+    ``fold`` is that of all their bytes (`cpe_daemon.core.fold`): `Finish` fails unless what came has it. None: nobody
+    is to look.
+    """
 
     round: int
     version: VersionId
     tensors: int
     nbytes: int
+    fold: int | None = None
 
 
 class TensorPart(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -137,7 +142,7 @@ class Load(Message, frozen=True, tag="load"):
 
 
 class Finish(Message, frozen=True, tag="finish"):
-    """Every bucket is loaded: post-process, and check that all tensors were consumed."""
+    """Every bucket is loaded: check that all tensors came, as they were staged, and post-process."""
 
     round: int
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,7 +20,9 @@ import cpe_daemon.daemon.drain
 import cpe_daemon.daemon.service
 import cpe_daemon.observe.logs
 from cpe_daemon.cli import main as cpe
+from cpe_daemon.core.plan import PeerCopy
 from cpe_daemon.devices.copypool import CopyPool
+from cpe_daemon.devices.shm import ShmDevice
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -28,7 +32,11 @@ def main(arguments: dict[str, Any]) -> None:
 
 
 def play(
-    copies_wait_for: str = "", close_seconds: float = 0.0, thread_hangs: bool = False, fails_on_signal: bool = False
+    copies_wait_for: str = "",
+    close_seconds: float = 0.0,
+    thread_hangs: bool = False,
+    fails_on_signal: bool = False,
+    spoils_bucket: int = 0,
 ) -> None:
     """Have something be wrong with this daemon, or different.
 
@@ -37,6 +45,7 @@ def play(
         close_seconds: how long a daemon that stops waits for its threads.
         thread_hangs: a thread of the loop's own pool never ends, as one that looks at a dead network file system.
         fails_on_signal: a part of the daemon has a bug, which SIGUSR1 brings out.
+        spoils_bucket: which bucket, of all that reach the second GPU, has one bit flipped there when it is whole.
     """
     if copies_wait_for:
 
@@ -51,6 +60,16 @@ def play(
         vars(cpe_daemon.daemon.daemon)["CopyPool"] = StuckPool
     if close_seconds:
         vars(cpe_daemon.daemon.drain)["CLOSE_SECONDS"] = close_seconds
+    if spoils_bucket:
+        countdown = itertools.count(spoils_bucket - 1, -1)
+
+        class SpoilingDevice(ShmDevice):
+            def _exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+                super()._exchange(gpu, slot, copies)
+                if gpu == 1 and next(countdown) == 0:
+                    ctypes.c_uint8.from_address(self._slot(gpu, slot)).value ^= 1
+
+        vars(cpe_daemon.daemon.daemon)["ShmDevice"] = SpoilingDevice
     if thread_hangs or fails_on_signal:
 
         class FaultyDaemon(cpe_daemon.daemon.daemon.Daemon):

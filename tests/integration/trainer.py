@@ -59,6 +59,11 @@ class Trainer:
         report = self._handles[version].live(timeout)
         return {name: engine.outcome for name, engine in report.engines.items()}
 
+    def verified(self, version: int) -> list[str]:
+        """The engines that found that they were handed what was staged."""
+        report = self._handles[version].live(0)
+        return [name for name, engine in report.engines.items() if engine.verified]
+
     def digests(self, rank: int = 0, world_size: int = 1) -> dict[str, str]:
         """What an engine's worker should hold of the tensors last built."""
         return weights.digests(weights.part_of(self._tensors, rank, world_size))
@@ -107,6 +112,7 @@ def main(arguments: dict[str, Any]) -> None:
             trainer.publish,
             trainer.staged,
             trainer.live,
+            trainer.verified,
             trainer.digests,
             trainer.scribble,
             trainer.close,

@@ -124,7 +124,7 @@ SAMPLES: Final[dict[str, tuple[Message, Message]]] = {
     ),
     "pause": (Pause(3, 60.0), Pause(3, 0.001)),
     "expect": (Expect(3, 0, 0, []), Expect(1 << 40, 4096, 4097, [TensorSpec("w", "bfloat16", (2, 3))])),
-    "begin": (Begin(3, _ID, 400, 1 << 34), Begin(1 << 40, _ID, 1, 0)),
+    "begin": (Begin(3, _ID, 400, 1 << 34), Begin(1 << 40, _ID, 1, 0, (1 << 64) - 1)),
     "load": (
         Load(3, 0, 0, []),
         Load(
