@@ -116,7 +116,7 @@ def read_push(readings: Readings, device: Device, pusher: Pusher) -> None:
     readings.add("cpe_slot_size_bytes", device.slot_bytes)
     for index, gpu in enumerate(device.topology.gpus):
         taken = current.slots_in_use if current is not None and index in current.gpus else 0
-        readings.add("cpe_slots", device.slot_count, str(index), gpu.uuid)
+        readings.add("cpe_slots", device.slots(index), str(index), gpu.uuid)
         readings.add("cpe_slots_in_use", taken, str(index), gpu.uuid)
 
 

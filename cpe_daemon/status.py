@@ -30,7 +30,8 @@ def arena_status(arena: Arena) -> dict[str, Any]:
 def device_status(device: Device) -> dict[str, Any]:
     """The GPUs and their slots."""
     gpus = [
-        {"uuid": gpu.uuid, "slots": device.slot_count, "slot_bytes": device.slot_bytes} for gpu in device.topology.gpus
+        {"uuid": gpu.uuid, "slots": device.slots(index), "slot_bytes": device.slot_bytes}
+        for index, gpu in enumerate(device.topology.gpus)
     ]
     return {"kind": device.kind, "gpus": gpus}
 

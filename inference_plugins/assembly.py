@@ -6,15 +6,14 @@ Tensors that were split and have no place are put together first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from cpe_daemon.core.dtypes import ITEMSIZE
 from cpe_daemon.core.types import TensorSpec
-from cpe_daemon.devices.memory import copy
-from cpe_daemon.errors import EngineError, ProtocolError
+from cpe_daemon.errors import EngineError, ProtocolError, ResourceError
 from cpe_daemon.wire.messages import TensorPart
 
 
@@ -45,7 +44,7 @@ def view_as(data: torch.Tensor, part: TensorPart) -> torch.Tensor:
 
 
 class Place(NamedTuple):
-    """Memory of this process in which a tensor's bytes belong: ``nbytes`` of them, from its byte ``start`` on.
+    """Memory on the slots' device in which a tensor's bytes belong: ``nbytes`` of them, from its byte ``start`` on.
 
     The others are not wanted here, for tensor-parallel ranks share the tensor. Whoever names a place vouches that the
     memory stays until the bytes that it is asked for have been copied.
@@ -56,10 +55,14 @@ class Place(NamedTuple):
     start: int = 0
 
 
+Copying = Callable[[int, int, int], None]
+"""Copies, or issues a copy: (destination, source, bytes), as `cpe_daemon.devices.slots.Slots.copy` does."""
+
+
 class Assembly:
     """Takes buckets apart, and puts split tensors that have no place together, one at a time, in a buffer.
 
-    The buffer lives from a tensor's first part to its last.
+    The buffer is on the slots' device and lives from a tensor's first part to its last.
     """
 
     def __init__(self) -> None:
@@ -71,7 +74,7 @@ class Assembly:
         self._filled = 0
 
     def take(
-        self, parts: Sequence[TensorPart], slot: torch.Tensor, places: Iterable[Place | None]
+        self, parts: Sequence[TensorPart], slot: torch.Tensor, places: Iterable[Place | None], copy: Copying
     ) -> list[tuple[str, torch.Tensor]]:
         """Copy what has a place, and return the other tensors that are whole now, in order.
 
@@ -82,11 +85,12 @@ class Assembly:
         Args:
             parts: of one bucket, in order.
             slot: uint8 ``[slot_bytes]``, in which they lie.
-            places: of each tensor that begins in this bucket, in order; None for one that is to be returned. The slot
-                has to be in this process's memory for one that is not.
+            places: of each tensor that begins in this bucket, in order; None for one that is to be returned.
+            copy: of the slot's device. A copy may still be under way when this returns.
 
         Raises:
             ProtocolError: the parts do not follow one another, or lie outside the slot.
+            ResourceError: there is no memory to put a tensor together in.
         """
         tensors: list[tuple[str, torch.Tensor]] = []
         runs: list[tuple[int, int, int]] = []
@@ -113,7 +117,8 @@ class Assembly:
                     tensors.append((part.name, view_as(self._buffer, part)))
                 self.clear()
         for destination, source, count in runs:
-            copy(destination, source, count)
+            if count:
+                copy(destination, source, count)
         return tensors
 
     def clear(self) -> None:
@@ -125,7 +130,12 @@ class Assembly:
         self.clear()
         self._name, self._place = part.name, place
         if place is None:
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            try:
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            except RuntimeError as error:
+                raise ResourceError(
+                    f"no memory to put {part.name} together, which has {nbytes} bytes: {error}"
+                ) from None
 
     def _add(self, part: TensorPart, nbytes: int, slot: torch.Tensor, runs: list[tuple[int, int, int]]) -> bool:
         """Take one part of a split tensor; True if it is the last."""

@@ -7,6 +7,7 @@ Everything here runs in one thread, the caller's, and no wait is without a deadl
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,22 +16,27 @@ from typing import Final
 from msgspec import structs
 
 from cpe_daemon.devices.slots import Slots, open_slots
-from cpe_daemon.errors import CpeError, DeadlineError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ProtocolError, from_code
 from cpe_daemon.links.dealer import Dealer
+from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.wire.messages import (
+    CloseSlots,
     ErrorReply,
     Expect,
     Farewell,
     Message,
+    OpenSlots,
     Ping,
     Pong,
     Resume,
     StepDone,
+    StepFailed,
     WorkerBye,
     WorkerCommand,
     WorkerHello,
     WorkerWelcome,
 )
+from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.steps import Loader, Step, Steps
 
 log: Final = logging.getLogger(__name__)
@@ -58,6 +64,8 @@ class Receiver:
         self._loader = loader
         self._dealer = Dealer(endpoint, WorkerCommand)
         self._slots: Slots | None = None
+        self._tether: Tether | None = None
+        """By which either side learns at once that the other is gone."""
         self._welcome: WorkerWelcome | None = None
         self._steps = Steps(loader)
         self._held = False
@@ -101,7 +109,7 @@ class Receiver:
                 self._listen(interval)
             except CpeError as error:
                 self._lose(str(error))
-            if self._slots is not None and self._slots.lost:
+            if self._cut:
                 self._lose("its process ended")
             if time.monotonic() - self._heard > _SILENT_INTERVALS * interval:
                 self._lose(f"silent for {_SILENT_INTERVALS * interval:g} s")
@@ -114,7 +122,7 @@ class Receiver:
         """Detach for good; the engine keeps the weights that it has."""
         if self.attached:
             self._say_goodbye()
-        self._close_slots()
+        self._close_link()
         self._dealer.close()
 
     # --- the link ----------------------------------------------------------------------------------------------------
@@ -160,9 +168,10 @@ class Receiver:
                 self._unanswered -= 1
 
     def _take_in(self, welcome: WorkerWelcome) -> None:
-        """The daemon knows this worker: open its slots, and serve or hold as it says."""
-        self._close_slots()
-        self._slots = open_slots(welcome.slots, welcome.handoff)
+        """The daemon knows this worker: tie the two lives together, and serve or hold as it says."""
+        self._close_link()
+        fd, self._tether = claim(welcome.handoff, welcome.tether)
+        os.close(fd)
         self._welcome = welcome
         self._steps = Steps(self._loader)  # rounds are counted anew by each daemon
         self._unanswered = 0
@@ -197,7 +206,7 @@ class Receiver:
 
     def _part(self, reason: str) -> None:
         """The daemon stops, and has said so: all is as if it were lost, and nothing to worry about."""
-        if self._slots is not None and not self._slots.lost:  # it may have ended long ago, if this process was stopped
+        if not self._cut:  # it may have ended long ago, if this process was stopped
             self._say_goodbye()
         log.info("the daemon at %s said farewell: %s; waiting for another", self.endpoint, reason)
         self._let_go()
@@ -205,7 +214,7 @@ class Receiver:
     def _let_go(self) -> None:
         self._welcome = None
         self._steps.forget()
-        self._close_slots()
+        self._close_link()
         if not self._loader.touched and not self._held:
             self._try("resume", self._loader.resume)
 
@@ -245,16 +254,45 @@ class Receiver:
 
     def _close_slots(self) -> None:
         if self._slots is not None:
-            self._slots.close()
-            self._slots = None
+            slots, self._slots = self._slots, None
+            slots.close()
+
+    def _close_link(self) -> None:
+        self._close_slots()
+        if self._tether is not None:
+            self._tether.close()
+            self._tether = None
+
+    @property
+    def _cut(self) -> bool:
+        """Whether the daemon that this worker is attached to has ended."""
+        return self._tether is not None and self._tether.cut
 
     def _carry_out(self, step: Message) -> None:
-        """Do a step of a round, and answer."""
-        if self._slots is None or not isinstance(step, Step):
+        """Do a step, and answer."""
+        answer: StepDone | StepFailed
+        if isinstance(step, OpenSlots | CloseSlots):
+            answer = self._change_slots(step)
+        elif isinstance(step, Step):
+            answer = self._steps.carry_out(step, self._slots)
+        else:
             return
-        answer = self._steps.carry_out(step, self._slots)
         if isinstance(step, Resume) and isinstance(answer, StepDone):
             self._held = False
-        if self._slots.lost:
+        if self._cut:
             raise PeerLostError("its process ended")  # sending would wait some seconds for it, and for nothing
         self._dealer.send(answer)
+
+    def _change_slots(self, step: OpenSlots | CloseSlots) -> StepDone | StepFailed:
+        """Close the slots that are open, and open others if there are to be some."""
+        name, began = str(step.__struct_config__.tag), time.monotonic()
+        try:
+            self._close_slots()
+            if isinstance(step, OpenSlots) and self._welcome is not None:
+                self._slots = open_slots(step.slots, self._welcome.handoff)
+        except CpeError as error:
+            return StepFailed(step.round, name, ErrorInfo(error.code, error.message))
+        except Exception as error:  # task boundary: a GPU's failure is told, and does not end the link
+            log.exception("%s failed", name)
+            return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"))
+        return StepDone(step.round, name, seconds=time.monotonic() - began)

@@ -55,16 +55,20 @@ class Loader(Protocol):
         """Make ready for the tensors of a version; forget an update that was not finished."""
         ...
 
-    def place(self, tensors: Sequence[TensorSpec]) -> Sequence[Place | None]:
-        """Say where the bytes of each of these belong: they are about to be copied there, and count as loaded.
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
+        """Say where in the memory of ``device`` the bytes of each of these belong.
 
-        The receiver copies them itself, by address, a tensor that comes in several parts as these come. None: the
-        tensor cannot be written in this way, and is given to `load`, whole. Asked only if slots are in host memory.
+        They are about to be copied there, and count as loaded. The receiver copies them itself, by address, a tensor
+        that comes in several parts as these come. None: the tensor cannot be written in this way, and is given to
+        `load`, whole.
         """
         ...
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Load whole tensors. They are views of memory that is reused as soon as this returns."""
+        """Load whole tensors. They are views of memory that is reused soon after this has returned.
+
+        On a GPU that is when what was issued on torch's current stream has been done.
+        """
         ...
 
     def finish(self, version: VersionId) -> None:
@@ -111,8 +115,13 @@ class Steps:
             log.exception("expect failed in the engine")
             self._misfit = (message.round, EngineError(f"{type(error).__name__}: {error}"))
 
-    def carry_out(self, step: Step, slots: Slots) -> StepDone | StepFailed:
-        """Do one step, and return what is to be answered, whatever happens."""
+    def carry_out(self, step: Step, slots: Slots | None) -> StepDone | StepFailed:
+        """Do one step, and return what is to be answered, whatever happens.
+
+        Args:
+            step: of a round.
+            slots: those that are open; only `Load` needs them.
+        """
         name, seq = str(step.__struct_config__.tag), getattr(step, "seq", 0)
         began = time.monotonic()
         try:
@@ -132,7 +141,7 @@ class Steps:
         self._assembly.clear()
         self._folder.begin()
 
-    def _do(self, step: Step, slots: Slots) -> None:
+    def _do(self, step: Step, slots: Slots | None) -> None:
         match step:
             case Pause():
                 self._loader.pause(step.deadline_seconds)
@@ -156,17 +165,19 @@ class Steps:
         begun, held = self._before or (0, None)
         return self._loader.touched or (begun == round and held != self._loader.content)
 
-    def _load(self, load: Load, slots: Slots) -> None:
+    def _load(self, load: Load, slots: Slots | None) -> None:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
-        slot = slots.slot(load.slot)
-        if self._update.fold is not None:
-            self._folder.add(load.seq, load.parts, slot)
+        if slots is None:
+            raise EngineError(f"a bucket of round {load.round}, and no slots are open here")
         begun = [TensorSpec(part.name, part.dtype, part.shape) for part in load.parts if part.tensor_offset == 0]
-        places = self._loader.place(begun) if slot.is_cpu and begun else [None] * len(begun)
-        tensors = self._assembly.take(load.parts, slot, places)
-        if tensors:
-            self._loader.load(tensors)
+        with slots.loading():
+            if self._update.fold is not None:
+                self._folder.add(load.seq, load.parts, slots.slot(load.slot))
+            places = self._loader.place(begun, slots.device) if begun else []
+            tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots.copy)
+            if tensors:
+                self._loader.load(tensors)
         self._loaded += self._assembly.placed + len(tensors)
 
     def _finish(self, finish: Finish) -> None:

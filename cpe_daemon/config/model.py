@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir
@@ -22,14 +22,27 @@ from cpe_daemon.config.paths import (
     default_runtime_dir,
     default_state_dir,
 )
-from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Section
+from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Seconds, Section
 from cpe_daemon.config.security import SecurityConfig
 from cpe_daemon.core.types import ALIGNMENT_BYTES
+
+_FEWEST: Final = 3
+"""Slots at the least, if their number is left to the daemon: with fewer the stages of a push do not overlap."""
 
 
 def _checked_endpoint(endpoint: str) -> str:
     check_endpoint(endpoint)
     return endpoint
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _slots(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"is a number, or auto, not {str(value).lower()}")
+    return 0 if value == "auto" else value
 
 
 class ArenaConfig(Section):
@@ -106,7 +119,7 @@ class IngestConfig(Section):
         default=0,
         ge=0,
         le=256,
-        description="Threads that copy chunks into the arena and compute digests. 0: one a core, at most 4.",
+        description="Threads that copy chunks into the arena and compute digests. 0: one a core, at most 16.",
     )
     max_tensors: int = Field(
         default=1_000_000,
@@ -122,32 +135,54 @@ class IngestConfig(Section):
     @classmethod
     def _split_list(cls, value: object) -> object:
         """Take "a,b" for a list, since an environment variable has no other way to be one."""
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
-        return value
+        return _split(value)
 
     @property
     def copy_thread_count(self) -> int:
         """Threads to start: ``copy_threads``, with 0 resolved for this process's cores."""
-        return self.copy_threads or min(4, len(os.sched_getaffinity(0)))
+        return self.copy_threads or min(16, len(os.sched_getaffinity(0)))
 
 
 class DeviceConfig(Section):
-    """The slots through which weights reach engine workers. They are taken on each GPU of this node."""
+    """The slots through which weights reach engine workers. A GPU gets them when a worker attaches that uses it."""
 
-    kind: Literal["shm"] = Field(default="shm", description="shm: shared memory, for engines on the CPU.")
-    gpus: int = Field(default=1, ge=1, le=8, description="Sets of slots on a CPU host, as if each were a GPU.")
-    slots: int = Field(
+    kind: Literal["shm", "cuda"] = Field(
+        default="shm",
+        description="shm: slots in shared memory, for engines on the CPU. cuda: in the memory of NVIDIA GPUs; the "
+        "arena is pinned.",
+    )
+    uuids: tuple[str, ...] = Field(
+        default=(),
+        description='cuda: the GPUs to serve, by UUID or its beginning, as `nvidia-smi -L` prints it: ["GPU-9c1f"]. '
+        "None: all that the daemon sees.",
+    )
+    gpus: int = Field(default=1, ge=1, le=8, description="shm: sets of slots, as if each were a GPU.")
+    slots: Annotated[int, BeforeValidator(_slots)] = Field(
         default=3,
-        ge=1,
-        le=64,
-        description="Slots a GPU. Three let copies from the host, copies between GPUs and loads run at once.",
+        ge=0,
+        le=4096,
+        description="Slots a GPU. Three let copies from the host, copies between GPUs and loads run at once; with "
+        "more, engines pause for a shorter time, for they fill before the pause. auto, or 0: as many as hold a "
+        "version, within auto_bytes. Where memory is short, fewer are taken.",
     )
     slot_bytes: Bytes = Field(
         default=256 * MIB,
         ge=4 * KIB,
         le=16 * GIB,
         description=f"Size of a slot, a multiple of {ALIGNMENT_BYTES}. A larger tensor travels in several.",
+    )
+    auto_bytes: Bytes = Field(
+        default=2 * GIB,
+        ge=4 * KIB,
+        le=TIB,
+        description="Most memory of a GPU that slots take with slots: auto.",
+    )
+    idle_seconds: Seconds = Field(
+        default=600.0,
+        ge=0.0,
+        le=86_400.0,
+        description="Slots are given back when no version was pushed for so long, so that others have the memory, and "
+        "taken again for the next one. 0: never.",
     )
     verify: bool | Literal["auto"] = Field(
         default="auto",
@@ -156,10 +191,20 @@ class DeviceConfig(Section):
         "cheap, with cuda.",
     )
 
+    @field_validator("uuids", mode="before")
+    @classmethod
+    def _split_uuids(cls, value: object) -> object:
+        """Take "a,b" for a list, since an environment variable has no other way to be one."""
+        return _split(value)
+
     @property
     def verifies(self) -> bool:
         """Whether workers verify what they load: ``verify``, with auto resolved."""
-        return self.kind != "shm" if self.verify == "auto" else self.verify
+        return self.kind == "cuda" if self.verify == "auto" else self.verify
+
+    def slots_for(self, buckets: int) -> int:
+        """How many slots a GPU is to have for a version of so many buckets."""
+        return self.slots or max(_FEWEST, min(buckets, self.auto_bytes // self.slot_bytes))
 
     @field_validator("slot_bytes")
     @classmethod

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ import zmq
 
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
-from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Config
+from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Config, DeviceConfig
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.daemon.drain import Drain
@@ -26,6 +27,8 @@ from cpe_daemon.daemon.front import Front, io_threads
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.devices.copypool import CopyPool
+from cpe_daemon.devices.cuda.device import CudaDevice
+from cpe_daemon.devices.device import Device
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.engines.drivers import load_drivers
 from cpe_daemon.engines.expected import Expected
@@ -70,13 +73,7 @@ class Daemon:
             self.arena, retain=config.retention.versions, clock=time.monotonic, automatic=config.push.automatic
         )
         self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
-        self.device = ShmDevice(
-            gpus=config.device.gpus,
-            slot_count=config.device.slots,
-            slot_bytes=config.device.slot_bytes,
-            source=self.arena.address,
-            handoff=self.handoff,
-        )
+        self.device = _device(config.device, self.arena, self.handoff)
         self._pool = CopyPool(config.ingest.copy_thread_count, "cpe-copy")
         self.health = Health(
             {
@@ -107,7 +104,7 @@ class Daemon:
             config=config,
             generation=self.generation,
             device=self.device,
-            handoff=str(self.handoff.path),
+            handoff=self.handoff,
             drivers=drivers,
             expected=expected,
             live=self._live,
@@ -160,19 +157,19 @@ class Daemon:
         self.accounts.routers = (*self._front.routers, self._engines)
         self.accounts.warnings = self._front.warnings
 
-    async def start(self, progress: Callable[[int, int], None]) -> None:
+    async def start(self, progress: Callable[[str, int, int], None]) -> None:
         """Provide the memory, then open the doors.
 
         Args:
-            progress: called with the bytes of the arena that are there, and all.
+            progress: called with what is being done, and the bytes that are done and in all.
 
         Raises:
             ConfigError: the keys, the memory or an endpoint cannot be had.
         """
         await self._front.load_keys()
         self._listen()
-        await self.arena.prefault(self._config.arena.prefault_thread_count, progress)
-        await self.device.open()
+        await self.arena.prefault(self._config.arena.prefault_thread_count, partial(progress, "prefaulting the arena"))
+        await self.device.open(partial(progress, "pinning the arena"))
         self.trainers.connect(self._front)
         self.operations.connect(self._front)
         self.registry.connect(self._engines)
@@ -266,6 +263,17 @@ class Daemon:
             self.trainers.drop_silent()
             self.registry.check_deadlines()
             self.ingest.fail_stalled()
+
+
+def _device(config: DeviceConfig, arena: Arena, handoff: HandoffServer) -> Device:
+    """The device that the settings name.
+
+    Raises:
+        ConfigError: this host does not have it.
+    """
+    if config.kind == "shm":
+        return ShmDevice(gpus=config.gpus, slot_bytes=config.slot_bytes, source=arena.address, handoff=handoff)
+    return CudaDevice(uuids=config.uuids, slot_bytes=config.slot_bytes, source=arena.address, source_bytes=arena.nbytes)
 
 
 def _boot_id() -> str:

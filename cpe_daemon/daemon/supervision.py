@@ -38,17 +38,17 @@ class Supervision:
         self._percent = 0
         self._told_at = 0.0
 
-    def starting(self, done: int, total: int) -> None:
-        """So many bytes of the arena are there: said every tenth of the way in the log, each second to the system."""
+    def starting(self, what: str, done: int, total: int) -> None:
+        """So many bytes of a step are done: said every tenth of the way in the log, each second to the system."""
         percent = done * 100 // max(total, 1)
         if percent // 10 > self._percent // 10:
-            log.info("arena.prefault", percent=percent // 10 * 10, done_bytes=done, size_bytes=total)
+            log.info("daemon.starting", what=what, percent=percent // 10 * 10, done_bytes=done, size_bytes=total)
         self._percent = percent
         now = time.monotonic()
         if now - self._told_at >= _PROGRESS_SECONDS or done == total:
             self._told_at = now
             self._notifier.extend_timeout(_EXTEND_SECONDS)
-            self._notifier.status(f"starting: prefaulting the arena, {percent}%")
+            self._notifier.status(f"starting: {what}, {percent}%")
 
     async def serving(self, health: Health, catalogue: Catalogue, registry: Registry) -> None:
         """The doors are open: say so, and from now on what is served; feed the watchdog while all is well.

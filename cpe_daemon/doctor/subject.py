@@ -43,14 +43,14 @@ class Needs:
 
     @property
     def memory_bytes(self) -> int:
-        """Host memory that is taken at start."""
+        """Host memory that is taken at start, or when engines attach."""
         return self.arena_bytes + self.slot_bytes
 
     @classmethod
     def of(cls, config: Config) -> Needs:
         """Return what ``config`` asks for."""
         in_memory = str(config.device.kind) == "shm"
-        slots = config.device.gpus * config.device.slots * config.device.slot_bytes
+        slots = config.device.gpus * config.device.slots_for(0) * config.device.slot_bytes
         scheme = "https" if config.http.tls_certificate else "http"
         http = (f"{scheme}://{config.http.listen}",) if config.http.listen else ()
         over_tcp = any(endpoint.startswith("tcp://") for endpoint in config.ingest.listen)

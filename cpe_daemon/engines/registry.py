@@ -15,7 +15,7 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import MAX_NAME_CHARS, MAX_WORKERS, Expected, check_fit
-from cpe_daemon.engines.worker import Sender, Worker
+from cpe_daemon.engines.worker import Handoff, Sender, Worker
 from cpe_daemon.errors import BusyError, DeadlineError, MisuseError, ProtocolError
 from cpe_daemon.links.router import Handler
 from cpe_daemon.wire.codec import encode
@@ -46,8 +46,8 @@ class Registry:
     Args:
         config: the daemon's settings.
         generation: of this daemon's process.
-        device: whose slots the workers open.
-        handoff: path of the hand-off socket.
+        device: the GPUs.
+        handoff: ties workers' lives to their links.
         drivers: by kind of engine.
         expected: the engines that an operator counts on.
         live: the live version of a model, if there is one.
@@ -61,7 +61,7 @@ class Registry:
         config: Config,
         generation: str,
         device: Device,
-        handoff: str,
+        handoff: Handoff,
         drivers: Mapping[str, Callable[..., Driver]],
         expected: Expected,
         live: Callable[[str], VersionId | None],
@@ -169,7 +169,7 @@ class Registry:
         serves = self._serves(hello, engine)
         name = self._device.topology.gpus[gpu].uuid
         worker = Worker(peer, hello, gpu, name, self._sender, self._clock())
-        slots = worker.slots = self._device.export(gpu, lambda: self._lose(worker, "its process ended"))
+        worker.tether = self._handoff.tie(lambda: self._lose(worker, "its process ended"))
         for old in leaving:  # from here on nothing is refused any more
             self._lose(old, "it said hello again")
         engine.serves = serves
@@ -185,8 +185,8 @@ class Registry:
             protocol=PROTOCOL,
             generation=self._generation,
             heartbeat_seconds=self._config.deadlines.heartbeat_interval_seconds,
-            slots=slots,
-            handoff=self._handoff,
+            tether=worker.tether,
+            handoff=str(self._handoff.path),
             hold=self._must_hold(engine, hello),
         )
         self._sender.send_encoded(peer, encode(welcome))
@@ -217,7 +217,10 @@ class Registry:
             raise MisuseError(
                 f"engine {hello.engine!r} rank {hello.rank}: GPU {hello.gpu!r} is not this node's: {', '.join(uuids)}"
             )
-        return uuids.index(hello.gpu)
+        gpu = uuids.index(hello.gpu)
+        if gpu in self._device.failures:
+            raise self._device.failures[gpu]
+        return gpu
 
     def _leaving(self, peer: bytes, hello: WorkerHello) -> list[Worker]:
         """Whose places a worker takes: a returning process its own, nobody else's.
@@ -324,6 +327,8 @@ class Registry:
         del engine.workers[worker.hello.rank]
         log.info("worker.gone", worker=worker.name, reason=reason)
         worker.lose(reason)
+        if worker.tether is not None:
+            self._handoff.withdraw(worker.tether)
         if worker.slots is not None:
             self._device.withdraw(worker.slots)
         engine.incomplete_since = engine.incomplete_since or self._clock()

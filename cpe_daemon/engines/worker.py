@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from cpe_daemon.core.types import TensorSpec
@@ -12,8 +13,10 @@ from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
+    CloseSlots,
     Finish,
     Load,
+    OpenSlots,
     Pause,
     Resume,
     SlotSet,
@@ -22,7 +25,7 @@ from cpe_daemon.wire.messages import (
     WorkerHello,
 )
 
-Step = Pause | Begin | Load | Finish | Abort | Resume
+Step = OpenSlots | CloseSlots | Pause | Begin | Load | Finish | Abort | Resume
 """A command that a worker answers by `StepDone` or `StepFailed`."""
 
 
@@ -36,6 +39,20 @@ class Sender(Protocol):
 
     def send_encoded(self, peer: bytes, header: bytes, *frames: bytes | memoryview) -> bool:
         """Send without waiting; False if the peer cannot take it."""
+        ...
+
+
+class Handoff(Protocol):
+    """What is needed of `cpe_daemon.links.handoff.HandoffServer`."""
+
+    path: Path
+
+    def tie(self, on_gone: Callable[[], None]) -> bytes:
+        """Offer a tether once, under the token returned; ``on_gone`` is called when its taker lets go or dies."""
+        ...
+
+    def withdraw(self, token: bytes) -> None:
+        """Take an offer back, if nobody took it."""
         ...
 
 
@@ -59,7 +76,11 @@ class Worker:
         self.gpu = gpu
         self.gpu_name = gpu_name
         self.slots: SlotSet | None = None
-        """What it was given to open, so that it can be taken back."""
+        """What it may have open; for a worker that was late that is not certain."""
+        self.has_slots = False
+        """Whether it has them open."""
+        self.tether: bytes | None = None
+        """The token of the offer that ties its life to this link, so that it can be taken back."""
         self.seen_at = seen_at
         self.content = hello.content
         """The version that it holds whole, if any."""

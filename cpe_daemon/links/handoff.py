@@ -86,7 +86,22 @@ class HandoffServer:
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
-    def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
+    def tie(self, on_gone: Callable[[], None]) -> bytes:
+        """Offer nothing but a tether, once; ``on_gone`` is called when the process that took it lets go or dies.
+
+        Raises:
+            ResourceError: no descriptor is left.
+        """
+        try:
+            nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ResourceError(f"no tether can be made: {error}; raise the limit of open files") from None
+        try:
+            return self.offer(nothing, on_gone)
+        finally:
+            os.close(nothing)
+
+    def offer(self, fd: int, on_gone: Callable[[], None] = lambda: None) -> bytes:
         """Offer a duplicate of ``fd``, once; ``on_gone`` is called when the process that took it lets go or dies.
 
         Raises:

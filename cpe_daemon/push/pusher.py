@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import EngineEvent, VersionState
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.plan import Plan
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
+from cpe_daemon.engines.worker import Worker
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.request import Request, choose_version
 from cpe_daemon.push.round import Round
+from cpe_daemon.push.slots import SlotKeeper
 from cpe_daemon.push.targets import Targets
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
@@ -31,6 +35,14 @@ from cpe_daemon.wire.messages import PushRequest
 from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
+
+
+class _Planned(NamedTuple):
+    """What is pushed, how, and to which GPUs of the device."""
+
+    gpus: Sequence[int]
+    specs: Sequence[TensorSpec]
+    plan: Plan
 
 
 class Pusher:
@@ -60,6 +72,7 @@ class Pusher:
         self._registry = registry
         self._device = device
         self._planner = Planner(device.slot_bytes)
+        self._slots = SlotKeeper(config.device, config.deadlines, device, registry, clock)
         self.traffic = Traffic(clock)
         """What all rounds have moved."""
         self.current: Round | None = None
@@ -83,7 +96,7 @@ class Pusher:
     async def run(self) -> None:
         """Carry out what is due, until cancelled."""
         while True:
-            await self._wake.wait()
+            await self._woken()
             self._wake.clear()
             while (self._due or self._asked or self._joined) and not self._draining:
                 self._idle.clear()
@@ -95,6 +108,15 @@ class Pusher:
                 else:
                     await self._bring_up(self._joined.popleft())
                 self._idle.set()
+
+    async def _woken(self) -> None:
+        """Wait for something to do, and give slots back that nothing needs for long."""
+        while not self._wake.is_set():
+            try:
+                async with asyncio.timeout(self._slots.idle_in_seconds):
+                    await self._wake.wait()
+            except TimeoutError:
+                await self._slots.give_back()
 
     async def drain(self) -> None:
         """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
@@ -197,6 +219,7 @@ class Pusher:
 
     async def _bring_up(self, engine: Engine) -> None:
         """Give an engine that has just become complete the live version, unless it holds that already."""
+        await self._slots.provide(engine.workers.values(), 0)  # now, for a push would have to wait for them
         live = self._catalogue.live(engine.serves)
         if engine.ready and (live is None or engine.content == live.id):
             await self._let_serve(engine)
@@ -240,40 +263,68 @@ class Pusher:
         if not engines:
             return []
         self._rounds += 1
-        limits = self._config.deadlines
         with self._catalogue.lease(version):
-            gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
-            full = self._device.topology
-            topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
-            specs, plan = await asyncio.to_thread(self._planner.plan, version.id.model, *version.located(), topology)
-            served = [e for e in engines if e.complete and {w.gpu for w in e.workers.values()} <= set(gpus)]
-            participants = [Participant(engine, self._rounds, limits, self._clock) for engine in served]
-            if not participants:
-                return []
-            self.current = Round(
-                number=self._rounds,
-                version=version.id,
-                specs=specs,
-                plan=plan,
-                gpus=gpus,
-                device=self._device,
-                participants=participants,
-                deadlines=limits,
-                clock=self._clock,
-                traffic=self.traffic,
-                fold=version.fold,
-            )
-            self._undoable = undoable
-            if undoable and self._undoing is not None:
-                self.current.abandon(self._undoing)
+            planned = await self._plan(version, engines)
+            workers = [worker for engine in engines for worker in engine.workers.values()]
+            refused = await self._slots.provide(workers, len(planned.plan.buckets))
+            fit = [engine for engine in engines if not refused.keys() & {*engine.workers.values()}]
+            if refused and fit:
+                planned = await self._plan(version, fit)
+            participants = self._participants(engines, planned, refused)
             began = self._clock()
-            try:
-                await self.current.run()
-            finally:
-                self.current = None
+            if any(participant.alive for participant in participants):
+                await self._run(version, planned, participants, undoable=undoable)
+            else:
+                await asyncio.gather(*(participant.leave() for participant in participants))
         for participant in participants:
             self._observe(version, participant, self._clock() - began)
         return participants
+
+    async def _plan(self, version: Version, engines: Sequence[Engine]) -> _Planned:
+        """Plan a version for the GPUs of some engines."""
+        gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
+        full = self._device.topology
+        topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
+        made = await asyncio.to_thread(self._planner.plan, version.id.model, *version.located(), topology)
+        return _Planned(gpus, *made)
+
+    def _participants(
+        self, engines: Sequence[Engine], planned: _Planned, refused: Mapping[Worker, CpeError]
+    ) -> list[Participant]:
+        """The engines that are still complete; out of the round at once if a worker cannot be loaded."""
+        complete = [engine for engine in engines if engine.complete]
+        participants = [Participant(engine, self._rounds, self._config.deadlines, self._clock) for engine in complete]
+        for participant in participants:
+            for worker in participant.workers:
+                if worker in refused:
+                    participant.drop(refused[worker])
+                elif worker.gpu not in planned.gpus or not worker.has_slots:
+                    participant.drop(PeerLostError(f"{worker.name} attached anew while the push was made ready"))
+        return participants
+
+    async def _run(
+        self, version: Version, planned: _Planned, participants: Sequence[Participant], *, undoable: bool
+    ) -> None:
+        self.current = Round(
+            number=self._rounds,
+            version=version.id,
+            specs=planned.specs,
+            plan=planned.plan,
+            gpus=planned.gpus,
+            device=self._device,
+            participants=participants,
+            deadlines=self._config.deadlines,
+            clock=self._clock,
+            traffic=self.traffic,
+            fold=version.fold,
+        )
+        self._undoable = undoable
+        if undoable and self._undoing is not None:
+            self.current.abandon(self._undoing)
+        try:
+            await self.current.run()
+        finally:
+            self.current = None
 
     def _observe(self, version: Version, participant: Participant, seconds: float) -> None:
         participant.engine.last_push_seconds = seconds

@@ -38,9 +38,11 @@ from cpe_daemon.wire.trainer import (
 from cpe_daemon.wire.worker import (
     Abort,
     Begin,
+    CloseSlots,
     Expect,
     Finish,
     Load,
+    OpenSlots,
     Pause,
     Resume,
     SlotSet,
@@ -60,6 +62,7 @@ __all__ = [
     "Begin",
     "Chunk",
     "ChunkDone",
+    "CloseSlots",
     "Done",
     "EngineAdd",
     "EngineRemove",
@@ -73,6 +76,7 @@ __all__ = [
     "Load",
     "ManifestPart",
     "Message",
+    "OpenSlots",
     "OpenVersion",
     "Pause",
     "Ping",
@@ -134,5 +138,19 @@ FrontReply = (
 WorkerMessage = WorkerHello | StepDone | StepFailed | WorkerBye | Ping
 """What engine workers send."""
 
-WorkerCommand = WorkerWelcome | Expect | Pause | Begin | Load | Finish | Abort | Resume | Farewell | Pong | ErrorReply
+WorkerCommand = (
+    WorkerWelcome
+    | OpenSlots
+    | CloseSlots
+    | Expect
+    | Pause
+    | Begin
+    | Load
+    | Finish
+    | Abort
+    | Resume
+    | Farewell
+    | Pong
+    | ErrorReply
+)
 """What engine workers get."""

@@ -63,10 +63,10 @@ class WorkerBye(Message, frozen=True, tag="worker_bye"):
 
 
 class SlotSet(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The slots of one GPU as a worker opens them: ``count`` of ``slot_bytes`` each.
+    """The slots of one GPU as a worker opens them: ``count`` of ``slot_bytes`` each, one after another.
 
-    ``kind`` is the device's name. ``handles`` are the device's: for shm one hand-off token, good once, for the memory
-    of all slots, one after another.
+    ``kind`` is the device's name. ``handles`` are the device's: for shm a hand-off token, good once; for cuda the 64
+    bytes of a raw memory handle.
     """
 
     kind: str
@@ -77,14 +77,31 @@ class SlotSet(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class WorkerWelcome(Message, frozen=True, tag="worker_welcome"):
-    """The terms of a worker's link. ``hold``: do not serve before `Resume`, the live version is about to come."""
+    """The terms of a worker's link.
+
+    ``tether`` is a hand-off token: what is claimed for it at ``handoff`` ties the two lives together. ``hold``: do not
+    serve before `Resume`, the live version is about to come.
+    """
 
     protocol: int
     generation: str
     heartbeat_seconds: float
-    slots: SlotSet
+    tether: bytes
     handoff: str
     hold: bool = False
+
+
+class OpenSlots(Message, frozen=True, tag="open_slots"):
+    """Open these slots, in place of those that are open. ``round`` counts openings and closings, and is no round's."""
+
+    round: int
+    slots: SlotSet
+
+
+class CloseSlots(Message, frozen=True, tag="close_slots"):
+    """Let the slots go: their memory is about to be freed. ``round`` as in `OpenSlots`."""
+
+    round: int
 
 
 class Pause(Message, frozen=True, tag="pause"):

@@ -6,6 +6,7 @@ order, and only `Driver.wait` says that it has; host memory has to be pinned, an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -18,7 +19,6 @@ from cpe_daemon.devices.cuda import driver as real
 from cpe_daemon.devices.cuda.driver import HANDLE_BYTES, CudaError
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import PeerError
-from cpe_daemon.links.handoff import claim
 from cpe_daemon.wire.messages import SlotSet
 
 OUT_OF_MEMORY = 2
@@ -37,8 +37,12 @@ class FakeDriver(real.Driver):
         allocated: device memory, bytes by address.
     """
 
-    def __init__(self, gpus: int, total: int = 1 << 20, *, nvlink: bool = True) -> None:
-        self.gpus, self.total, self.nvlink = gpus, total, nvlink
+    total = 1 << 20
+
+    def __init__(self, gpus: int, total: int | None = None, *, nvlink: bool = True) -> None:
+        self.gpus, self.nvlink = gpus, nvlink
+        if total is not None:
+            self.total = total
         self.lost: set[int] = set()
         self.go_on = threading.Event()
         self.go_on.set()
@@ -117,6 +121,8 @@ class FakeDriver(real.Driver):
         del self._memory[address]
 
     def free_bytes(self) -> int:
+        if self.device in self.lost:
+            raise CudaError("cuMemGetInfo_v2", LOST, "unspecified launch failure (719)")
         return self.total
 
     def register(self, address: int, nbytes: int) -> None:
@@ -204,17 +210,16 @@ class _Stream:
 
 
 class FakeCudaSlots:
-    """A worker's slots, by the simulated driver; real tether."""
+    """A worker's slots, by the simulated driver."""
 
-    def __init__(self, driver: FakeDriver, slots: SlotSet, handoff: str) -> None:
-        token, handle = slots.handles
-        fd, self._tether = claim(handoff, token)
-        os.close(fd)
+    device = torch.device("cpu")
+
+    def __init__(self, driver: FakeDriver, slots: SlotSet) -> None:
+        (handle,) = slots.handles
         self._driver, self._slots = driver, slots
         try:
             self._address = driver.open(handle)
         except CudaError as error:
-            self._tether.close()
             raise PeerError(str(error)) from None
         view = (ctypes.c_char * (slots.count * slots.slot_bytes)).from_address(self._address)
         self._bytes = torch.frombuffer(view, dtype=torch.uint8)
@@ -222,10 +227,11 @@ class FakeCudaSlots:
     def slot(self, index: int) -> torch.Tensor:
         return self._bytes.narrow(0, index * self._slots.slot_bytes, self._slots.slot_bytes)
 
-    @property
-    def lost(self) -> bool:
-        return self._tether.cut
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        copy(destination, source, nbytes)
 
     def close(self) -> None:
         self._driver.close(self._address)
-        self._tether.close()

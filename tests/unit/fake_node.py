@@ -22,7 +22,7 @@ from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import Expected
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import CpeError
+from cpe_daemon.errors import CpeError, ResourceError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Catalogue, Version
@@ -30,9 +30,11 @@ from cpe_daemon.wire.codec import Codec
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
+    CloseSlots,
     Finish,
     Load,
     Message,
+    OpenSlots,
     Pause,
     Ping,
     Pong,
@@ -50,6 +52,7 @@ from inference_plugins.torch.driver import TorchDriver
 
 WAIT_SECONDS = 20.0
 SLOT_BYTES = 1024
+SLOTS = 2
 TENSORS = 6
 TENSOR_BYTES = 512
 """A version's: three buckets of two tensors."""
@@ -73,23 +76,70 @@ class Clock:
         return self.now
 
 
+class Ties:
+    """A hand-off that hands over nothing but tethers; ``on_gone`` in their order: call one, and a process has ended."""
+
+    path = Path("/nowhere")
+
+    def __init__(self) -> None:
+        self.on_gone: list[Callable[[], None]] = []
+        self.withdrawn: list[bytes] = []
+
+    def tie(self, on_gone: Callable[[], None]) -> bytes:
+        self.on_gone.append(on_gone)
+        return len(self.on_gone).to_bytes(32, "little")
+
+    def withdraw(self, token: bytes) -> None:
+        self.withdrawn.append(token)
+
+
 class StillDevice:
-    """Slots without bytes; ``error`` fails the next fetch."""
+    """Slots without bytes; ``error`` fails the next fetch.
+
+    Attributes:
+        room: slots that fit on each GPU.
+        failures: GPUs that are lost.
+        withdrawn: exports that were taken back.
+        freed: GPUs whose slots were freed, in their order.
+    """
 
     kind = "shm"
 
-    def __init__(self, gpus: int = 1, slot_count: int = 2) -> None:
+    def __init__(self, gpus: int = 1) -> None:
         self.topology = Topology(tuple(Gpu(f"gpu-{index}") for index in range(gpus)), peer_access=True)
-        self.slot_count = slot_count
         self.slot_bytes = SLOT_BYTES
         self.error: Exception | None = None
         self.withdrawn: list[SlotSet] = []
         self.stuck_seconds = 0.0
-        self.on_gone: list[Callable[[], None]] = []
-        """Of each export, in their order: call one, and that worker's process has ended."""
+        self.room = [1000] * gpus
+        self.failures: dict[int, CpeError] = {}
+        self.freed: list[int] = []
+        self._taken = [0] * gpus
+        self._exports = 0
 
-    async def open(self) -> None:
-        """Nothing to allocate."""
+    @property
+    def slot_count(self) -> int:
+        return min(filter(None, self._taken), default=0)
+
+    def slots(self, gpu: int) -> int:
+        return self._taken[gpu]
+
+    def give(self, count: int) -> None:
+        self._taken = [count] * len(self._taken)
+
+    async def take(self, gpu: int, count: int) -> None:
+        if self._taken[gpu]:
+            raise LookupError("it has slots")
+        self._taken[gpu] = min(count, self.room[gpu])
+        if not self._taken[gpu]:
+            raise ResourceError("no room for a slot")
+
+    async def release(self, gpu: int) -> None:
+        self._taken[gpu] = 0
+        self.freed.append(gpu)
+
+    async def open(self, progress: Callable[[int, int], None]) -> None:
+        """Nothing to pin."""
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -101,10 +151,10 @@ class StillDevice:
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
         """No bytes."""
 
-    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
-        self.on_gone.append(on_gone)
-        token = len(self.on_gone).to_bytes(32, "little")
-        return SlotSet("shm", self.topology.gpus[gpu].uuid, self.slot_count, SLOT_BYTES, [token])
+    def export(self, gpu: int) -> SlotSet:
+        self._exports += 1
+        token = self._exports.to_bytes(32, "little")
+        return SlotSet("shm", self.topology.gpus[gpu].uuid, self._taken[gpu], SLOT_BYTES, [token])
 
     def withdraw(self, slots: SlotSet) -> None:
         self.withdrawn.append(slots)
@@ -131,6 +181,8 @@ class FakeWorker:
         self.steps: list[str] = []
         self.commands: list[Message] = []
         self.welcome: WorkerWelcome | None = None
+        self.slots: SlotSet | None = None
+        """What it has open."""
         self.script: dict[str, Script] = {}
         self.takes_messages = True
         self._node = node
@@ -148,14 +200,14 @@ class FakeWorker:
 
     def die(self) -> None:
         """Its process ends: the kernel cuts its tether."""
-        self._node.device.on_gone[self.export]()
+        self._node.ties.on_gone[self.tether]()
 
     @property
-    def export(self) -> int:
-        """Which of the device's exports it has."""
+    def tether(self) -> int:
+        """Which of the node's ties it has."""
         if self.welcome is None:
             raise LookupError("it was not welcomed")
-        return int.from_bytes(self.welcome.slots.handles[0], "little") - 1
+        return int.from_bytes(self.welcome.tether, "little") - 1
 
     def hang(self, *steps: str) -> None:
         """Say nothing to these."""
@@ -171,6 +223,8 @@ class FakeWorker:
         if isinstance(message, WorkerWelcome):
             self.welcome = message
             self.paused = message.hold or self.touched
+        elif isinstance(message, OpenSlots | CloseSlots):
+            asyncio.get_running_loop().call_soon(self._answer, str(message.__struct_config__.tag), message)
         elif isinstance(message, Pause | Begin | Load | Finish | Abort | Resume):
             name = str(message.__struct_config__.tag)
             self.steps.append(name)
@@ -188,11 +242,15 @@ class FakeWorker:
         """Carry a step out as a worker does that loads instantly."""
         name, touched = str(step.__struct_config__.tag), False
         match step:
+            case OpenSlots() | CloseSlots():
+                self.slots = getattr(step, "slots", None)
             case Pause():
                 self.paused = True
             case Begin():
                 self._before, self._loaded = (step.round, self.content), 0
             case Load():
+                if self.slots is None or step.slot >= self.slots.count:
+                    self.serving_wrong.append(f"loading from slot {step.slot} of {self.slots}")
                 if not self.paused:
                     self.serving_wrong.append("loading while it serves")
                 self.touched = True
@@ -231,10 +289,12 @@ class FakeNode:
                 "deadlines": deadlines or {},
                 "push": {"automatic": automatic},
                 "retention": {"versions": retain},
+                "device": {"slots": SLOTS, "slot_bytes": 4096},
             }
         )
         self.arena = Arena(1 << 20)
         self.device = StillDevice(gpus)
+        self.ties = Ties()
         self.metrics = Metrics()
         self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock, automatic=automatic)
         self.workers: dict[bytes, FakeWorker] = {}
@@ -245,7 +305,7 @@ class FakeNode:
             config=self.config,
             generation="g",
             device=self.device,
-            handoff="/nowhere",
+            handoff=self.ties,
             drivers=self.drivers,
             expected=self.expected,
             live=self._live,
@@ -298,6 +358,12 @@ class FakeNode:
     def worker(self, engine: str, **hello: Any) -> FakeWorker:
         """A new worker that has attached."""
         return FakeWorker(self, engine, **hello).attach()
+
+    def open_slots(self, count: int = SLOTS) -> None:
+        """Have every worker open slots, for a round that no pusher runs."""
+        self.device.give(count)
+        for worker in self.workers.values():
+            worker.slots = self.device.export(0)
 
     def ping(self, worker: FakeWorker) -> None:
         worker.say(Ping())

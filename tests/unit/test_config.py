@@ -174,7 +174,7 @@ nod: x
         "F:3: arena.prefault_threads: must be at most 256, not 9999",
         "F:5: device.slot_bytes: 1000001 is not a multiple of 256; write 999936 or 1000192",
         "F:6: device.slots: must be a whole number, not 'three'",
-        "F:7: device.kind: must be shm, not 'tpu'",
+        "F:7: device.kind: must be one of shm, cuda, not 'tpu'",
         "F:8: deadlines.bucket_seconds: must be at most 24h, not 100000",
         "F:9: nod: is no setting; did you mean node?",
         "environment variable CPE_LOG_LEVEL: names no setting; did you mean CPE_LOG__LEVEL?",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpe_daemon.core.plan import HERE, Bucket, Copy, Gpu, PeerCopy, Topology
-from cpe_daemon.errors import EngineError, ResourceError
+from cpe_daemon.errors import CpeError, EngineError, ResourceError
 from cpe_daemon.push.pipeline import Pipeline
 from cpe_daemon.wire.messages import SlotSet
 
@@ -58,13 +58,26 @@ class FakeDevice:
     def __post_init__(self) -> None:
         self.topology = Topology(tuple(Gpu(f"fake-{index}") for index in range(self.gpus)), peer_access=True)
 
-    async def open(self) -> None:
-        """Nothing to allocate."""
+    @property
+    def failures(self) -> dict[int, CpeError]:
+        return {}
+
+    async def open(self, progress: Callable[[int, int], None]) -> None:
+        """Nothing to pin."""
+
+    def slots(self, gpu: int) -> int:
+        return self.slot_count
+
+    async def take(self, gpu: int, count: int) -> None:
+        raise NotImplementedError
+
+    async def release(self, gpu: int) -> None:
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Nothing to free."""
 
-    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
+    def export(self, gpu: int) -> SlotSet:
         raise NotImplementedError
 
     def withdraw(self, slots: SlotSet) -> None:

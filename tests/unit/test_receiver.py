@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,19 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from msgspec import structs
 
 from cpe_daemon.core.types import TensorSpec, VersionId
-from cpe_daemon.errors import BusyError, DeadlineError, EngineError, PeerLostError
+from cpe_daemon.errors import BusyError, DeadlineError, EngineError, PeerError, PeerLostError
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import (
     PROTOCOL,
     Abort,
     Begin,
+    CloseSlots,
     ErrorReply,
     Farewell,
     Finish,
     Load,
     Message,
+    OpenSlots,
     Pause,
     Ping,
     Pong,
@@ -41,20 +46,39 @@ from inference_plugins.assembly import Place
 from inference_plugins.receiver import Receiver
 
 STALE, FRESH = b"stale", b"fresh"
+SLOTS = SlotSet("shm", "shm-0", 2, 4096, [b"token"])
 _SECONDS = 10.0
 
 
-class FakeSlots:
-    """Slots of a daemon that lives until it is said to be lost."""
+class FakeTether:
+    """The tie to a daemon that lives until it is said to be cut."""
 
     def __init__(self) -> None:
-        self.lost = False
+        self.cut = False
+
+    def close(self) -> None:
+        pass
+
+
+class FakeSlots:
+    """Slots in no memory that counts."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.open = True
 
     def slot(self, index: int) -> torch.Tensor:
         return torch.zeros(4096, dtype=torch.uint8)
 
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
-        pass
+        self.open = False
 
 
 class FakeLoader:
@@ -77,7 +101,7 @@ class FakeLoader:
     def begin(self) -> None:
         self._maybe_break("begin")
 
-    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
         self._maybe_break("place")
         return [None] * len(tensors)
 
@@ -121,8 +145,7 @@ class FakeDaemon:
         return None
 
     def welcome(self, token: bytes = FRESH, *, hold: bool = False) -> None:
-        slots = SlotSet("shm", "shm-0", 1, 4096, [token])
-        self.say(WorkerWelcome(PROTOCOL, "generation", 0.1, slots, "nowhere", hold))
+        self.say(WorkerWelcome(PROTOCOL, "generation", 0.1, token, "nowhere", hold))
 
     def say(self, message: Message) -> None:
         self.say_raw(encode(message))
@@ -143,18 +166,33 @@ def daemon(no_leaks: None, runtime_dir: Path) -> Iterator[FakeDaemon]:
 
 
 @pytest.fixture
-def slots(monkeypatch: pytest.MonkeyPatch) -> list[FakeSlots]:
-    """The slots that were opened; a stale token opens none."""
-    opened: list[FakeSlots] = []
+def tethers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTether]:
+    """Those that were claimed; a stale token gets none."""
+    claimed: list[FakeTether] = []
 
-    def open_slots(described: SlotSet, handoff: str) -> FakeSlots:
-        if described.handles == [STALE]:
+    def claim(path: str, token: bytes) -> tuple[int, FakeTether]:
+        if token == STALE:
             raise PeerLostError("the token is void")
-        opened.append(FakeSlots())
-        return opened[-1]
+        claimed.append(FakeTether())
+        return os.open(os.devnull, os.O_RDONLY), claimed[-1]
+
+    monkeypatch.setattr(module, "claim", claim)
+    return claimed
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeSlots]:
+    """The slots that were opened; those of another GPU cannot be."""
+    made: list[FakeSlots] = []
+
+    def open_slots(slots: SlotSet, handoff: str) -> FakeSlots:
+        if slots.gpu == "elsewhere":
+            raise PeerError("elsewhere is not visible to this process")
+        made.append(FakeSlots())
+        return made[-1]
 
     monkeypatch.setattr(module, "open_slots", open_slots)
-    return opened
+    return made
 
 
 @pytest.fixture
@@ -164,7 +202,7 @@ def loader() -> FakeLoader:
 
 @pytest.fixture
 def receiver(
-    daemon: FakeDaemon, slots: list[FakeSlots], loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+    daemon: FakeDaemon, tethers: list[FakeTether], loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Receiver]:
     """Not attached yet; it says hello once a minute, so that no test meets a hello that it does not expect."""
     monkeypatch.setattr(module, "_HELLO_EVERY_SECONDS", 60.0)
@@ -212,7 +250,7 @@ def until(daemon: FakeDaemon, look: Callable[[], bool]) -> None:
 
 
 def test_void_welcome_is_passed_over_without_another_hello(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     """Another hello at once would make the welcome void that is on its way, and so on for ever."""
     assert daemon.expect(WorkerHello)
@@ -220,7 +258,7 @@ def test_void_welcome_is_passed_over_without_another_hello(
     assert daemon.expect(WorkerHello, 0.3) is None
     daemon.welcome(FRESH)
     assert daemon.expect(Ping)
-    assert len(slots) == 1
+    assert len(tethers) == 1
 
 
 def test_why_a_welcome_was_void_is_told(daemon: FakeDaemon, receiver: Receiver) -> None:
@@ -240,13 +278,15 @@ def test_why_a_welcome_was_void_is_told(daemon: FakeDaemon, receiver: Receiver) 
     assert [str(error) for error in outcome] == ["the token is void"]
 
 
-def test_last_welcome_counts(daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader) -> None:
+def test_last_welcome_counts(
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+) -> None:
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     until(daemon, lambda: loader.serving)
     daemon.welcome(hold=True)
     until(daemon, lambda: not loader.serving)
-    assert len(slots) == 2
+    assert len(tethers) == 2
 
 
 @pytest.mark.parametrize(
@@ -255,7 +295,7 @@ def test_last_welcome_counts(daemon: FakeDaemon, running: Running, slots: list[F
 def test_lost_daemon_leaves_a_held_engine_paused(
     daemon: FakeDaemon,
     running: Running,
-    slots: list[FakeSlots],
+    tethers: list[FakeTether],
     loader: FakeLoader,
     hold: bool,
     resumed: bool,
@@ -267,7 +307,7 @@ def test_lost_daemon_leaves_a_held_engine_paused(
     if resumed:
         daemon.say(Resume(1))
         assert daemon.expect(StepDone)
-    slots[-1].lost = True
+    tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     assert loader.serving is serves
     daemon.welcome()
@@ -291,10 +331,10 @@ def test_refusal_is_raised(daemon: FakeDaemon, receiver: Receiver) -> None:
 
 
 def test_goodbye_is_answered_before_the_slots_are_let_go(
-    daemon: FakeDaemon, receiver: Receiver, slots: list[FakeSlots], monkeypatch: pytest.MonkeyPatch
+    daemon: FakeDaemon, receiver: Receiver, tethers: list[FakeTether], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = threading.Event()
-    monkeypatch.setattr(FakeSlots, "close", lambda self: closed.set())
+    monkeypatch.setattr(FakeTether, "close", lambda self: closed.set())
 
     def attach_and_close() -> None:
         receiver.attach(_SECONDS)
@@ -316,7 +356,7 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
 def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
     daemon: FakeDaemon,
     running: Running,
-    slots: list[FakeSlots],
+    tethers: list[FakeTether],
     loader: FakeLoader,
     touched: bool,
     caplog: pytest.LogCaptureFixture,
@@ -340,13 +380,13 @@ def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
 
 
 def test_farewell_of_a_daemon_that_is_gone_is_not_answered(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     """As one finds it whose process was stopped for a while."""
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     assert daemon.expect(Ping)
-    slots[-1].lost = True
+    tethers[-1].cut = True
     daemon.say(Farewell("it was upgraded"))
     assert daemon.expect(WorkerHello)  # nothing before it but pings
     daemon.welcome()
@@ -385,12 +425,19 @@ ROUND: dict[str, Message] = {
 @pytest.mark.parametrize("error", [ValueError("no such layer"), EngineError("no such layer"), MemoryError()], ids=repr)
 @pytest.mark.parametrize("broken", ROUND)
 def test_what_the_engine_raises_is_answered_and_goes_no_further(
-    broken: str, error: Exception, daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    broken: str,
+    error: Exception,
+    daemon: FakeDaemon,
+    running: Running,
+    opened: list[FakeSlots],
+    loader: FakeLoader,
 ) -> None:
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     until(daemon, lambda: loader.serving)
     loader.broken[broken] = error
+    daemon.say(OpenSlots(1, SLOTS))
+    assert daemon.expect(StepDone)
     for name, step in ROUND.items():
         daemon.say(step)
         if name == broken:
@@ -408,7 +455,7 @@ def test_what_the_engine_raises_is_answered_and_goes_no_further(
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), DeadlineError("a forward pass is running")], ids=repr)
 def test_engine_that_cannot_hold_is_still_attached(
-    error: Exception, daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    error: Exception, daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     loader.broken["pause"] = error
     assert daemon.expect(WorkerHello)
@@ -419,13 +466,13 @@ def test_engine_that_cannot_hold_is_still_attached(
 
 
 def test_engine_that_cannot_resume_is_still_attached(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     loader.broken["resume"] = RuntimeError("CUDA error")
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     assert daemon.expect(Ping)
-    slots[-1].lost = True
+    tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     loader.broken.clear()
     daemon.welcome()
@@ -436,7 +483,7 @@ def test_engine_that_cannot_resume_is_still_attached(
 
 
 def test_other_generation_means_another_daemon(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     """It knows nothing of this worker, and its slots are not those that are open here."""
     assert daemon.expect(WorkerHello)
@@ -448,12 +495,12 @@ def test_other_generation_means_another_daemon(
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     assert daemon.expect(Ping)
-    assert len(slots) == 2
+    assert len(tethers) == 2
     assert loader.serving
 
 
 def test_daemon_that_does_not_know_this_worker_hears_hello(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots]
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
     daemon.welcome()
@@ -462,19 +509,23 @@ def test_daemon_that_does_not_know_this_worker_hears_hello(
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     assert daemon.expect(Ping)
-    assert len(slots) == 2
+    assert len(tethers) == 2
 
 
 def test_touched_engine_stays_paused_whatever_the_daemon_does(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    daemon: FakeDaemon,
+    running: Running,
+    tethers: list[FakeTether],
+    opened: list[FakeSlots],
+    loader: FakeLoader,
 ) -> None:
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     until(daemon, lambda: loader.serving)
-    for step in ("pause", "begin", "load"):
-        daemon.say(ROUND[step])
+    for step in (OpenSlots(1, SLOTS), ROUND["pause"], ROUND["begin"], ROUND["load"]):
+        daemon.say(step)
         assert daemon.expect(StepDone)
-    slots[-1].lost = True
+    tethers[-1].cut = True
     hello = daemon.expect(WorkerHello)
     assert isinstance(hello, WorkerHello)
     assert (hello.touched, hello.content) == (True, None)
@@ -490,14 +541,14 @@ def test_touched_engine_stays_paused_whatever_the_daemon_does(
 
 
 def test_round_of_the_daemon_before_is_forgotten(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     for step in ("pause", "begin"):
         daemon.say(ROUND[step])
         assert daemon.expect(StepDone)
-    slots[-1].lost = True
+    tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     daemon.welcome()
     daemon.say(LOAD)
@@ -508,7 +559,7 @@ def test_round_of_the_daemon_before_is_forgotten(
 
 
 def test_garbage_of_the_daemon_s_is_passed_over(
-    daemon: FakeDaemon, running: Running, slots: list[FakeSlots], loader: FakeLoader
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     assert daemon.expect(WorkerHello)
     for garbage in (b"", b"garbage", encode(Ping()), encode(LOAD)[:-1]):
@@ -519,4 +570,50 @@ def test_garbage_of_the_daemon_s_is_passed_over(
         daemon.say_raw(garbage)
     assert daemon.expect(Ping)
     assert loader.serving
-    assert len(slots) == 1
+    assert len(tethers) == 1
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_opened_changed_and_closed(daemon: FakeDaemon, running: Running, opened: list[FakeSlots]) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    for count in (1, 2):
+        daemon.say(OpenSlots(count, SLOTS))
+        assert daemon.expect(StepDone)
+        assert [slots.open for slots in opened] == [False, True][-count:]
+    daemon.say(CloseSlots(3))
+    done = daemon.expect(StepDone)
+    assert isinstance(done, StepDone)
+    assert (done.round, done.step) == (3, "close_slots")
+    daemon.say(CloseSlots(4))
+    assert daemon.expect(StepDone)
+    assert not any(slots.open for slots in opened)
+
+
+def test_slots_that_cannot_be_opened_are_told_of_and_the_link_lives(
+    daemon: FakeDaemon, running: Running, opened: list[FakeSlots]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    daemon.say(OpenSlots(1, structs.replace(SLOTS, gpu="elsewhere")))
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert "not visible" in failed.error.message
+    daemon.say(OpenSlots(2, SLOTS))
+    assert daemon.expect(StepDone)
+
+
+def test_slots_end_with_the_link(
+    daemon: FakeDaemon, running: Running, opened: list[FakeSlots], tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    daemon.say(OpenSlots(1, SLOTS))
+    assert daemon.expect(StepDone)
+    tethers[-1].cut = True
+    assert daemon.expect(WorkerHello)
+    assert not opened[0].open
+    daemon.welcome()
+    assert daemon.expect(Ping)

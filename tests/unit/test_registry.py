@@ -21,7 +21,7 @@ from cpe_daemon.errors import (
     ProtocolError,
     ResourceError,
 )
-from cpe_daemon.wire.messages import EngineSpec, Pause, Ping, SlotSet, StepDone, StepFailed, WorkerBye
+from cpe_daemon.wire.messages import EngineSpec, Pause, Ping, StepDone, StepFailed, WorkerBye
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, FakeWorker, number
@@ -60,18 +60,19 @@ def live(node: FakeNode, version: Any) -> None:
 # --- hello -----------------------------------------------------------------------------------------------------------
 
 
-async def test_worker_is_welcomed_with_its_gpu_s_slots(node: FakeNode) -> None:
+async def test_worker_is_welcomed_with_the_terms_of_its_link(node: FakeNode) -> None:
     worker = node.worker("a", gpu="gpu-1")
     welcome = worker.welcome
     assert welcome is not None
     assert (welcome.protocol, welcome.generation, welcome.handoff, welcome.hold) == (1, "g", "/nowhere", False)
     assert welcome.heartbeat_seconds == node.config.deadlines.heartbeat_interval_seconds
-    assert (welcome.slots.gpu, welcome.slots.count) == ("gpu-1", 2)
+    assert welcome.tether == (1).to_bytes(32, "little")
 
 
 async def test_worker_that_names_no_gpu_gets_one_by_its_rank(node: FakeNode) -> None:
-    workers = [node.worker("a", rank=rank, world_size=3) for rank in range(3)]
-    assert [worker.welcome.slots.gpu for worker in workers if worker.welcome] == ["gpu-0", "gpu-1", "gpu-0"]
+    for rank in range(3):
+        node.worker("a", rank=rank, world_size=3)
+    assert [worker.gpu_name for worker in node.engine("a").workers.values()] == ["gpu-0", "gpu-1", "gpu-0"]
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,14 @@ async def test_refused_hello_of_an_attached_worker_leaves_it_attached(hello: dic
     workers[1].say(Ping())
 
 
-async def test_hello_that_cannot_be_given_slots_changes_nothing(node: FakeNode) -> None:
+async def test_hello_that_cannot_be_tied_changes_nothing(node: FakeNode) -> None:
     worker = node.worker("a", content=ONE)
     before = described(node)
 
-    def exhausted(gpu: int, on_gone: Any) -> SlotSet:
+    def exhausted(on_gone: Any) -> bytes:
         raise ResourceError("too many open files")
 
-    node.device.export = exhausted  # type: ignore[method-assign]
+    node.ties.tie = exhausted  # type: ignore[method-assign]
     for newcomer in (FakeWorker(node, "new"), worker):
         with pytest.raises(ResourceError):
             newcomer.attach()
@@ -199,7 +200,7 @@ async def test_driver_that_cannot_be_made_changes_nothing(node: FakeNode) -> Non
     with pytest.raises(ZeroDivisionError):
         node.worker("a", kind="broken")
     assert described(node) == []
-    assert node.device.on_gone == []
+    assert node.ties.on_gone == []
 
 
 # --- what an engine holds --------------------------------------------------------------------------------------------
@@ -377,7 +378,7 @@ async def test_dead_worker_leaves_its_engine_in_doubt(node: FakeNode) -> None:
     assert (engine.state, engine.content, engine.complete) == ("unknown", None, False)
     assert isinstance(engine.error, PeerLostError)
     assert "engine 'a' rank 0 (pid 0, GPU gpu-0) is gone: its process ended" in engine.error.message
-    assert node.device.withdrawn == [workers[0].welcome.slots]  # type: ignore[union-attr]
+    assert node.ties.withdrawn == [workers[0].welcome.tether]  # type: ignore[union-attr]
     with pytest.raises(ProtocolError, match="hello first"):
         workers[0].say(Ping())
     workers[1].say(Ping())
@@ -397,7 +398,7 @@ async def test_returning_process_takes_its_own_place(node: FakeNode) -> None:
     first = node.worker("a", incarnation="same", content=ONE)
     again = node.worker("a", incarnation="same", content=ONE)
     assert node.states() == {"a": (CURRENT, ONE)}
-    assert node.device.withdrawn == [first.welcome.slots]  # type: ignore[union-attr]
+    assert node.ties.withdrawn == [first.welcome.tether]  # type: ignore[union-attr]
     with pytest.raises(ProtocolError):
         first.say(Ping())
     again.say(Ping())
@@ -411,8 +412,8 @@ async def test_hello_said_twice_is_answered_twice(node: FakeNode) -> None:
     worker.attach()
     assert worker.welcome is not None
     assert first is not None
-    assert worker.welcome.slots.handles != first.slots.handles
-    assert node.device.withdrawn == [first.slots]
+    assert worker.welcome.tether != first.tether
+    assert node.ties.withdrawn == [first.tether]
     assert node.states() == {"a": (CURRENT, ONE)}
 
 

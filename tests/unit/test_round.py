@@ -47,6 +47,8 @@ async def node() -> AsyncIterator[FakeNode]:
 
 
 def make_round(node: FakeNode, *engines: str, **deadlines: float) -> Round:
+    if not node.device.slot_count:
+        node.open_slots()
     version = node.catalogue.find(NEW) or node.stage(NEW)
     limits = DeadlinesConfig.model_validate(deadlines)
     tensors, bases = version.located()
@@ -441,7 +443,7 @@ async def test_copy_that_fails_while_the_last_engine_does_ends_the_round_once(no
             raise ResourceError("out of luck")
 
     node.device.fetch = fetch  # type: ignore[method-assign]
-    node.device.slot_count = 3
+    node.open_slots(3)
     round = make_round(node, "a")
     round._pipeline._primed.set()  # as if the slots were two
     running = asyncio.create_task(run(round))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -14,7 +13,7 @@ from cpe_daemon.core.plan import Copy, PeerCopy, Topology
 from cpe_daemon.devices.cuda.driver import CudaError, Driver, driver
 from cpe_daemon.devices.cuda.gpus import Found, exchanges, find
 from cpe_daemon.devices.cuda.lane import Lane
-from cpe_daemon.errors import ConfigError, ResourceError
+from cpe_daemon.errors import ConfigError, CpeError, ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
 log = structlog.get_logger(__name__)
@@ -24,28 +23,14 @@ PIN_BYTES: Final = 4 << 30
 """Pinned at a time, so that progress can be told. No copy may reach from one such range into the next."""
 
 
-class Handoff(Protocol):
-    """What is needed of `cpe_daemon.links.handoff.HandoffServer`."""
-
-    def offer(self, fd: int, on_gone: Callable[[], None]) -> bytes:
-        """Offer a descriptor once, under the token returned; call ``on_gone`` when its taker lets go or dies."""
-        ...
-
-    def withdraw(self, token: bytes) -> None:
-        """Take an offer back, if nobody took it."""
-        ...
-
-
 class CudaDevice:
     """Slots on every GPU that this process sees. Four threads a GPU: two kinds of copies, each issued and awaited.
 
     Args:
         uuids: of the GPUs to take; empty: all.
-        slot_count: slots a GPU; fewer are taken where memory is short.
         slot_bytes: size of a slot.
         source: address of the arena's first byte.
         source_bytes: size of the arena.
-        handoff: ties workers' lives to what they were given.
 
     Raises:
         ConfigError: there is no driver, no GPU, or not one that was named.
@@ -53,33 +38,26 @@ class CudaDevice:
 
     kind = KIND
 
-    def __init__(
-        self,
-        *,
-        uuids: Sequence[str],
-        slot_count: int,
-        slot_bytes: int,
-        source: int,
-        source_bytes: int,
-        handoff: Handoff,
-    ) -> None:
+    def __init__(self, *, uuids: Sequence[str], slot_bytes: int, source: int, source_bytes: int) -> None:
         try:
             self._driver = driver()
         except ResourceError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(error.message) from None
         self._found = find(self._driver, uuids)
         self.topology = Topology(
             gpus=tuple(found.gpu for found in self._found), peer_access=exchanges(self._driver, self._found)
         )
-        self.slot_count = slot_count
         self.slot_bytes = slot_bytes
+        self.failures: dict[int, CpeError] = {}
         self._source = source
         self._source_bytes = source_bytes
-        self._handoff = handoff
         self._pinned: list[int] = []
         self._gpus: list[_Gpu] = []
-        self._token_fd = os.memfd_create("cpe-slots", os.MFD_CLOEXEC)
-        """Nothing is in it: a worker fetches it for the connection, which ends with the worker."""
+
+    @property
+    def slot_count(self) -> int:
+        """Slots that each GPU has which has any; 0 if none has."""
+        return min((gpu.slot_count for gpu in self._gpus if gpu.slot_count), default=0)
 
     @property
     def stuck_seconds(self) -> float:
@@ -87,23 +65,59 @@ class CudaDevice:
         return max((lane.stuck_seconds for gpu in self._gpus for lane in gpu.lanes), default=0.0)
 
     async def open(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Take the slots, and pin the arena.
+        """Make a context on every GPU, and pin the arena.
 
         Args:
             progress: called on the loop with (bytes pinned, bytes in all).
 
         Raises:
-            ConfigError: a GPU has no room for one slot, or the arena cannot be pinned; says what to do.
+            ConfigError: a GPU cannot be used, or the arena cannot be pinned; says what to do.
         """
-        for found in self._found:
-            self._gpus.append(await asyncio.to_thread(_Gpu, self._driver, found, self.slot_count, self.slot_bytes))
-        self.slot_count = min(gpu.slot_count for gpu in self._gpus)
-        if self.topology.peer_access:
-            await asyncio.to_thread(self._link)
+        try:
+            for found in self._found:
+                self._gpus.append(await asyncio.to_thread(_Gpu, self._driver, found))
+            if self.topology.peer_access:
+                await asyncio.to_thread(self._link)
+        except CudaError as error:
+            raise ConfigError(f"a GPU cannot be used: {error}; see nvidia-smi, and device.uuids") from None
         for start in range(0, self._source_bytes, PIN_BYTES):
             nbytes = min(PIN_BYTES, self._source_bytes - start)
             await asyncio.to_thread(self._pin, self._source + start, nbytes)
             progress(start + nbytes, self._source_bytes)
+
+    def slots(self, gpu: int) -> int:
+        """How many slots a GPU has."""
+        return self._gpus[gpu].slot_count
+
+    async def take(self, gpu: int, count: int) -> None:
+        """Take slots, or as many as there is room for.
+
+        Raises:
+            ResourceError: there is no room for one, or the GPU has failed.
+        """
+        taken = self._gpus[gpu]
+        try:
+            await asyncio.to_thread(taken.take, count, self.slot_bytes)
+        except CudaError as error:
+            if not error.out_of_memory:
+                await self._judge(gpu, error)
+                raise
+            raise ResourceError(
+                f"{taken.uuid} has no room for a slot of {self.slot_bytes} bytes ({error}); lower device.slot_bytes, or"
+                " the memory that the engine takes"
+            ) from None
+
+    def export(self, gpu: int) -> SlotSet:
+        """Return the handle of a GPU's slots."""
+        taken = self._gpus[gpu]
+        return SlotSet(KIND, taken.uuid, taken.slot_count, self.slot_bytes, [taken.handle])
+
+    def withdraw(self, slots: SlotSet) -> None:
+        """Nothing is kept for a worker that does not open them."""
+
+    async def release(self, gpu: int) -> None:
+        """Free a GPU's slots."""
+        await asyncio.to_thread(self._gpus[gpu].give_back)
 
     async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         """Copy from the arena into a slot, over the GPU's own PCIe link."""
@@ -118,7 +132,7 @@ class CudaDevice:
                         base + item.slot_offset + start - item.address, self._source + start, nbytes, stream
                     )
 
-        await self._gpus[gpu].fetching.run(issue)
+        await self._run(gpu, self._gpus[gpu].fetching, issue)
 
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
         """Copy from the other GPUs' same slot."""
@@ -135,17 +149,7 @@ class CudaDevice:
                     stream,
                 )
 
-        await self._gpus[gpu].exchanging.run(issue)
-
-    def export(self, gpu: int, on_gone: Callable[[], None]) -> SlotSet:
-        """Return the handle of a GPU's slots, and the token that ties a worker's life to them."""
-        token = self._handoff.offer(self._token_fd, on_gone)
-        uuid = self.topology.gpus[gpu].uuid
-        return SlotSet(KIND, uuid, self.slot_count, self.slot_bytes, [token, self._gpus[gpu].handle])
-
-    def withdraw(self, slots: SlotSet) -> None:
-        """Take an offer back that no worker has claimed."""
-        self._handoff.withdraw(slots.handles[0])
+        await self._run(gpu, self._gpus[gpu].exchanging, issue)
 
     async def close(self) -> None:
         """Unpin the arena and free the slots, when what is in flight has ended."""
@@ -155,10 +159,26 @@ class CudaDevice:
         for gpu in self._gpus:
             await asyncio.to_thread(gpu.free)
         self._gpus.clear()
-        os.close(self._token_fd)
+
+    async def _run(self, gpu: int, lane: Lane, issue: Callable[[int], None]) -> None:
+        try:
+            await lane.run(issue)
+        except CudaError as error:
+            await self._judge(gpu, error)
+            raise ResourceError(f"copies to {self._gpus[gpu].uuid} failed: {error}") from None
+
+    async def _judge(self, gpu: int, error: CudaError) -> None:
+        """After a failure: a GPU whose context takes no calls any more is given up, for this process has no other."""
+        failed = self._gpus[gpu]
+        if gpu not in self.failures and not await asyncio.to_thread(failed.works):
+            self.failures[gpu] = ResourceError(
+                f"{failed.uuid} has failed ({error}); its engines get no versions until the GPU is well and this"
+                " daemon was restarted"
+            )
+            log.error("gpu.failed", gpu=failed.uuid, error=error.message)
 
     def _slot(self, gpu: int, slot: int) -> int:
-        return self._gpus[gpu].slots + slot * self.slot_bytes
+        return self._gpus[gpu].address + slot * self.slot_bytes
 
     def _link(self) -> None:
         for one in self._gpus:
@@ -187,26 +207,19 @@ class CudaDevice:
 
 
 class _Gpu:
-    """One GPU while the device is open: its context, slots and lanes. Made, stopped and freed off the event loop.
+    """One GPU while the device is open: its context, lanes and slots. Made, used and freed off the event loop.
 
     Raises:
-        ConfigError: there is no room for one slot.
+        CudaError: it cannot be used.
     """
 
-    def __init__(self, driver: Driver, found: Found, slot_count: int, slot_bytes: int) -> None:
+    def __init__(self, driver: Driver, found: Found) -> None:
         self._driver = driver
         self._found = found
+        self.uuid = found.gpu.uuid
+        self.address = self.slot_count = 0
+        self.handle = b""
         self.context = driver.retain(found.device)
-        driver.use(self.context)
-        try:
-            self.slots, self.slot_count = self._allocate(slot_count, slot_bytes)
-        except CudaError as error:
-            driver.release(found.device)
-            raise ConfigError(
-                f"{found.gpu.uuid} has no room for a slot of {slot_bytes} bytes: {error}; lower device.slot_bytes,"
-                " or start the daemon before the engines take the memory"
-            ) from None
-        self.handle = driver.export(self.slots)
         self.fetching = Lane(driver, self.context, f"cpe-fetch-{found.device}")
         self.exchanging = Lane(driver, self.context, f"cpe-peer-{found.device}")
 
@@ -214,16 +227,37 @@ class _Gpu:
     def lanes(self) -> tuple[Lane, Lane]:
         return self.fetching, self.exchanging
 
-    def _allocate(self, slot_count: int, slot_bytes: int) -> tuple[int, int]:
-        """Take as many of the slots as there is room for: (address, how many)."""
-        for count in range(slot_count, 1, -1):
+    def take(self, count: int, slot_bytes: int) -> None:
+        """Take as many slots as there is room for, in one piece."""
+        self._driver.use(self.context)
+        for fewer in range(count, 0, -1):
             try:
-                return self._driver.allocate(count * slot_bytes), count
+                self.address = self._driver.allocate(fewer * slot_bytes)
             except CudaError as error:
-                if not error.out_of_memory:
+                if fewer == 1 or not error.out_of_memory:
                     raise
-                log.warning("slots.reduced", gpu=self._found.gpu.uuid, slots=count - 1, slot_bytes=slot_bytes)
-        return self._driver.allocate(slot_bytes), 1
+                continue
+            if fewer < count:
+                log.warning("slots.reduced", gpu=self.uuid, slots=fewer, wanted=count)
+            self.handle = self._driver.export(self.address)
+            self.slot_count = fewer
+            return
+
+    def give_back(self) -> None:
+        """Free the slots, if there are any."""
+        self._driver.use(self.context)
+        if self.slot_count:
+            self.slot_count = 0
+            self._driver.free(self.address)
+
+    def works(self) -> bool:
+        """Whether its context still takes calls."""
+        try:
+            self._driver.use(self.context)
+            self._driver.free_bytes()
+        except CudaError:
+            return False
+        return True
 
     def stop(self) -> None:
         """Wait for what is in flight, and end the threads."""
@@ -231,11 +265,11 @@ class _Gpu:
             lane.close()
 
     def free(self) -> None:
-        """Give the memory back."""
-        self._driver.use(self.context)
+        """Give everything back."""
         with contextlib.suppress(CudaError):  # of a GPU that has failed: its context took the memory with it
-            self._driver.free(self.slots)
-        self._driver.release(self._found.device)
+            self.give_back()
+        with contextlib.suppress(CudaError):
+            self._driver.release(self._found.device)
 
 
 def _within_pins(address: int, nbytes: int) -> Iterator[tuple[int, int]]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+import contextlib
+import functools
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 
-from cpe_daemon.devices.cuda.driver import driver
+from cpe_daemon.devices.cuda.driver import CudaError, driver
 from cpe_daemon.errors import CpeError, PeerError
-from cpe_daemon.links.handoff import claim
 from cpe_daemon.wire.messages import SlotSet
+
+# Not structlog: engines import this module, and their environments do not have it.
+log: Final = logging.getLogger(__name__)
 
 
 class _Mapped:
-    """Memory at an address, as torch takes it over without a copy."""
+    """Memory at an address, as torch takes it over without a copy; lives as long as any tensor over it."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__: dict[str, Any] = {
@@ -29,52 +36,88 @@ class _Mapped:
 class CudaSlots:
     """Slots in the memory of the GPU that this worker uses, whatever index it has here.
 
-    Keeps a tether, by which the daemon learns at once that this process is gone.
+    Buckets are loaded on a stream that waits for no other: what the engine still has in the GPU's queues is for its
+    `Loader.pause` to wait for.
+
+    Args:
+        slots: from the daemon.
 
     Raises:
         PeerError: the GPU is not visible here, or the memory cannot be opened.
     """
 
-    def __init__(self, slots: SlotSet, handoff: str) -> None:
-        if len(slots.handles) != 2:
-            raise PeerError(
-                f"{len(slots.handles)} handles for the slots of {slots.gpu}; cuda has a token and one handle"
-            )
-        token, handle = slots.handles
-        self._slots = slots
-        self._index = device_index(slots.gpu)
-        fd, self._tether = claim(handoff, token)
-        os.close(fd)
+    def __init__(self, slots: SlotSet) -> None:
+        if len(slots.handles) != 1:
+            raise PeerError(f"{len(slots.handles)} handles for the slots of {slots.gpu}; cuda has one")
+        self._gpu = slots.gpu
         try:
-            with torch.cuda.device(self._index):
-                torch.cuda.current_stream()  # makes the primary context this thread's
-                torch.cuda.synchronize()
-                self._address = driver().open(handle)
-                self._bytes = torch.as_tensor(
-                    _Mapped(self._address, slots.count * slots.slot_bytes), device=f"cuda:{self._index}"
-                )
+            index = device_index(slots.gpu)
+            self.device = torch.device("cuda", index)
+            self._driver = driver()
+            self._number = self._driver.devices()[index]
+            with contextlib.ExitStack() as undo:
+                self._context = self._driver.retain(self._number)
+                undo.callback(self._driver.release, self._number)
+                with self._here():
+                    self._stream = _stream(index)
+                    self._address = self._driver.open(slots.handles[0])
+                    undo.callback(self._driver.close, self._address)
+                    mapped = _Mapped(self._address, slots.count * slots.slot_bytes)
+                    everything = torch.as_tensor(mapped, device=self.device)
+                undo.pop_all()
         except (CpeError, RuntimeError) as error:
-            self._tether.close()
             raise PeerError(f"cannot open the slots of {slots.gpu}: {error}") from None
+        self._mapped = weakref.ref(mapped)
+        self._views: tuple[torch.Tensor, ...] = everything.split(slots.slot_bytes)
 
     def slot(self, index: int) -> torch.Tensor:
         """Return slot ``index`` as uint8 ``[slot_bytes]``."""
-        return self._bytes.narrow(0, index * self._slots.slot_bytes, self._slots.slot_bytes)
+        return self._views[index]
 
-    @property
-    def lost(self) -> bool:
-        """Whether the daemon has ended: its end of the tether is closed."""
-        return self._tether.cut
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Have everything issued inside go to the slots' stream, and wait for it at the end, even if it failed."""
+        with self._here(), torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
+
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        """Issue a copy within the GPU's memory; to be called in `loading`."""
+        self._driver.copy_on_device(destination, source, nbytes, self._stream.cuda_stream)
 
     def close(self) -> None:
-        """Unmap when the GPU has done with it, and let go of the tether."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        try:
-            with torch.cuda.device(self._index):
-                torch.cuda.synchronize()
-                driver().close(self._address)
-        finally:
-            self._tether.close()
+        """Unmap the memory, which the daemon is free to give back then."""
+        self._views = ()
+        if self._mapped() is not None:
+            gc.collect()
+        if self._mapped() is not None:
+            log.error(
+                "somebody keeps a view of the slots of %s, so their memory stays in use; who is given a tensor to load"
+                " has to copy it",
+                self._gpu,
+            )
+            return  # unmapped, it would bring the process down at the next look
+        with (
+            self._here(),
+            contextlib.suppress(CudaError),
+        ):  # of a GPU that has failed: the mapping went with its context
+            self._driver.close(self._address)
+        self._driver.release(self._number)
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        """Make the GPU the thread's current one, for torch and for the driver, which may not have met this thread."""
+        with torch.cuda.device(self.device):
+            self._driver.use(self._context)
+            yield
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """A GPU's stream for loading: one for good, since memory that torch's allocator keeps is tied to its stream."""
+    return torch.cuda.Stream(index)
 
 
 def device_index(uuid: str) -> int:
@@ -82,13 +125,18 @@ def device_index(uuid: str) -> int:
 
     Raises:
         PeerError: it is not visible here.
+        ResourceError: there is no NVIDIA driver here.
     """
-    here = [gpu_uuid(index) for index in range(torch.cuda.device_count())]
+    here = [driver().uuid(device) for device in driver().devices()]
     if uuid not in here:
         raise PeerError(f"{uuid} is not visible to this process, which sees {', '.join(here) or 'no GPU'}")
     return here.index(uuid)
 
 
 def gpu_uuid(index: int) -> str:
-    """A GPU's UUID as ``nvidia-smi -L`` prints it."""
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    """A GPU's UUID as ``nvidia-smi -L`` prints it; ``index`` is torch's, and the driver's.
+
+    Raises:
+        ResourceError: there is no NVIDIA driver here.
+    """
+    return driver().uuid(driver().devices()[index])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import threading
@@ -19,6 +20,9 @@ import pytest
 from cpe_daemon.core.plan import HERE, Copy, PeerCopy
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.devices import shm
+from cpe_daemon.devices.cuda import device as cuda_device
+from cpe_daemon.devices.cuda import slots as cuda_slots
+from cpe_daemon.devices.cuda.device import CudaDevice
 from cpe_daemon.devices.device import Device
 from cpe_daemon.devices.memory import SharedMemory, copy
 from cpe_daemon.devices.shm import ShmDevice
@@ -26,6 +30,7 @@ from cpe_daemon.devices.slots import Slots, open_slots
 from cpe_daemon.errors import PeerError, ResourceError
 from cpe_daemon.links.handoff import HandoffServer, claim
 from cpe_daemon.wire.messages import SlotSet
+from tests.unit.fake_cuda import FakeCudaSlots, FakeDriver
 from tests.unit.planning import make_plan, whole
 
 A = ALIGNMENT_BYTES
@@ -33,19 +38,29 @@ SLOT_BYTES = 16 * A
 ARENA_BYTES = 64 * A
 WAIT_SECONDS = 20.0
 
-DeviceFactory = Callable[[SharedMemory, int, int, HandoffServer], Device]
-"""Called as factory(arena, gpus, slots, handoff); slots have SLOT_BYTES."""
+DeviceFactory = Callable[[SharedMemory, int, HandoffServer], Device]
+"""Called as factory(arena, gpus, handoff); slots have SLOT_BYTES."""
 
 
-def shm_factory(arena: SharedMemory, gpus: int, slots: int, handoff: HandoffServer) -> Device:
-    return ShmDevice(gpus=gpus, slot_count=slots, slot_bytes=SLOT_BYTES, source=arena.address, handoff=handoff)
+def shm_factory(arena: SharedMemory, gpus: int, handoff: HandoffServer) -> Device:
+    return ShmDevice(gpus=gpus, slot_bytes=SLOT_BYTES, source=arena.address, handoff=handoff)
 
 
-FACTORIES: dict[str, DeviceFactory] = {"shm": shm_factory}
+def cuda_factory(arena: SharedMemory, gpus: int, handoff: HandoffServer) -> Device:
+    """Over a simulated driver, which `device_factory` has put in the real one's place."""
+    uuids = [f"GPU-{index:08d}" for index in range(gpus)]
+    return CudaDevice(uuids=uuids, slot_bytes=SLOT_BYTES, source=arena.address, source_bytes=ARENA_BYTES)
+
+
+FACTORIES: dict[str, DeviceFactory] = {"shm": shm_factory, "cuda": cuda_factory}
 
 
 @pytest.fixture(params=FACTORIES)
-def device_factory(request: pytest.FixtureRequest) -> DeviceFactory:
+def device_factory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DeviceFactory:
+    if request.param == "cuda":
+        driver = FakeDriver(3)
+        monkeypatch.setattr(cuda_device, "driver", lambda: driver)
+        monkeypatch.setattr(cuda_slots, "CudaSlots", functools.partial(FakeCudaSlots, driver))
     return FACTORIES[request.param]
 
 
@@ -86,11 +101,12 @@ def node(no_leaks: None, runtime_dir: Path, arena: SharedMemory, device_factory:
         async with asyncio.TaskGroup() as tasks:
             handoff = HandoffServer(runtime_dir / "handoff.sock", tasks)
             handoff.start()
-            made = Node(device_factory(arena, gpus, slots, handoff), handoff, [])
-            await made.device.open()
-            for gpu in range(gpus):
-                made.views.append(await made.opened(made.device.export(gpu, lambda: None)))
+            made = Node(device_factory(arena, gpus, handoff), handoff, [])
             try:
+                await made.device.open(lambda done, total: None)
+                for gpu in range(gpus):
+                    await made.device.take(gpu, slots)
+                    made.views.append(await made.opened(made.device.export(gpu)))
                 yield made
             finally:
                 for view in made.views:
@@ -105,11 +121,6 @@ def pull(address: int, slot_offset: int, nbytes: int) -> Copy:
     return Copy(HERE, address, slot_offset, nbytes)
 
 
-async def happens(event: asyncio.Event) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        await event.wait()
-
-
 # --- every device ----------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +128,8 @@ async def test_device_says_what_it_has(node: Made) -> None:
     async with node(gpus=3, slots=2) as made:
         device = made.device
         assert (device.slot_count, device.slot_bytes, len(device.topology.gpus)) == (2, SLOT_BYTES, 3)
-        exported = device.export(1, lambda: None)
+        assert [device.slots(gpu) for gpu in range(3)] == [2, 2, 2]
+        exported = device.export(1)
         assert (exported.count, exported.slot_bytes, exported.kind) == (2, SLOT_BYTES, device.kind)
         assert exported.gpu == device.topology.gpus[1].uuid
         device.withdraw(exported)
@@ -204,51 +216,47 @@ async def test_bytes_that_a_peer_has_are_refused(node: Made) -> None:
             await made.device.fetch(0, 0, [Copy("node-7", 0, 0, A)])
 
 
-async def test_worker_that_lets_go_is_noticed(node: Made) -> None:
-    async with node() as made:
-        gone, other_gone = asyncio.Event(), asyncio.Event()
-        worker = await made.opened(made.device.export(0, gone.set))
-        other = await made.opened(made.device.export(0, other_gone.set))
-        assert not worker.lost
-        worker.close()
-        await happens(gone)
-        assert not other_gone.is_set()
-        other.close()
-        await happens(other_gone)
+async def test_slots_are_given_back_and_taken_again_in_another_number(node: Made, arena: SharedMemory) -> None:
+    async with node(gpus=2, slots=2) as made:
+        device = made.device
+        made.views.pop().close()
+        await device.release(1)
+        assert (device.slots(0), device.slots(1), device.slot_count) == (2, 0, 2)
+        await device.take(1, 5)
+        assert (device.slots(1), device.slot_count) == (5, 2)
+        made.views.append(await made.opened(device.export(1)))
+        await device.fetch(1, 4, [pull(0, 0, A)])
+        assert made.held(1, 4)[:A] == bytes(arena.view[:A])
 
 
-async def test_withdrawn_slots_cannot_be_opened(node: Made) -> None:
+async def test_gpu_gets_as_many_slots_as_there_is_memory_for(node: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "available_bytes", lambda: 3 * SLOT_BYTES - 1)
+    monkeypatch.setattr(FakeDriver, "total", 3 * SLOT_BYTES - 1, raising=False)
+    async with node(gpus=1, slots=3) as made:
+        assert made.device.slot_count == 2
+
+
+async def test_gpu_without_memory_for_a_slot_is_told_of_and_may_get_one_later(
+    node: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node(gpus=1, slots=1) as made:
+        made.views.pop().close()
+        await made.device.release(0)
+        with monkeypatch.context() as short:
+            short.setattr(shm, "available_bytes", lambda: SLOT_BYTES - 1)
+            short.setattr(FakeDriver, "total", SLOT_BYTES - 1)
+            with pytest.raises(ResourceError, match=r"lower device\.slot_bytes"):
+                await made.device.take(0, 3)
+        assert made.device.slots(0) == 0
+        await made.device.take(0, 1)
+        assert made.device.slots(0) == 1
+
+
+async def test_withdrawing_twice_is_withdrawing_once(node: Made) -> None:
     async with node() as made:
-        exported = made.device.export(0, lambda: None)
+        exported = made.device.export(0)
         made.device.withdraw(exported)
         made.device.withdraw(exported)
-        with pytest.raises(PeerError):
-            await made.opened(exported)
-
-
-async def test_slots_are_opened_once(node: Made) -> None:
-    async with node() as made:
-        exported = made.device.export(0, lambda: None)
-        worker = await made.opened(exported)
-        with pytest.raises(PeerError):
-            await made.opened(exported)
-        worker.close()
-
-
-async def test_worker_sees_that_the_daemon_is_gone(node: Made) -> None:
-    async with node() as made:
-        assert not made.views[0].lost
-        made.handoff.close()
-        for _ in range(3):
-            await asyncio.sleep(0)  # the tether's task ends
-        assert made.views[0].lost
-
-
-async def test_worker_keeps_reading_what_it_has_after_the_device_is_closed(node: Made, arena: SharedMemory) -> None:
-    async with node() as made:
-        await made.device.fetch(0, 0, [pull(0, 0, A)])
-        await made.device.close()
-        assert made.held(0, 0)[:A] == bytes(arena.view[:A])
 
 
 async def test_slots_of_an_unknown_device_are_refused(node: Made) -> None:
@@ -258,6 +266,27 @@ async def test_slots_of_an_unknown_device_are_refused(node: Made) -> None:
 
 
 # --- shared memory ---------------------------------------------------------------------------------------------------
+
+
+async def test_shm_worker_reads_on_after_the_device_is_closed(shared: Node, arena: SharedMemory) -> None:
+    await shared.device.fetch(0, 0, [pull(0, 0, A)])
+    await shared.device.close()
+    assert shared.held(0, 0)[:A] == bytes(arena.view[:A])
+
+
+async def test_shm_withdrawn_slots_cannot_be_opened(shared: Node) -> None:
+    exported = shared.device.export(0)
+    shared.device.withdraw(exported)
+    with pytest.raises(PeerError):
+        await shared.opened(exported)
+
+
+async def test_shm_slots_are_opened_once(shared: Node) -> None:
+    exported = shared.device.export(0)
+    worker = await shared.opened(exported)
+    with pytest.raises(PeerError):
+        await shared.opened(exported)
+    worker.close()
 
 
 @pytest.fixture
@@ -271,7 +300,7 @@ async def shared(node: Made, device_factory: DeviceFactory) -> AsyncIterator[Nod
 
 async def test_shm_slots_are_mapped_read_only(shared: Node) -> None:
     """An engine cannot spoil its neighbours' bytes: its mapping has no write permission, and none can be made."""
-    exported = shared.device.export(0, lambda: None)
+    exported = shared.device.export(0)
     fd, tether = await asyncio.to_thread(claim, str(shared.handoff.path), exported.handles[0])
     with pytest.raises(PeerError):
         SharedMemory.attach(os.dup(fd), exported.count * SLOT_BYTES, writable=True)
@@ -292,7 +321,7 @@ def mappings() -> list[str]:
 async def test_shm_tensor_kept_too_long_still_has_memory_behind_it(shared: Node, arena: SharedMemory) -> None:
     """A callback that keeps a view against the rules must not take its engine down with it."""
     await shared.device.fetch(0, 0, [pull(0, 0, A)])
-    worker = await shared.opened(shared.device.export(0, lambda: None))
+    worker = await shared.opened(shared.device.export(0))
     kept = worker.slot(0)
     before = sum("cpe-slots-shm-0" in line for line in mappings())
     worker.close()
@@ -310,11 +339,9 @@ async def test_shm_slots_with_wrong_handles_are_refused(handles: list[bytes], sh
 
 
 async def test_shm_slots_larger_than_the_memory_are_refused(shared: Node) -> None:
-    gone = asyncio.Event()
-    exported = shared.device.export(0, gone.set)
+    exported = shared.device.export(0)
     with pytest.raises(PeerError, match="not a sealed region"):
         await shared.opened(SlotSet("shm", "shm-0", 3, SLOT_BYTES, exported.handles))
-    await happens(gone)
 
 
 @pytest.mark.parametrize("times", [1, 3])
