@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from benchmarks import report
+from benchmarks.arguments import positive
 from benchmarks.models import DENSE
 from cpe_daemon.config import FRONT_SOCKET
 from cpe_daemon.config.model import IngestConfig
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--transport", choices=_TRANSPORTS, required=True, help="how the bytes travel; see below")
     parser.add_argument("--model", choices=sorted(DENSE), help="names and shapes (default: 0.6b)")
-    parser.add_argument("--versions", type=int, help="how many are timed, after one that is not (default: 9)")
+    parser.add_argument("--versions", type=positive, help="how many are timed, after one that is not (default: 9)")
     parser.add_argument("--quick", action="store_true", help="two versions of a small model: no figures to believe")
     asked = parser.parse_args(arguments)
     model = asked.model or ("small" if asked.quick else "0.6b")

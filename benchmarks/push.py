@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import push_observability, report
+from benchmarks.arguments import positive
 from benchmarks.bystanders import Bystanders, remark
 from benchmarks.gpu import push as gpu_push
 from benchmarks.host import SERVE, FloorProcess, Host, Setting, Weights
@@ -209,7 +210,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device", choices=["shm", "cuda"], default="shm", help="shm: shared memory, an engine on the CPU; cuda: GPUs"
     )
     parser.add_argument("--model", choices=sorted(MODELS), help="whose names and shapes (0.6b; 8b with cuda)")
-    parser.add_argument("--updates", type=_positive, default=9, metavar="N", help="versions that are timed (9)")
+    parser.add_argument("--updates", type=positive, default=9, metavar="N", help="versions that are timed (9)")
     parser.add_argument("--slots", type=_slots, default=3, metavar="N", help="slots of each set or GPU, or auto (3)")
     parser.add_argument(
         "--slot-mib",
@@ -232,7 +233,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what metrics, logs and scrapes cost: a daemon with them beside one without",
     )
     on_gpu = parser.add_argument_group("with --device cuda")
-    on_gpu.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many take part (1)")
+    on_gpu.add_argument("--gpus", type=positive, default=1, metavar="N", help="how many take part (1)")
     on_gpu.add_argument(
         "--engines", choices=["tp", "each"], default="tp", help="tp: one, a rank on each GPU; each: one on each GPU"
     )
@@ -259,7 +260,7 @@ def _completed(asked: argparse.Namespace) -> argparse.Namespace:
 
 
 def _slots(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)
 
 
 def _slot_bytes(text: str) -> int:
@@ -267,13 +268,6 @@ def _slot_bytes(text: str) -> int:
     if nbytes < _SMALLEST_SLOT_BYTES:
         raise argparse.ArgumentTypeError(f"a slot has {_SMALLEST_SLOT_BYTES >> 10} KiB at least")
     return nbytes
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 if __name__ == "__main__":

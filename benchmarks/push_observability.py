@@ -40,6 +40,9 @@ class Costs:
     seconds: list[float] = field(default_factory=list)
     without_seconds: list[float] = field(default_factory=list)
     counted: list[dict[str, Any]] = field(default_factory=list)
+    scrapes: int = 0
+    """Scrapes while pushes were measured."""
+
     scrape_seconds: float = 0.0
     """Processor time of the daemon for one scrape."""
 
@@ -55,7 +58,7 @@ class Costs:
 
 
 class Scraper:
-    """A context in which a daemon's metrics are asked for every second.
+    """A context in which a daemon's metrics are asked for every second; its end raises what kept it from that.
 
     Args:
         url: of its listener.
@@ -65,6 +68,9 @@ class Scraper:
         self._address = urllib.parse.urlsplit(url).netloc
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scraper")
+        self._error: OSError | http.client.HTTPException | None = None
+        self.count = 0
+        """Scrapes that were answered."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -75,19 +81,34 @@ class Scraper:
     ) -> None:
         self._stopped.set()
         self._thread.join()
+        if self._error is not None and error is None:
+            raise ConfigError(f"scraping failed after {self.count} times, so nothing was compared: {self._error!r}")
 
-    def once(self) -> int:
-        """Ask once; return how many bytes came."""
+    def once(self) -> None:
+        """Ask once.
+
+        Raises:
+            OSError: nobody answers.
+            HTTPException: it is no answer, or another one than metrics.
+        """
         connection = http.client.HTTPConnection(self._address, timeout=_SCRAPE_SECONDS)
         try:
             connection.request("GET", "/metrics")
-            return len(connection.getresponse().read())
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status != http.HTTPStatus.OK:
+                raise http.client.HTTPException(f"status {answer.status}")
+            self.count += 1
         finally:
             connection.close()
 
     def _run(self) -> None:
         while not self._stopped.wait(_EVERY_SECONDS):
-            self.once()
+            try:
+                self.once()
+            except (OSError, http.client.HTTPException) as error:
+                self._error = error
+                return
 
 
 def run(setting: Setting, directory: Path, updates: int) -> None:
@@ -115,6 +136,7 @@ def run(setting: Setting, directory: Path, updates: int) -> None:
             "difference_quartiles": [round(value, 5) for value in _quartiles(costs.differences)],
             "metrics_share": round(costs.share("metrics"), 6),
             "logs_share": round(costs.share("logs"), 6),
+            "scrapes": costs.scrapes,
             "scrape_seconds": round(costs.scrape_seconds, 6),
             "share": round(_total(costs), 6),
             "others_share": round(others_share, 4),
@@ -133,6 +155,7 @@ def _measure(ours: Host, theirs: Host, weights: Weights, updates: int) -> Costs:
                 costs.seconds.append(reports[ours].push_seconds)
                 costs.without_seconds.append(reports[theirs].push_seconds)
                 costs.counted.append(line)
+    costs.scrapes = scraper.count
     began = _processor_seconds(ours.daemon.pid)
     for _ in range(_SCRAPES):
         scraper.once()
@@ -167,7 +190,7 @@ def _show(setting: Setting, costs: Costs, nbytes: int, others_share: float) -> N
             ("all, with a scrape every second", "", f"{_total(costs, every=_EVERY_SECONDS):.3%}"),
         ],
         notes=[
-            f"medians of {len(costs.seconds)} pushes; the wandering of the two hosts is in the first table",
+            f"medians of {len(costs.seconds)} pushes, {costs.scrapes} scrapes; how the hosts wander: first table",
             remark(others_share),
         ],
     )
