@@ -14,11 +14,11 @@ import click
 from cpe_daemon.cli.failures import debug_option
 from cpe_daemon.cli.settings import KEY, LOCAL_DAEMON, SERVER_KEY, front_endpoint
 from cpe_daemon.cli.text import plain_struct
-from cpe_daemon.errors import EngineError
+from cpe_daemon.errors import DeadlineError, EngineError
 
 if TYPE_CHECKING:
     from cpe_daemon.core.types import VersionId
-    from cpe_daemon.publisher import PublishReport
+    from cpe_daemon.publisher import Handle, PublishReport
 
 Progress = Callable[[int, int], None]
 
@@ -104,8 +104,19 @@ def publish_command(
             handle = publisher.publish(source, version=number, progress=progress, force=force)
             if wait != "none" or handle.state == "failed":
                 handle.staged(timeout=timeout)
-        report = handle.live(timeout=timeout) if wait == "live" else None
+        report = _live(handle, timeout) if wait == "live" else None
     _show(report, handle.version, wait, as_json=as_json)
+
+
+def _live(handle: Handle, timeout: float) -> PublishReport:
+    """Wait until it is live; raises as `Handle.live` does."""
+    try:
+        return handle.live(timeout=timeout)
+    except DeadlineError as error:
+        if handle.state != "staged":
+            raise
+        hint = f"with push.automatic: false there, it waits for `cpe push {handle.version.model}`"
+        raise DeadlineError(f"{error.message}; {hint}") from None
 
 
 @contextmanager

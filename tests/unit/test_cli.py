@@ -321,6 +321,7 @@ class FakePublisher:
 
     made: ClassVar[list[dict[str, Any]]] = []
     fails: ClassVar[CpeError | None] = None
+    stays: ClassVar[str] = ""
     engines: ClassVar[dict[str, EngineReport]] = {"e0": EngineReport("updated", {"load": 0.5})}
 
     def __init__(self, endpoints: list[str], **terms: Any) -> None:
@@ -352,6 +353,9 @@ class FakePublisher:
 
     def live(self, timeout: float) -> PublishReport:
         self.calls["live"] = timeout
+        if self.stays:
+            self.state = self.stays
+            raise DeadlineError(f"{self.version} is not live after {timeout:g} s")
         node = VersionReport(self.version, 10, 1, engines=self.engines)
         return PublishReport(self.version, {"ipc:///x": node})
 
@@ -382,6 +386,17 @@ def test_publish_waits_until_live_and_reports(publisher: type[FakePublisher], tm
     (calls,) = publisher.made
     assert (calls["endpoints"], calls["source"], calls["force"]) == (["ipc:///x"], tmp_path, True)
     assert calls["closed"]
+
+
+@pytest.mark.parametrize(("state", "hinted"), [("staged", True), ("pushing", False)])
+def test_publish_hints_at_push_where_the_version_waits(
+    state: str, hinted: bool, publisher: type[FakePublisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "stays", state)
+    result = cpe("publish", tmp_path, "--model", "m", "--version", "7", "--timeout", "9")
+    assert result.exit_code == 5
+    assert "m@manual#7 is not live after 9 s" in result.stderr
+    assert ("push.automatic: false there, it waits for `cpe push m`" in result.stderr) is hinted
 
 
 @pytest.mark.parametrize(
