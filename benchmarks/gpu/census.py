@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -41,10 +41,18 @@ class Counter:
             name, _, value = line.partition(":")
             if name in _STATUS:
                 counts[_STATUS[name]] = int(value.split()[0])
+        counts["shared KiB"] = sum(self._shared()) // 1024
         for device, context in self._gpus.items():
             driver().use(context)
             counts[f"GPU {device} MiB"] = (driver().total_bytes(device) - driver().free_bytes()) // _MIB
         return counts
+
+    def _shared(self) -> Iterator[int]:
+        """Bytes of each mapping of shared memory: all that is pinned is in one, and the kernel may not count that."""
+        for line in (self._directory / "maps").read_text().splitlines():
+            if "/memfd:" in line:
+                begin, end = line.split()[0].split("-")
+                yield int(end, 16) - int(begin, 16)
 
     def settled(self, before: Mapping[str, int], seconds: float) -> dict[str, int]:
         """Count until nothing is more than before, or ``seconds`` are over: what has ended is taken down bit by bit."""

@@ -20,7 +20,7 @@ from benchmarks.models import MODELS, QWEN3_8B, QWEN3_32B
 from cpe_daemon.config import load_config
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.demo.architecture import SMALL
-from cpe_daemon.devices.memory import copy
+from cpe_daemon.devices.memory import SharedMemory, copy
 from cpe_daemon.errors import EngineError
 from tests.unit.fake_cuda import FakeDriver
 
@@ -140,6 +140,16 @@ def test_counts_that_grow_are_named() -> None:
         os.close(reading)
         os.close(writing)
     assert grown(before, counter.settled(before, 0.0)) == []
+
+
+def test_shared_memory_is_counted() -> None:
+    counter = Counter(os.getpid())
+    before = counter.count()
+    memory = SharedMemory.create("counted", 1 << 20)
+    try:
+        assert counter.count()["shared KiB"] - before["shared KiB"] == 1024
+    finally:
+        memory.close()
 
 
 def test_memory_of_gpus_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
