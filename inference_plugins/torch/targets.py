@@ -25,31 +25,35 @@ _PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
 class Target(Protocol):
     """Where an update's tensors go. Used by one thread."""
 
-    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Raise unless an update by these, given as meta tensors, can be written and leaves nothing out."""
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """Raise unless an update by these can be written and leaves nothing out."""
         ...
 
     def begin(self) -> None:
         """An update begins: nothing has come yet."""
         ...
 
-    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Raise unless every one of these can be written; write nothing."""
+    def cut(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """This rank's part of each of these; raises unless every one can be written, and writes nothing."""
         ...
 
-    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
-        """Say where each may be copied by address, and count it as written; None: it has to be given to `write`.
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
+        """Say where each may be copied by address on ``device``, and count it as written.
 
-        Raises like `check`.
+        None: it has to be given to `write`. Raises like `cut`.
         """
         ...
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy one tensor to its place."""
+    def write(self, name: str, part: torch.Tensor) -> None:
+        """Copy this rank's part of a tensor to its place; from or to a GPU the copy may still be under way then."""
         ...
 
     def missing(self) -> list[str]:
         """Names that were expected in this update and did not come."""
+        ...
+
+    def gpus(self) -> set[torch.device]:
+        """The GPUs whose memory is written to."""
         ...
 
 
@@ -108,15 +112,17 @@ class TensorTarget:
         """What was looked up for tensors of a version; good as long as the memory here is the same."""
         self._written: set[Hashable] = set()
 
-    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Refuse what `check` would refuse, and a version that brings nothing for a tensor here.
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """Refuse what `cut` would refuse, and a version that brings nothing for a tensor here.
+
+        What is found out by the way need not be once the engine has paused.
 
         Raises:
             ManifestError: names the first ten of each kind.
         """
         self._look_up()
-        self.check(tensors)
-        self._written = {self._memory[name] for name, _ in tensors if name in self._memory}
+        self._learn(tensors)
+        self._written = {self._memory[spec.name] for spec in tensors if spec.name in self._memory}
         missing = self.missing()
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -134,45 +140,61 @@ class TensorTarget:
         self._memory = {name: _memory_of(tensor) for name, tensor in self._places.items()}
         self._known = {n: known for n, known in self._known.items() if self._memory.get(n) == before.get(n)}
 
-    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Refuse a tensor without a place, or of another dtype or shape than its place.
+    def cut(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Cut this rank's parts; refuse a tensor without a place, or a part of another dtype or shape than its place.
 
         Raises:
             ManifestError: names the first ten and what is wrong with each.
         """
-        wrong = [reason for name, tensor in tensors if (reason := self._mismatch(name, tensor))]
+        parts, wrong = list[tuple[str, torch.Tensor]](), list[str]()
+        for name, tensor in tensors:
+            place = self._places.get(name)
+            part = tensor if place is None else self._slicer.cut(name, tensor)
+            parts.append((name, part))
+            if reason := self._mismatch(name, place, tensor, part):
+                wrong.append(reason)
         if wrong:
             more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
             raise ManifestError("; ".join(wrong[:_NAMED]) + more)
+        return parts
 
-    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
-        """The memory of each tensor here, where this rank's part of the version's is one run of bytes, as it is here.
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
+        """The memory of each tensor on ``device`` where this rank's part of the version's is one run of bytes, as here.
 
         It is looked up once, and remembered as long as the tensors here and the version's are the same: the caches are
         empty after every bucket, and asking torch for it again would take a tenth of the time that the copies do.
 
         Raises:
-            ManifestError: as `check`.
+            ManifestError: as `cut`.
         """
-        new = [spec for spec in tensors if not self._is_known(spec)]
-        if new:
-            self.check([(spec.name, meta_of(spec)) for spec in new])
-            self._known.update({spec.name: (spec, self._find(spec)) for spec in new})
-        places = [self._known[spec.name][1] for spec in tensors]
+        self._learn(tensors)
+        places = [self._known[spec.name][1] if self._is_on(device, spec.name) else None for spec in tensors]
         found = [spec.name for spec, place in zip(tensors, places, strict=True) if place is not None]
         self._written.update([self._memory[name] for name in found if name in self._memory])
         return places
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy this rank's part in place."""
+    def write(self, name: str, part: torch.Tensor) -> None:
+        """Copy in place; nothing, if the name is one to be ignored."""
         place = self._places.get(name)
         if place is not None:
-            place.detach().copy_(self._slicer.cut(name, tensor))
+            place.detach().copy_(part)
             self._written.add(self._memory[name])
 
     def missing(self) -> list[str]:
         """Names whose tensor nothing was written to."""
         return [name for name, memory in self._memory.items() if memory not in self._written]
+
+    def gpus(self) -> set[torch.device]:
+        """Those of the tensors that were looked up last."""
+        if not self._places:
+            self._look_up()
+        return {tensor.device for tensor in self._places.values() if tensor.is_cuda}
+
+    def _learn(self, tensors: Sequence[TensorSpec]) -> None:
+        """Look up what is not known yet of a version's tensors."""
+        new = [spec for spec in tensors if not self._is_known(spec)]
+        parts = self.cut([(spec.name, meta_of(spec)) for spec in new])
+        self._known.update({spec.name: (spec, self._find(*part)) for spec, part in zip(new, parts, strict=True)})
 
     def _is_known(self, spec: TensorSpec) -> bool:
         """Whether its place was looked up before, and the tensor here has the same memory still."""
@@ -182,22 +204,25 @@ class TensorTarget:
         here = self._places.get(spec.name)
         return place is None or here is None or here.data_ptr() == place.address
 
-    def _find(self, spec: TensorSpec) -> Place | None:
-        place = self._places.get(spec.name)
+    def _is_on(self, device: torch.device, name: str) -> bool:
+        """Whether a tensor here is; one that is ignored is as good as anywhere."""
+        here = self._places.get(name)
+        return here is None or here.device == device
+
+    def _find(self, name: str, part: torch.Tensor) -> Place | None:
+        place = self._places.get(name)
         if place is None:
             return Place(0, 0)  # ignored: nothing of it is wanted
-        part = self._slicer.cut(spec.name, meta_of(spec))
         if not part.is_contiguous() or not _is_flat(place):
             return None
         return Place(place.data_ptr(), place.nbytes, int(part.storage_offset()) * part.itemsize)
 
-    def _mismatch(self, name: str, tensor: torch.Tensor) -> str | None:
-        place = self._places.get(name)
+    def _mismatch(self, name: str, place: torch.Tensor | None, tensor: torch.Tensor, part: torch.Tensor) -> str | None:
+        """What keeps this rank's part of a tensor from being written."""
         if place is None:
             return None if name in self._ignore else f"no tensor here is called {name}"
         if place.is_meta:
             return f"{name} has no memory here, it is on the meta device"
-        part = self._slicer.cut(name, tensor)
         if place.dtype != part.dtype:
             return f"{name} is {place.dtype} here, {part.dtype} in the version"
         if place.shape != part.shape:
@@ -207,8 +232,8 @@ class TensorTarget:
 
 
 def _is_flat(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values lie in this process's memory one after another, as in a version's bytes."""
-    if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
+    """Whether a tensor's values lie in its device's memory one after another, as in a version's bytes."""
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         return False
     return bool(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr())
 
@@ -221,35 +246,41 @@ def _memory_of(tensor: torch.Tensor) -> Hashable:
 
 
 class CallbackTarget:
-    """Hands each tensor to a function, which must be done with it when it returns, and must not write to it."""
+    """Hands each tensor to a function, which must be done with it when it returns, and must not write to it.
+
+    On a GPU it need only have issued what it does with it, on torch's current stream.
+    """
 
     def __init__(self, callback: Callback, slicer: Slicer) -> None:
         self._callback = callback
         self._slicer = slicer
 
-    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
         """Refuse what cannot be sliced; the function alone knows more."""
-        self.check(tensors)
+        self.cut([(spec.name, meta_of(spec)) for spec in tensors])
 
     def begin(self) -> None:
         """Nothing to prepare."""
 
-    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Refuse what cannot be sliced."""
-        for name, tensor in tensors:
-            self._slicer.cut(name, tensor)
+    def cut(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Cut this rank's parts; refuse what cannot be sliced."""
+        return [(name, self._slicer.cut(name, tensor)) for name, tensor in tensors]
 
-    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
         """The function is given them all."""
         return [None] * len(tensors)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, part: torch.Tensor) -> None:
         """Call the function."""
-        self._callback(name, self._slicer.cut(name, tensor))
+        self._callback(name, part)
 
     def missing(self) -> list[str]:
         """The function alone knows what it expects, and may raise."""
         return []
+
+    def gpus(self) -> set[torch.device]:
+        """The thread's current one, if this process uses any: the function alone knows better."""
+        return {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_initialized() else set()
 
 
 def make_target(

@@ -13,7 +13,8 @@ from cpe_daemon.core.dtypes import ITEMSIZE
 from cpe_daemon.core.plan import Topology
 from cpe_daemon.core.topology import Gpu
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
-from cpe_daemon.errors import EngineError, ProtocolError
+from cpe_daemon.devices.memory import copy
+from cpe_daemon.errors import EngineError, ProtocolError, ResourceError
 from cpe_daemon.wire.messages import TensorPart
 from inference_plugins.assembly import Assembly, Place, dtype_of
 from tests.unit.planning import make_plan, whole
@@ -37,7 +38,7 @@ def test_whole_tensor_is_a_view_of_the_slot(dtype: str, shape: tuple[int, ...]) 
     tensor = tensor_of(dtype, *shape)
     content = bytes_of(tensor)
     slot = slot_of(bytes(A) + content + bytes(A))
-    ((name, got),) = Assembly().take([TensorPart("w", dtype, shape, 0, len(content), A)], slot, [None])
+    ((name, got),) = Assembly().take([TensorPart("w", dtype, shape, 0, len(content), A)], slot, [None], copy)
     assert (name, got.dtype, tuple(got.shape)) == ("w", tensor.dtype, shape)
     assert bytes_of(got) == content
     assert got.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr()
@@ -90,7 +91,7 @@ def test_planned_buckets_become_the_tensors_that_were_planned(data: st.DataObjec
         ]
         slot = slot_of(bytes(content))
         begun = [places.get(part.name) for part in parts if part.tensor_offset == 0]
-        for name, tensor in assembly.take(parts, slot, begun):
+        for name, tensor in assembly.take(parts, slot, begun, copy):
             assert name not in got
             got[name] = bytes_of(tensor)
         placed += assembly.placed
@@ -101,16 +102,16 @@ def test_planned_buckets_become_the_tensors_that_were_planned(data: st.DataObjec
 
 def test_split_tensor_comes_with_its_last_part() -> None:
     assembly = Assembly()
-    assert assembly.take([part("w", 10, 0, 6)], slot_of(b"abcdef"), [None]) == []
-    taken = assembly.take([part("w", 10, 6, 4), part("v", 2, 0, 2, 4)], slot_of(b"ghijkl"), [None])
+    assert assembly.take([part("w", 10, 0, 6)], slot_of(b"abcdef"), [None], copy) == []
+    taken = assembly.take([part("w", 10, 6, 4), part("v", 2, 0, 2, 4)], slot_of(b"ghijkl"), [None], copy)
     assert [(name, bytes_of(tensor)) for name, tensor in taken] == [("w", b"abcdefghij"), ("v", b"kl")]
 
 
 def test_split_tensor_does_not_change_when_the_slot_is_filled_anew() -> None:
     assembly, slot = Assembly(), slot_of(b"abcd")
-    assembly.take([part("w", 6, 0, 4)], slot, [None])
+    assembly.take([part("w", 6, 0, 4)], slot, [None], copy)
     slot[:] = torch.frombuffer(bytearray(b"efgh"), dtype=torch.uint8)
-    ((_, tensor),) = assembly.take([part("w", 6, 4, 2)], slot, [])
+    ((_, tensor),) = assembly.take([part("w", 6, 4, 2)], slot, [], copy)
     slot.zero_()
     assert bytes_of(tensor) == b"abcdef"
 
@@ -126,22 +127,22 @@ def test_tensor_with_a_place_is_copied_there_as_it_comes(cuts: tuple[int, ...], 
         assert assembly.placed == 0
         slot = slot_of(b"__" + content[offset : offset + nbytes])
         places = [place] if offset == 0 else []
-        assert assembly.take([part("w", 10, offset, nbytes, 2)], slot, places) == []
+        assert assembly.take([part("w", 10, offset, nbytes, 2)], slot, places, copy) == []
         offset += nbytes
     assert assembly.placed == 1
     assert bytes_of(around) == b"\0" + content[start : start + count] + b"\0"
-    assert [name for name, _ in assembly.take([part("v", 2, 0, 2)], slot_of(b"kl"), [None])] == ["v"]
+    assert [name for name, _ in assembly.take([part("v", 2, 0, 2)], slot_of(b"kl"), [None], copy)] == ["v"]
     assert assembly.placed == 0
 
 
 def test_tensors_with_and_without_a_place_follow_one_another() -> None:
     memory = torch.zeros(6, dtype=torch.uint8)
     place, assembly = Place(memory.data_ptr(), 6), Assembly()
-    assert assembly.take([part("placed", 6, 0, 4)], slot_of(b"abcd"), [place]) == []
+    assert assembly.take([part("placed", 6, 0, 4)], slot_of(b"abcd"), [place], copy) == []
     both = [part("placed", 6, 4, 2), part("built", 4, 0, 2, 2)]
-    assert assembly.take(both, slot_of(b"efgh"), [None]) == []
+    assert assembly.take(both, slot_of(b"efgh"), [None], copy) == []
     assert assembly.placed == 1
-    ((name, tensor),) = assembly.take([part("built", 4, 2, 2)], slot_of(b"ij"), [])
+    ((name, tensor),) = assembly.take([part("built", 4, 2, 2)], slot_of(b"ij"), [], copy)
     assert (name, bytes_of(tensor), bytes_of(memory)) == ("built", b"ghij", b"abcdef")
 
 
@@ -149,8 +150,30 @@ def test_nothing_is_copied_out_of_a_bucket_with_a_bad_part() -> None:
     memory = torch.zeros(4, dtype=torch.uint8)
     parts = [part("good", 4, 0, 4), part("bad", 9, 5, 4, 4)]
     with pytest.raises(ProtocolError, match="follows nothing"):
-        Assembly().take(parts, slot_of(b"abcdefgh"), [Place(memory.data_ptr(), 4)])
+        Assembly().take(parts, slot_of(b"abcdefgh"), [Place(memory.data_ptr(), 4)], copy)
     assert not memory.any()
+
+
+def test_copies_are_left_to_the_device_of_the_slot_and_none_of_nothing() -> None:
+    """They may be done later: it is the bytes' addresses that count, not what is there by then."""
+    asked: list[tuple[int, int, int]] = []
+    memory, slot = torch.zeros(4, dtype=torch.uint8), slot_of(b"..abcdef")
+    parts = [part("all", 4, 0, 4, 2), part("none", 2, 0, 2, 6), part("split", 9, 0, 2, 6)]
+    places = [Place(memory.data_ptr(), 4), Place(0, 0), Place(memory.data_ptr() + 1, 1, 1)]
+    assembly = Assembly()
+    assert assembly.take(parts, slot, places, lambda *run: asked.append(run)) == []
+    assert asked == [(memory.data_ptr(), slot.data_ptr() + 2, 4), (memory.data_ptr() + 1, slot.data_ptr() + 7, 1)]
+    assert assembly.placed == 2
+    assert not memory.any()
+
+
+def test_tensor_that_cannot_be_put_together_for_want_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*size: object, **kind: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", exhausted)
+    with pytest.raises(ResourceError, match="no memory to put w together, which has 10 bytes: out of memory"):
+        Assembly().take([part("w", 10, 0, 4)], slot_of(bytes(4)), [None], copy)
 
 
 @pytest.mark.parametrize(
@@ -168,26 +191,26 @@ def test_nothing_is_copied_out_of_a_bucket_with_a_bad_part() -> None:
 def test_parts_that_do_not_follow_one_another_are_refused(parts: list[TensorPart]) -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
     for one in parts[:-1]:
-        assembly.take([one], slot, [None])
+        assembly.take([one], slot, [None], copy)
     with pytest.raises(ProtocolError, match="follows nothing"):
-        assembly.take([parts[-1]], slot, [None])
+        assembly.take([parts[-1]], slot, [None], copy)
 
 
 def test_more_bytes_than_a_tensor_has_are_refused() -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
-    assembly.take([part("w", 10, 0, 4)], slot, [None])
+    assembly.take([part("w", 10, 0, 4)], slot, [None], copy)
     with pytest.raises(ProtocolError, match="12 bytes of w, which has 10"):
-        assembly.take([part("w", 10, 4, 8)], slot, [])
+        assembly.take([part("w", 10, 4, 8)], slot, [], copy)
 
 
 def test_cleared_assembly_has_forgotten_what_was_begun() -> None:
     assembly, slot = Assembly(), slot_of(bytes(16))
-    assembly.take([part("w", 10, 0, 4)], slot, [None])
+    assembly.take([part("w", 10, 0, 4)], slot, [None], copy)
     assembly.clear()
     with pytest.raises(ProtocolError):
-        assembly.take([part("w", 10, 4, 6)], slot, [])
-    assembly.take([part("w", 10, 0, 4)], slot, [None])
-    assert len(assembly.take([part("w", 10, 4, 6)], slot, [])) == 1
+        assembly.take([part("w", 10, 4, 6)], slot, [], copy)
+    assembly.take([part("w", 10, 0, 4)], slot, [None], copy)
+    assert len(assembly.take([part("w", 10, 4, 6)], slot, [], copy)) == 1
 
 
 @pytest.mark.parametrize("placed", [True, False])
@@ -197,5 +220,5 @@ def test_cleared_assembly_has_forgotten_what_was_begun() -> None:
 def test_part_outside_the_slot_is_refused(bad: TensorPart, placed: bool) -> None:
     memory = torch.zeros(99, dtype=torch.uint8)
     with pytest.raises(ProtocolError, match="w lies outside of a slot of 16 bytes"):
-        Assembly().take([bad], slot_of(bytes(range(16))), [Place(memory.data_ptr(), 99) if placed else None])
+        Assembly().take([bad], slot_of(bytes(range(16))), [Place(memory.data_ptr(), 99) if placed else None], copy)
     assert not memory.any()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DeadlineError, ManifestError
 from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
 from inference_plugins.assembly import Place
@@ -28,6 +30,8 @@ class FakeLoader:
         self.misfit: Exception | None = None
         self.memory: dict[str, torch.Tensor] = {}
         """Where tensors are placed."""
+        self.devices: set[str] = set()
+        """On which they were to be."""
 
     def pause(self, seconds: float) -> None:
         self.calls.append("pause")
@@ -42,7 +46,8 @@ class FakeLoader:
     def begin(self) -> None:
         self.calls.append("begin")
 
-    def place(self, tensors: Sequence[TensorSpec]) -> list[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
+        self.devices.add(str(device))
         if not self.memory:
             return [None] * len(tensors)
         self.calls += [f"place {tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors]
@@ -64,12 +69,35 @@ class FakeLoader:
 
 
 class FakeSlots:
-    """One slot, which holds two floats."""
+    """One slot, which holds two floats, on a GPU that does what it is asked when that is waited for."""
 
-    lost = False
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[int, int, int]] | None = None
+        """What is to be copied; None: nothing may be."""
+        self.failure: Exception | None = None
+        """Of the GPU; comes out when it is waited for."""
+        self._content = torch.tensor([1.5, -2.0]).view(torch.uint8)
 
     def slot(self, index: int) -> torch.Tensor:
-        return torch.tensor([1.5, -2.0]).view(torch.uint8)
+        return self._content
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        self.queue = []
+        try:
+            yield
+        finally:
+            queue, self.queue = self.queue, None
+            for run in queue:
+                copy(*run)
+            if self.failure is not None:
+                raise self.failure
+
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        assert self.queue is not None, "nobody waits for this copy"
+        self.queue.append((destination, source, nbytes))
 
     def close(self) -> None:
         raise NotImplementedError
@@ -132,18 +160,56 @@ def test_tensor_in_its_place_whose_end_is_missing_did_not_come(steps: Steps, loa
     assert do(steps, Abort(7, "a sibling failed")).touched
 
 
-def test_places_are_for_slots_in_host_memory_only(steps: Steps, loader: FakeLoader) -> None:
-    """Bytes of a GPU's slot have no address here."""
-
+def test_places_are_asked_for_on_the_device_of_the_slots(steps: Steps, loader: FakeLoader) -> None:
     class FarSlots(FakeSlots):
-        def slot(self, index: int) -> torch.Tensor:
-            return torch.empty(8, dtype=torch.uint8, device="meta")
+        device = torch.device("cuda", 3)
 
-    loader.memory = {"w": torch.zeros(2)}
     do(steps, Begin(7, NEW, 1, 8))
-    assert isinstance(steps.carry_out(LOAD, FarSlots()), StepFailed)  # the fake cannot say what a meta tensor holds
-    assert loader.calls == ["begin"]
-    assert not loader.memory["w"].any()
+    assert isinstance(steps.carry_out(LOAD, FarSlots()), StepDone)
+    assert loader.devices == {"cuda:3"}
+
+
+def test_answer_waits_for_the_gpu(steps: Steps, loader: FakeLoader) -> None:
+    """The slot is filled anew as soon as the daemon has the answer."""
+    loader.memory = {"w": torch.zeros(2)}
+    slots = FakeSlots()
+    do(steps, Begin(7, NEW, 1, 8))
+    assert isinstance(steps.carry_out(LOAD, slots), StepDone)
+    assert slots.queue is None
+    assert loader.memory["w"].tolist() == [1.5, -2.0]
+
+
+def test_loader_works_while_the_slots_wait_for_what_it_does(steps: Steps, loader: FakeLoader) -> None:
+    """Its own operations have to go where the slots' do; a failure does not keep them from being waited for."""
+    slots, seen = FakeSlots(), list[bool]()
+
+    def load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        seen.append(slots.queue is not None)
+        raise ValueError("no such layer")
+
+    loader.load = load  # type: ignore[method-assign]
+    do(steps, Begin(7, NEW, 1, 8))
+    assert isinstance(steps.carry_out(LOAD, slots), StepFailed)
+    assert (seen, slots.queue) == ([True], None)
+
+
+def test_gpu_that_fails_while_it_loads_is_reported(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = {"w": torch.zeros(2)}
+    slots = FakeSlots()
+    slots.failure = RuntimeError("CUDA error: unspecified launch failure")
+    do(steps, Begin(7, NEW, 1, 8))
+    answer = steps.carry_out(LOAD, slots)
+    assert isinstance(answer, StepFailed)
+    assert answer.error.message == "RuntimeError: CUDA error: unspecified launch failure"
+    assert refused(steps, Finish(7)) == "0 of 1 tensors came"
+    assert loader.touched
+
+
+def test_bucket_is_refused_while_no_slots_are_open(steps: Steps) -> None:
+    do(steps, Begin(7, NEW, 1, 8))
+    answer = steps.carry_out(LOAD, None)
+    assert isinstance(answer, StepFailed)
+    assert "no slots are open here" in answer.error.message
 
 
 def test_version_that_does_not_fit_is_refused_at_its_beginning(steps: Steps, loader: FakeLoader) -> None:

@@ -28,29 +28,30 @@ def target_of(
 
 @pytest.fixture(params=[True, False], ids=["by address", "by torch"], autouse=True)
 def by_address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether slots are in host memory, so that tensors with a place are copied there. All holds either way."""
+    """Whether the target is on the slots' device, so that its places are copied to by address. All holds either way."""
     monkeypatch.setattr(sys.modules[__name__], "ASK_FOR_PLACES", request.param)
     return bool(request.param)
 
 
 ASK_FOR_PLACES = True
+CPU = torch.device("cpu")
 
 
 def update(target: Target, tensors: Mapping[str, Tensor]) -> list[str]:
     """What an update does; returns what it brought nothing for."""
     target.begin()
     left = put(target, tensors) if ASK_FOR_PLACES else list(tensors.items())
-    target.check(left)
+    parts = target.cut(left)
     with torch.no_grad():
-        for name, tensor in left:
-            target.write(name, tensor)
+        for name, part in parts:
+            target.write(name, part)
     return target.missing()
 
 
 def put(target: Target, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Copy what has a place as the receiver does, by address; returns the rest."""
     left = []
-    places = target.place([spec_of(name, tensor) for name, tensor in tensors.items()])
+    places = target.place([spec_of(name, tensor) for name, tensor in tensors.items()], CPU)
     for (name, tensor), place in zip(tensors.items(), places, strict=True):
         if place is None:
             left.append((name, tensor))
@@ -192,7 +193,7 @@ def test_place_of_a_subclass_is_written_by_its_own_rules() -> None:
 def place_of(target: Target, name: str, tensor: Tensor) -> Place | None:
     """Where a target wants a tensor of a version copied; None: it has to be given it."""
     target.begin()
-    (place,) = target.place([spec_of(name, tensor)])
+    (place,) = target.place([spec_of(name, tensor)], CPU)
     return place
 
 
@@ -231,13 +232,25 @@ def test_place_is_looked_up_anew_where_memory_has_changed() -> None:
     assert second == Place(layer.weight.data_ptr(), 32)
     assert second != first
     layer.weight.data = kept
-    assert target.place([spec_of("weight", new)]) == [first]
+    assert target.place([spec_of("weight", new)], CPU) == [first]
     layer.weight = nn.Parameter(torch.zeros(4, 2).t())
     assert place_of(target, "weight", new) is None
     layer.weight = nn.Parameter(torch.zeros(3, 4))
     target.begin()
     with pytest.raises(ManifestError, match=r"weight is \[3, 4\] here, \[2, 4\] in the version"):
-        target.place([spec_of("weight", new)])
+        target.place([spec_of("weight", new)], CPU)
+
+
+def test_place_is_on_the_device_that_it_was_asked_for() -> None:
+    """A daemon that is restarted may come back with slots somewhere else."""
+    new, held = torch.ones(2, 4), {"w": torch.zeros(2, 4)}
+    target, spec = target_of(held), spec_of("w", new)
+    target.begin()
+    for _ in range(2):
+        assert target.place([spec], torch.device("cuda", 0)) == [None]
+        assert target.missing() == ["w"]
+    assert target.place([spec], CPU) == [Place(held["w"].data_ptr(), 32)]
+    assert target.place([spec], torch.device("cuda", 0)) == [None]
 
 
 def test_place_is_for_the_dtype_and_shape_that_it_was_looked_up_for() -> None:
@@ -245,7 +258,7 @@ def test_place_is_for_the_dtype_and_shape_that_it_was_looked_up_for() -> None:
     assert place_of(target, "w", torch.ones(2, 4)) is not None
     for wrong in (torch.ones(4, 2), torch.ones(2, 4, dtype=torch.int32)):
         with pytest.raises(ManifestError, match="w is"):
-            target.place([spec_of("w", wrong)])
+            target.place([spec_of("w", wrong)], CPU)
 
 
 def test_tensor_counts_as_written_once_its_place_was_asked_for() -> None:
@@ -264,7 +277,7 @@ def test_nothing_of_an_ignored_tensor_has_a_place() -> None:
     assert place.nbytes == 0
     assert target.missing() == ["w"]
     with pytest.raises(ManifestError, match="no tensor here is called u"):
-        target.place([TensorSpec("u", "float32", (2, 3))])
+        target.place([TensorSpec("u", "float32", (2, 3))], CPU)
 
 
 def test_callback_is_given_every_tensor() -> None:
@@ -275,7 +288,7 @@ def test_expecting_an_update_is_no_change(by_address: bool) -> None:
     """It is compared while the engine serves."""
     held = {"w": torch.zeros(2)}
     before = held["w"]._version
-    target_of(held).expect([("w", torch.empty(2, device="meta"))])
+    target_of(held).expect([TensorSpec("w", "float32", (2,))])
     assert held["w"]._version == before
 
 
@@ -337,7 +350,7 @@ def test_tensor_that_does_not_fit_its_place_is_refused(tensor: Tensor, says: str
     target = target_of(held)
     target.begin()
     with pytest.raises(ManifestError, match=says):
-        target.check([("w", tensor)])
+        target.cut([("w", tensor)])
     assert torch.equal(held["w"], torch.full((2, 3), 7.0))
 
 
@@ -355,7 +368,7 @@ def test_first_ten_misfits_are_named_and_the_rest_counted() -> None:
     target = target_of({})
     target.begin()
     with pytest.raises(ManifestError, match=r"called t0; .* called t9; and 5 more$"):
-        target.check([(f"t{index}", torch.zeros(1)) for index in range(15)])
+        target.cut([(f"t{index}", torch.zeros(1)) for index in range(15)])
 
 
 def test_missing_names_are_in_the_order_of_the_target() -> None:
@@ -387,12 +400,12 @@ def test_what_cannot_be_attached_is_refused(thing: object) -> None:
 def test_expecting_compares_without_writing() -> None:
     held = {"w": torch.full((2,), 7.0), "v": torch.zeros(())}
     target = target_of(held)
-    target.expect([("w", torch.empty(2, device="meta")), ("v", torch.empty((), device="meta"))])
+    target.expect([TensorSpec("w", "float32", (2,)), TensorSpec("v", "float32", ())])
     assert torch.equal(held["w"], torch.full((2,), 7.0))
     with pytest.raises(ManifestError, match="the version brings nothing for v"):
-        target.expect([("w", torch.empty(2, device="meta"))])
+        target.expect([TensorSpec("w", "float32", (2,))])
     with pytest.raises(ManifestError, match="no tensor here is called u"):
-        target.expect([(name, torch.empty(2, device="meta")) for name in ("w", "u")])
+        target.expect([TensorSpec(name, "float32", (2,)) for name in ("w", "u")])
 
 
 # --- tensor parallelism ----------------------------------------------------------------------------------------------
@@ -427,14 +440,14 @@ def test_dimension_that_cannot_be_shared_is_refused(shape: tuple[int, ...], dim:
     ):
         target.begin()
         with pytest.raises(ManifestError, match=f"cannot be sliced along dimension {dim} for 2 ranks"):
-            target.check([("w", torch.zeros(shape))])
+            target.cut([("w", torch.zeros(shape))])
 
 
 def test_part_of_a_wrong_size_says_what_it_was_cut_from() -> None:
     target = target_of({"w": torch.zeros(4, 4)}, slicing={"w": 0}, world_size=2)
     target.begin()
     with pytest.raises(ManifestError, match=r"w is \[4, 4\] here, \[2, 4\] \(cut from \[4, 4\]\) in the version"):
-        target.check([("w", torch.zeros(4, 4))])
+        target.cut([("w", torch.zeros(4, 4))])
 
 
 def test_ignored_tensor_is_not_sliced() -> None:

@@ -1,0 +1,128 @@
+"""Applies updates to a torch engine's target while its serving lock is shut and its GPUs are at rest."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+
+from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.errors import CpeError, EngineError
+from inference_plugins.assembly import Place
+from inference_plugins.torch.gpus import come_to_rest
+from inference_plugins.torch.serving_lock import ServingLock
+from inference_plugins.torch.targets import Target
+
+_REST_SECONDS: Final = 30.0
+"""How long a GPU may take to come to rest where no deadline is given; serving has stopped by then."""
+
+_NAMED: Final = 10
+_MIXED: Final = "an update was begun and is not finished: the weights may be a mixture of versions"
+
+
+class TorchLoader:
+    """What a torch engine does with the steps of a round (see `inference_plugins.steps.Loader`).
+
+    Args:
+        target: what is written to.
+        lock: shut while it is.
+        changed: notified when ``serving`` changes, which is read under it.
+    """
+
+    def __init__(self, target: Target, lock: ServingLock, changed: threading.Condition) -> None:
+        self.content: VersionId | None = None
+        self.touched = False
+        self.serving = False
+        self._target = target
+        self._lock = lock
+        self._changed = changed
+        self._trouble: str | None = None
+        """Why the last update failed, for whoever waits for the lock."""
+
+    def pause(self, seconds: float) -> None:
+        """Shut the lock, and wait until the forward passes that were issued under it have run."""
+        deadline = time.monotonic() + seconds
+        was_open = self._lock.shut_because is None
+        self._lock.shut(self._reason(), seconds)
+        try:
+            come_to_rest(self._target.gpus(), deadline - time.monotonic())
+        except CpeError:
+            if was_open:
+                self._lock.open()  # as a lock that could not be shut is left
+            raise
+        self._tell(serving=False)
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """Compare a version's tensors with the target's."""
+        self._trouble = None
+        with self._explaining():
+            self._target.expect(tensors)
+
+    def begin(self) -> None:
+        """Look the target's tensors up; GPUs that they have come to since the last time have to be at rest too."""
+        with self._explaining():
+            self._target.begin()
+            come_to_rest(self._target.gpus(), _REST_SECONDS)
+
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
+        """Say where they go; from now on the weights may be a mixture."""
+        with self._explaining():
+            places = self._target.place(tensors, device)
+        if any(places):
+            self._touch()
+        return places
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Write tensors to the target, all of them or, if one does not fit, none."""
+        with self._explaining():
+            parts = self._target.cut(tensors)
+            self._touch()
+            for name, part in parts:
+                self._target.write(name, part)
+
+    def finish(self, version: VersionId) -> None:
+        """Check that everything came, and wait for what a callback may have issued on streams of its own."""
+        with self._explaining():
+            missing = self._target.missing()
+            if missing:
+                more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+                raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
+            come_to_rest(self._target.gpus(), _REST_SECONDS)
+        self.content = version
+        self.touched = False
+        self._trouble = None
+
+    def resume(self) -> None:
+        """Open the lock."""
+        self._lock.open()
+        self._tell(serving=True)
+
+    def _touch(self) -> None:
+        """Weights change from now on."""
+        if not self.touched:
+            self.touched = True
+            self._lock.explain(self._reason())
+
+    def _reason(self) -> str:
+        reason = _MIXED if self.touched else "its weights are being updated, or it awaits the live version"
+        return f"{reason}; last failure: {self._trouble}" if self._trouble else reason
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Keep the reason of a failure for whoever waits, and pass it on."""
+        try:
+            yield
+        except Exception as error:  # task boundary: only noted here, and raised again
+            self._trouble = str(error)
+            self._lock.explain(self._reason())
+            raise
+
+    def _tell(self, *, serving: bool) -> None:
+        with self._changed:
+            self.serving = serving
+            self._changed.notify_all()
