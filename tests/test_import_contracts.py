@@ -36,6 +36,8 @@ cpe_daemon/core/__init__.py
 cpe_daemon/daemon/__init__.py
 cpe_daemon/demo/__init__.py
 cpe_daemon/devices/__init__.py
+cpe_daemon/devices/cuda/__init__.py
+cpe_daemon/devices/cuda/device.py
 cpe_daemon/devices/shm.py
 cpe_daemon/doctor/__init__.py
 cpe_daemon/engines/__init__.py
@@ -89,6 +91,7 @@ PLANTED = [
     (PURE, ["cpe_daemon.wire: torch"]),
     (DEVICES, ["cpe_daemon.push: cpe_daemon.devices.shm"]),
     (DEVICES, ["cpe_daemon.engines: cpe_daemon.devices.shm"]),
+    (DEVICES, ["cpe_daemon.push: cpe_daemon.devices.cuda.device"]),
     (LOWER_ROOMS, ["cpe_daemon.publisher: cpe_daemon.config"]),
     (LOWER_ROOMS, ["inference_plugins.torch.driver: cpe_daemon.engines"]),
     (
