@@ -12,7 +12,9 @@ from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.lifecycle import EngineEvent, EngineState
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.worker import Worker
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError
+from cpe_daemon.push.trace import Trace
 from cpe_daemon.wire.messages import Abort, Load, StepDone
 from cpe_daemon.wire.reports import EngineReport, ErrorInfo
 
@@ -113,11 +115,17 @@ class Participant:
         for worker in self.workers:
             worker.tell(header)
 
-    def post(self, load: Load, header: bytes) -> Awaitable[None]:
-        """Send a bucket to all workers now; the result ends when the slot is theirs no more."""
-        seconds = self._deadlines.bucket_seconds
-        answers = asyncio.gather(*(w.post(load, seconds, header) for w in self.workers), return_exceptions=True)
+    def post(self, load: Load, header: bytes, trace: Trace | None = None) -> Awaitable[None]:
+        """Send a bucket to all workers now; the result ends when the slot is theirs no more. ``trace`` records that."""
+        answers = asyncio.gather(*(self._post(w, load, header, trace) for w in self.workers), return_exceptions=True)
         return self._loaded(answers, sum(part.nbytes for part in load.parts))
+
+    def _post(self, worker: Worker, load: Load, header: bytes, trace: Trace | None) -> Awaitable[StepDone]:
+        answer = worker.post(load, self._deadlines.bucket_seconds, header)
+        if trace is None:
+            return answer
+        where = f"GPU {worker.gpu}: load by {self.engine.name} rank {worker.hello.rank}"
+        return trace.during(answer, where, f"bucket {load.seq}", slot=load.slot)
 
     async def _loaded(self, answers: Awaitable[Sequence[StepDone | BaseException]], nbytes: int) -> None:
         for result in await answers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from cpe_daemon.core.plan import Bucket, PeerCopy
 from cpe_daemon.devices.device import Device
@@ -19,7 +19,6 @@ from cpe_daemon.push.traffic import Traffic
 Deliver = Callable[[Bucket, int], Awaitable[None]]
 """Sends a bucket that lies in a slot to the engines, at once; what it returns ends when all have let the slot go."""
 
-W = TypeVar("W", bound=Awaitable[None])
 Carried: TypeAlias = Coroutine[Any, Any, None]
 
 
@@ -104,7 +103,7 @@ class Pipeline:
             self._turn += 1
             self._next_turn.notify_all()
         with self._traffic.load.moving(0):
-            await self._traced(loaded, "load", bucket, slot)
+            await loaded
         self._loading -= 1
         self._free.put_nowait(slot)
 
@@ -114,7 +113,7 @@ class Pipeline:
             async with asyncio.TaskGroup() as fetching:
                 for gpu, copies in zip(self._gpus, bucket.pulls, strict=True):
                     fetch = self._device.fetch(gpu, slot, copies)
-                    fetching.create_task(self._traced(fetch, "fetch", bucket, slot, gpu))
+                    fetching.create_task(self._traced(fetch, "fetch", gpu, bucket, slot))
 
     async def _exchange(self, bucket: Bucket, slot: int) -> None:
         """Stage 2."""
@@ -123,15 +122,14 @@ class Pipeline:
                 for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
                     if peer_copies:
                         exchange = self._device.exchange(gpu, slot, self._named_by_device(peer_copies))
-                        exchanging.create_task(self._traced(exchange, "exchange", bucket, slot, gpu))
+                        exchanging.create_task(self._traced(exchange, "exchange", gpu, bucket, slot))
 
-    def _traced(self, work: W, stage: str, bucket: Bucket, slot: int, gpu: int | None = None) -> W | Carried:
+    def _traced(self, work: Carried, stage: str, gpu: int, bucket: Bucket, slot: int) -> Carried:
         """The same work, recorded if somebody asked for that."""
         trace = self._traffic.trace
         if trace is None:
             return work
-        where = "engines" if gpu is None else f"GPU {gpu}"
-        return trace.during(work, f"{where}: {stage}", f"bucket {bucket.index}", bytes=bucket.nbytes, slot=slot)
+        return trace.during(work, f"GPU {gpu}: {stage}", f"bucket {bucket.index}", bytes=bucket.nbytes, slot=slot)
 
     def _named_by_device(self, copies: Sequence[PeerCopy]) -> Sequence[PeerCopy]:
         """The plan counts the GPUs that take part, the device all it has."""

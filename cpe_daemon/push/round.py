@@ -195,7 +195,7 @@ class Round:
         ]
         load = Load(self.number, bucket.index, slot, parts)
         header = encode(load)
-        return self._gathered([participant.post(load, header) for participant in self.alive])
+        return self._gathered([participant.post(load, header, self._trace) for participant in self.alive])
 
     def _check(self) -> None:
         if not self.alive:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cpe_daemon.errors import ConfigError
 
@@ -21,6 +21,7 @@ KEPT: Final = 1 << 16
 """Slices that are kept, the last ones: some hundred pushes of a large model to a node of eight GPUs."""
 
 _PROCESS: Final = 1
+T = TypeVar("T")
 _MICROSECONDS: Final = 1e6
 
 
@@ -39,8 +40,8 @@ class Trace:
     """The last slices, by track. Belongs to the event loop.
 
     What goes through one track is carried out one after another, in the order in which it was asked for: so are copies
-    of one kind into one GPU, and loads. A slice therefore begins when it was asked for or when the one before it ended,
-    whichever is later.
+    of one kind into one GPU, and the loads of one worker. A slice therefore begins when it was asked for or when the
+    one before it ended, whichever is later.
 
     Args:
         clock: seconds, monotonic.
@@ -52,11 +53,12 @@ class Trace:
         self._clock = clock
         self._ended: dict[str, float] = {}
 
-    async def during(self, work: Awaitable[None], track: str, name: str, **details: object) -> None:
+    async def during(self, work: Awaitable[T], track: str, name: str, **details: object) -> T:
         """Await ``work``, and record it if it ends well."""
         asked = self._clock()
-        await work
+        done = await work
         self.add(track, name, asked, **details)
+        return done
 
     def add(self, track: str, name: str, asked: float, **details: object) -> None:
         """Record what was asked for at ``asked`` and has ended now."""

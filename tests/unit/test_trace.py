@@ -40,12 +40,14 @@ async def test_stages_of_a_bucket_follow_one_another(gpus: int) -> None:
     for bucket in range(3):
         of_it = {event["track"]: event for event in found if event["name"] == f"bucket {bucket}"}
         fetches, exchanges = ([e for track, e in of_it.items() if track.endswith(s)] for s in ("fetch", "exchange"))
-        (load,) = (event for track, event in of_it.items() if track == "engines: load")
+        loads = [event for track, event in of_it.items() if ": load by a rank " in track]
         assert len(fetches) == gpus
         assert len(exchanges) == (gpus if gpus > 1 else 0)
         for exchange in exchanges:
             assert exchange["ts"] >= max(fetch["end"] for fetch in fetches)
-        assert load["ts"] >= max(event["end"] for event in exchanges or fetches)
+        assert len(loads) == gpus
+        for load in loads:
+            assert load["ts"] >= max(event["end"] for event in exchanges or fetches)
         assert len({event["args"]["slot"] for event in of_it.values()}) == 1
 
 
