@@ -271,7 +271,7 @@ def test_config_shows_what_is_in_effect(tmp_path: Path) -> None:
 
 def test_config_reports_all_problems(tmp_path: Path) -> None:
     path = tmp_path / "cpe.yaml"
-    path.write_text("device:\n  slots: 0\nlog:\n  level: loud\n")
+    path.write_text("device:\n  slots: -1\nlog:\n  level: loud\n")
     result = cpe("config", "--config", path)
     assert (result.exit_code, result.stdout) == (2, "")
     first, *more = result.stderr.splitlines()

@@ -150,6 +150,7 @@ def test_push_in_json_has_every_field(endpoint: str) -> None:
         "nbytes": 4_000,
         "gigabytes_per_second": 0.00004,
         "error": None,
+        "verified": False,
     }
 
 

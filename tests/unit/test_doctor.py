@@ -477,7 +477,7 @@ def test_only_is_completed() -> None:
 
 def test_settings_that_are_not_valid_are_a_finding(tmp_path: Path, runtime_dir: Path) -> None:
     path = tmp_path / "cpe.yaml"
-    path.write_text("device:\n  slots: 0\n")
+    path.write_text("device:\n  slots: -1\n")
     ran = cpe("--config", path, "--runtime-dir", runtime_dir, "--only", "config", "--only", "memory", "--json")
     config, memory = json.loads(ran.stdout)
     assert (ran.exit_code, config["verdict"], memory["verdict"]) == (1, "fail", "skip")
