@@ -126,8 +126,9 @@ def test_digests_equal_hashing_whole_from_several_threads(
     assert sent.arena[A:-A] == sent.source
 
 
-def test_chunk_behind_a_gap_is_digested_when_the_gap_closes() -> None:
-    sent = Contribution([4 * A], A)
+@pytest.mark.parametrize("chunks", [4, 3000])
+def test_chunk_behind_a_gap_is_digested_when_the_gap_closes(chunks: int) -> None:
+    sent = Contribution([chunks * A], A)
     sent.accept_all()
     for chunk in reversed(sent.chunks[1:]):
         sent.write(*chunk)
