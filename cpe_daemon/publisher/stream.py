@@ -153,15 +153,16 @@ class _Crew:
             thread.result()
 
     def _work(self) -> None:
+        complete = False
         try:
             with Reader(self._pouring.gpus) as reader:
                 filler = _Filler(self._contribution, self._sink, self._digests, reader, all_here=self._all_here)
                 while self._runs and not self._stop.is_set():
                     self._fill_run(filler)
-        except BaseException:
-            self._stop.set()
-            raise
+            complete = True
         finally:
+            if not complete:
+                self._stop.set()
             self._filled.put(None)
 
     def _fill_run(self, filler: _Filler) -> None:
