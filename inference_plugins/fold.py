@@ -15,6 +15,8 @@ _CPU_ROWS: Final = 1 << 10
 _CUDA_ROWS: Final = 1 << 17
 """Rows whose products are made and summed in one go: they should stay in the cache, and launches are not free."""
 
+_NO_BUCKET: Final = -1
+
 
 def _signed(value: int) -> int:
     """The same 64 bits as torch has them."""
@@ -71,6 +73,15 @@ class Folder:
             if self._scratch is None:
                 self._scratch = _Scratch(slot.device, slot.numel() // ROW_BYTES)
             self._scratch.add(bucket, slot)
+
+    def warm_up(self, slot: torch.Tensor) -> None:
+        """Take all steps once, with bytes that do not count."""
+        nbytes = slot.numel() - 1
+        self.begin()
+        self.add(_NO_BUCKET, [TensorPart("", "uint8", (nbytes,), 0, nbytes, 0)], slot)
+        self.result()
+        del self._buckets[_NO_BUCKET]
+        self.begin()
 
     def result(self) -> int:
         """The fold of all buckets since `begin`, as soon as the device has it."""

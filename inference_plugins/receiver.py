@@ -290,6 +290,8 @@ class Receiver:
             self._close_slots()
             if isinstance(step, OpenSlots) and self._welcome is not None:
                 self._slots = open_slots(step.slots, self._welcome.handoff)
+                if step.folds:
+                    self._steps.warm_up(self._slots)
         except CpeError as error:
             return StepFailed(step.round, name, ErrorInfo(error.code, error.message))
         except Exception as error:  # task boundary: a GPU's failure is told, and does not end the link

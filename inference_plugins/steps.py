@@ -134,6 +134,11 @@ class Steps:
         touched = isinstance(step, Abort) and self._changed(step.round)
         return StepDone(step.round, name, seq, time.monotonic() - began, touched)
 
+    def warm_up(self, slots: Slots) -> None:
+        """Fold a slot, whatever is in it: CUDA loads a kernel at its first use, which takes long."""
+        with slots.loading():
+            self._folder.warm_up(slots.slot(0))
+
     def forget(self) -> None:
         """Forget an update that was not finished."""
         self._update = None

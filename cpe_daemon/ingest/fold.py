@@ -21,7 +21,7 @@ from cpe_daemon.core.types import Shard, align
 Words = NDArray[np.uint64]
 """As numpy has them, arithmetic is modulo 2^64."""
 
-_ROWS: Final = 16384
+_ROWS: Final = 65536
 """Rows whose sums are worked on in one go: enough to hide what a call costs, few enough to stay in the cache."""
 
 _WEIGHTS: Final = np.array(WEIGHTS, np.uint64)

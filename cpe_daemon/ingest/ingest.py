@@ -19,6 +19,7 @@ from cpe_daemon.core.manifest import DIGEST_BYTES, layout, merge
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.copypool import CopyPool
+from cpe_daemon.devices.digests import piece_bytes
 from cpe_daemon.errors import (
     ArenaFullError,
     BusyError,
@@ -176,9 +177,11 @@ class Ingest:
         address = self._arena.address + extent.offset
         verifies = self._config.device.verifies
         fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if verifies else None
-        stream.writer = ExtentWriter(address, view, stream.shards, plan, session.chunk_bytes, fold)
-        copied = functools.partial(self._copied, session, stream)
         threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
+        stream.writer = ExtentWriter(
+            address, view, stream.shards, plan, session.chunk_bytes, piece_bytes(threads), fold
+        )
+        copied = functools.partial(self._copied, session, stream)
         batch = max(1, session.credits // (_BATCHES * threads))
         stream.copier = Copier(stream.writer, self._pool, threads, batch, copied)
         self._touch(stream.version)

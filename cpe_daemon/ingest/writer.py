@@ -18,9 +18,6 @@ from cpe_daemon.errors import DigestError, ProtocolError
 if TYPE_CHECKING:  # imports numpy, which not every daemon needs
     from cpe_daemon.ingest.fold import ExtentFold
 
-PIECE_BYTES: Final = 512 << 10
-"""Copied and digested in one go, so that the digest reads the cache."""
-
 _NAMED: Final = 10
 
 
@@ -35,6 +32,7 @@ class ExtentWriter:
         shards: what it holds, in order.
         layout: where each shard lies.
         chunk_bytes: the grid; every chunk but the last has this size.
+        piece_bytes: copied and digested in one go (`cpe_daemon.devices.digests.piece_bytes`).
         fold: folds what has come, if that is wanted.
     """
 
@@ -45,6 +43,7 @@ class ExtentWriter:
         shards: Sequence[Shard],
         layout: Layout,
         chunk_bytes: int,
+        piece_bytes: int,
         fold: ExtentFold | None = None,
     ) -> None:
         self._address = address
@@ -52,6 +51,7 @@ class ExtentWriter:
         self._shards = shards
         self._layout = layout
         self._chunk_bytes = chunk_bytes
+        self._piece_bytes = piece_bytes
         self._fold = fold
         count = -(-layout.nbytes // chunk_bytes)
         self._accepted = bytearray(count)
@@ -92,8 +92,8 @@ class ExtentWriter:
         digests = self._digests.chunk(offset // self._chunk_bytes, self._view[offset : offset + nbytes])
         fold = self._fold.chunk(offset, nbytes) if self._fold is not None else None
         address = self._address + offset
-        for start in range(0, nbytes, PIECE_BYTES):
-            step = min(PIECE_BYTES, nbytes - start)
+        for start in range(0, nbytes, self._piece_bytes):
+            step = min(self._piece_bytes, nbytes - start)
             copy(address + start, source + start, step)
             digests.upto(start + step)
             if fold is not None:

@@ -17,12 +17,12 @@ from xxhash import xxh3_128
 
 from cpe_daemon.core.manifest import Layout, checked_nbytes
 from cpe_daemon.core.types import Shard, align
+from cpe_daemon.devices.digests import piece_bytes
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import ResourceError
 from cpe_daemon.publisher.gpus import BOUNCE_BYTES, Gpus
 from cpe_daemon.publisher.reader import Reader
 from cpe_daemon.publisher.sources import shard_of
-from cpe_daemon.publisher.stream import PIECE_BYTES
 from cpe_daemon.publisher.window import Window
 
 _GRAIN_BYTES: Final = 64 << 20
@@ -153,7 +153,7 @@ class _Copying:
         """Copy a tensor to position ``at`` of a window, and return the digest of what is there then."""
         device = self._gpus.device_of(tensor)
         if device is None:
-            return _copy(self._here, tensor, window, at, PIECE_BYTES)
+            return _copy(self._here, tensor, window, at, piece_bytes(1))
         self._gpus.settle(device)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "cpe-fetch")

@@ -22,16 +22,13 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from cpe_daemon.core.types import ALIGNMENT_BYTES
-from cpe_daemon.devices.digests import ChunkDigests, Digests
+from cpe_daemon.devices.digests import ChunkDigests, Digests, piece_bytes
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.reader import Reader, is_plain
 from cpe_daemon.publisher.runs import cut_runs
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.window import Window
-
-PIECE_BYTES: Final = 512 << 10
-"""Copied on the host, and digested, in one go."""
 
 _MOST_THREADS: Final = 8
 _RUNS_A_THREAD: Final = 4
@@ -98,7 +95,7 @@ def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pour
     digests = Digests(contribution.layout, chunk_bytes, lasting=False)
     if pouring.threads == 1 and not devices:
         with Reader(pouring.gpus) as reader:
-            filler = _Filler(contribution, sink, digests, reader, all_here=True)
+            filler = _Filler(contribution, sink, digests, reader, piece_bytes(1), all_here=True)
             for chunk in range(-(-contribution.layout.nbytes // chunk_bytes)):
                 pouring.progress(filler.fill(chunk))
     else:
@@ -156,7 +153,8 @@ class _Crew:
         complete = False
         try:
             with Reader(self._pouring.gpus) as reader:
-                filler = _Filler(self._contribution, self._sink, self._digests, reader, all_here=self._all_here)
+                size = piece_bytes(self._pouring.threads)
+                filler = _Filler(self._contribution, self._sink, self._digests, reader, size, all_here=self._all_here)
                 while self._runs and not self._stop.is_set():
                     self._fill_run(filler)
             complete = True
@@ -180,8 +178,16 @@ class _Filler:
     """Fills chunks, in one thread; ``all_here`` if no tensor is in a GPU."""
 
     def __init__(
-        self, contribution: Contribution, sink: Sink, digests: Digests, reader: Reader, *, all_here: bool
+        self,
+        contribution: Contribution,
+        sink: Sink,
+        digests: Digests,
+        reader: Reader,
+        piece_bytes: int,
+        *,
+        all_here: bool,
     ) -> None:
+        self._piece_bytes = piece_bytes
         self._tensors = contribution.tensors
         self._layout = contribution.layout
         self._sink = sink
@@ -214,12 +220,12 @@ class _Filler:
                 at = gap
                 continue
             tensor, nbytes = self._tensors[shard], min(sizes[shard] + begin, total) - at
-            if self._all_here and begin == at and nbytes <= PIECE_BYTES and tensor.is_cpu and is_plain(tensor):
+            if self._all_here and begin == at and nbytes <= self._piece_bytes and tensor.is_cpu and is_plain(tensor):
                 copy(window.address + at, tensor.data_ptr(), nbytes)  # the way of small tensors: no objects made
             else:
                 self._write_part(tensor, at - begin, nbytes, window, at, digests)
             at += nbytes
-            if at - digested >= PIECE_BYTES and not self._reader.pending:
+            if at - digested >= self._piece_bytes and not self._reader.pending:
                 digests.upto(at)
                 digested = at
             shard += 1
@@ -229,9 +235,9 @@ class _Filler:
     ) -> None:
         """Write ``nbytes`` of a tensor, from ``start`` on, and digest them if they are there at once."""
         source = self._reader.find(tensor)
-        piece_bytes = PIECE_BYTES if source.device is None else max(nbytes, 1)  # a call costs more there
-        for done in range(0, nbytes, piece_bytes):
-            step = min(piece_bytes, nbytes - done)
+        size = self._piece_bytes if source.device is None else max(nbytes, 1)  # a call costs more there
+        for done in range(0, nbytes, size):
+            step = min(size, nbytes - done)
             self._reader.copy(source, start + done, step, window, at + done)
             if not self._reader.pending:
                 digests.upto(at + done + step)

@@ -97,7 +97,7 @@ class SlotKeeper:
     async def _open(self, worker: Worker) -> CpeError | None:
         slots = worker.slots = self._device.export(worker.gpu)
         try:
-            await worker.step(OpenSlots(self._number(), slots), self._deadlines.begin_seconds)
+            await worker.step(OpenSlots(self._number(), slots, self._config.verifies), self._deadlines.begin_seconds)
         except CpeError as error:
             self._device.withdraw(slots)
             if not isinstance(error, DeadlineError):  # one that is late may open them yet

@@ -92,10 +92,14 @@ class WorkerWelcome(Message, frozen=True, tag="worker_welcome"):
 
 
 class OpenSlots(Message, frozen=True, tag="open_slots"):
-    """Open these slots, in place of those that are open. ``round`` counts openings and closings, and is no round's."""
+    """Open these slots, in place of those that are open. ``round`` counts openings and closings, and is no round's.
+
+    ``folds``: updates will be verified, so what that takes may be made ready now.
+    """
 
     round: int
     slots: SlotSet
+    folds: bool = False
 
 
 class CloseSlots(Message, frozen=True, tag="close_slots"):

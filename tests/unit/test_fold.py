@@ -313,3 +313,15 @@ def test_fold_changes_with_names_and_with_what_is_missing() -> None:
 def test_fold_does_not_depend_on_the_order_of_tensors() -> None:
     tensors = random_tensors([100, 700, 3000])
     assert in_torch(tensors) == in_torch(dict(reversed(tensors.items())))
+
+
+def test_warming_up_leaves_nothing_behind() -> None:
+    folder, slot = Folder(), torch.arange(4 * ROW_BYTES, dtype=torch.uint8)
+    part = TensorPart("w", "uint8", (300,), 0, 300, 0)
+    folder.begin()
+    folder.add(0, [part], slot)
+    found = folder.result()
+    folder.warm_up(slot)
+    assert folder.result() == 0
+    folder.add(0, [part], slot)
+    assert folder.result() == found

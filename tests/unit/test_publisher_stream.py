@@ -84,7 +84,7 @@ def test_pour_writes_any_sizes(sizes: list[int], chunk_bytes: int) -> None:
 
 
 def test_pour_copies_large_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PIECE_BYTES", 300)
+    monkeypatch.setattr(stream, "piece_bytes", lambda threads: 300)
     check({"a": tensor_of("uint8", 5000), "b": tensor_of("float64", 7), "c": tensor_of("uint8", 300)}, 2048)
 
 

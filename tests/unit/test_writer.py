@@ -36,6 +36,7 @@ class Contribution:
     sizes: Sequence[int]
     chunk_bytes: int
     seed: int = 0
+    piece_bytes: int = 512 << 10
     arena: bytearray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Contribution:
         view = memoryview(self.arena)[A : A + self.layout.nbytes]
         address = address_of(memoryview(self.arena)) + A
         fold = ExtentFold(view, self.shards, self.layout)
-        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes, fold)
+        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes, self.piece_bytes, fold)
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -152,14 +153,13 @@ def test_digest_is_of_what_the_arena_holds_not_of_what_was_sent() -> None:
 @pytest.mark.parametrize("piece_bytes", [1, A - 1, A, 3 * A])
 def test_chunk_is_digested_where_it_arrived_piece_by_piece(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece that was copied is overwritten at the sender's before it is digested."""
-    sent = Contribution([2 * A + 7, 0, 1, 5 * A, 3], 4 * A)
+    sent = Contribution([2 * A + 7, 0, 1, 5 * A, 3], 4 * A, piece_bytes=piece_bytes)
     promised, content = sent.digests, bytes(sent.source)
 
     def copy_and_overwrite(destination: int, source: int, nbytes: int) -> None:
         copy(destination, source, nbytes)
         ctypes.memset(source, 0xFF, nbytes)
 
-    monkeypatch.setattr(writer, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(writer, "copy", copy_and_overwrite)
     sent.send_all()
     assert b"".join(sent.writer.check(promised)) == promised

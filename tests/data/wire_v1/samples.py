@@ -126,7 +126,7 @@ SAMPLES: Final[dict[str, tuple[Message, Message]]] = {
     ),
     "open_slots": (
         OpenSlots(4, SlotSet("shm", "shm-0", 3, 4096, [bytes(range(32))])),
-        OpenSlots(5, SlotSet("cuda", "GPU-9c1f", 2, 1 << 28, [b"a" * 64])),
+        OpenSlots(5, SlotSet("cuda", "GPU-9c1f", 2, 1 << 28, [b"a" * 64]), folds=True),
     ),
     "close_slots": (
         CloseSlots(6),
