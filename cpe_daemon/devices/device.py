@@ -78,7 +78,10 @@ class Device(Protocol):
         ...
 
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
-        """Stage 2: complete a slot from the same slot of other GPUs. Returns when the bytes are there."""
+        """Stage 2: complete a slot from the same slot of other GPUs. Returns when the bytes are there.
+
+        May be called as soon as `fetch` was, for those GPUs and that slot: it waits for what they fetch.
+        """
         ...
 
     async def close(self) -> None:

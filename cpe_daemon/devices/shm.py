@@ -56,6 +56,8 @@ class ShmDevice:
         self._source = source
         self._handoff = handoff
         self._sets: dict[int, SharedMemory] = {}
+        self._fetches: dict[tuple[int, int], asyncio.Event] = {}
+        """By GPU and slot, whether the last fetch has ended."""
         self._fetchers = [CopyPool(1, f"cpe-fetch-{index}") for index in range(gpus)]
         self._exchangers = [CopyPool(1, f"cpe-peer-{index}") for index in range(gpus)]
 
@@ -120,10 +122,17 @@ class ShmDevice:
 
     async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         """Copy from the arena into a slot, on the GPU's fetching thread."""
-        await _run(self._fetchers[gpu], self._fetch, gpu, slot, copies)
+        fetched = self._fetches[gpu, slot] = asyncio.Event()
+        try:
+            await _run(self._fetchers[gpu], self._fetch, gpu, slot, copies)
+        finally:
+            fetched.set()
 
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
         """Copy from the other sets' same slot, on the GPU's exchanging thread."""
+        for source in {item.gpu for item in copies}:
+            if (source, slot) in self._fetches:
+                await self._fetches[source, slot].wait()
         await _run(self._exchangers[gpu], self._exchange, gpu, slot, copies)
 
     async def close(self) -> None:

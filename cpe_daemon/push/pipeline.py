@@ -90,9 +90,7 @@ class Pipeline:
                 tasks.create_task(self._carry(bucket, slot))
 
     async def _carry(self, bucket: Bucket, slot: int) -> None:
-        await self._fetch(bucket, slot)
-        if any(bucket.exchanges):
-            await self._exchange(bucket, slot)
+        await self._fill(bucket, slot)
         self._count_filled()
         await self._opened.wait()
         async with self._next_turn:
@@ -107,22 +105,23 @@ class Pipeline:
         self._loading -= 1
         self._free.put_nowait(slot)
 
-    async def _fetch(self, bucket: Bucket, slot: int) -> None:
-        """Stage 1. A group, for if one GPU's copy fails the others' have to end too."""
-        with self._traffic.fetch.moving(self._traffic.fetching(bucket)):
-            async with asyncio.TaskGroup() as fetching:
-                for gpu, copies in zip(self._gpus, bucket.pulls, strict=True):
-                    fetch = self._device.fetch(gpu, slot, copies)
-                    fetching.create_task(self._traced(fetch, "fetch", gpu, bucket, slot))
-
-    async def _exchange(self, bucket: Bucket, slot: int) -> None:
-        """Stage 2."""
-        with self._traffic.exchange.moving(self._traffic.exchanging(bucket)):
-            async with asyncio.TaskGroup() as exchanging:
-                for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
-                    if peer_copies:
-                        exchange = self._device.exchange(gpu, slot, self._named_by_device(peer_copies))
-                        exchanging.create_task(self._traced(exchange, "exchange", gpu, bucket, slot))
+    async def _fill(self, bucket: Bucket, slot: int) -> None:
+        """Stages 1 and 2, asked for at once. One group, for if one GPU's copy fails the others' have to end too."""
+        async with asyncio.TaskGroup() as filling:
+            fetches = [
+                filling.create_task(self._traced(self._device.fetch(gpu, slot, copies), "fetch", gpu, bucket, slot))
+                for gpu, copies in zip(self._gpus, bucket.pulls, strict=True)
+            ]
+            exchanges = []
+            for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
+                if peer_copies:
+                    exchange = self._device.exchange(gpu, slot, self._named_by_device(peer_copies))
+                    exchanges.append(filling.create_task(self._traced(exchange, "exchange", gpu, bucket, slot)))
+            with self._traffic.fetch.moving(self._traffic.fetching(bucket)):
+                await asyncio.wait(fetches)
+            if exchanges:
+                with self._traffic.exchange.moving(self._traffic.exchanging(bucket)):
+                    await asyncio.wait(exchanges)
 
     def _traced(self, work: Carried, stage: str, gpu: int, bucket: Bucket, slot: int) -> Carried:
         """The same work, recorded if somebody asked for that."""

@@ -173,6 +173,15 @@ class FakeDriver(real.Driver):
         if device in self.lost:
             raise CudaError("cuEventSynchronize", LOST, "unspecified launch failure (719)")
 
+    def await_event(self, stream: int, event: int) -> None:
+        if event in self._happened:
+            happened, _ = self._happened[event]
+
+            def wait() -> None:
+                happened.wait()
+
+            self._streams[stream].issue(wait)
+
     def destroy_event(self, event: int) -> None:
         self.events.remove(event)
 

@@ -28,7 +28,7 @@ class Writing(ExtentWriter):
         self.arena = bytearray(chunks * A)
         self.source = bytearray(index % 251 for index in range(chunks * A))
         view = memoryview(self.arena)
-        super().__init__(address_of(view), view, shards, layout(shards), A)
+        super().__init__(address_of(view), view, shards, layout(shards), A, A)
         self.name = name
         self.log = log
         self.reached = threading.Event()

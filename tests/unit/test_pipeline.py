@@ -93,7 +93,11 @@ class FakeDevice:
         bucket = copies[0].slot_offset
         for peer_copy in copies:
             assert self.fills[peer_copy.gpu, slot] == [bucket], "an exchange from a slot that holds another bucket"
-            assert ("end", ("fetch", bucket, slot, peer_copy.gpu)) in self.trace
+        fetches = [("fetch", bucket, slot, peer_copy.gpu) for peer_copy in copies]
+        await asyncio.wait([self.active[fetch] for fetch in fetches if fetch in self.active] or [_done()])
+        for _ in range(2):
+            await asyncio.sleep(0)  # the fetch's task notes its end
+        assert all(("end", fetch) in self.trace for fetch in fetches)
         await self.operate(("exchange", bucket, slot, gpu))
 
     def deliver(self, bucket: Bucket, slot: int) -> Awaitable[None]:
@@ -145,6 +149,12 @@ class FakeDevice:
 
     def fail(self, stage: str, bucket: int, error: Exception) -> None:
         next(future for op, future in self.active.items() if op[:2] == (stage, bucket)).set_exception(error)
+
+
+def _done() -> asyncio.Future[None]:
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
 
 
 def pipeline_over(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Final
 
 import structlog
@@ -12,13 +13,14 @@ import structlog
 from cpe_daemon.core.plan import Copy, PeerCopy, Topology
 from cpe_daemon.devices.cuda.driver import CudaError, Driver, driver
 from cpe_daemon.devices.cuda.gpus import Found, exchanges, find
-from cpe_daemon.devices.cuda.lane import Lane
+from cpe_daemon.devices.cuda.lane import Copying, Lane
 from cpe_daemon.errors import ConfigError, CpeError, ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
 log = structlog.get_logger(__name__)
 
 KIND: Final = "cuda"
+_ISSUE_SECONDS: Final = 60.0
 PIN_BYTES: Final = 4 << 30
 """Pinned at a time, so that progress can be told. No copy may reach from one such range into the next."""
 
@@ -53,6 +55,8 @@ class CudaDevice:
         self._source_bytes = source_bytes
         self._pinned: list[int] = []
         self._gpus: list[_Gpu] = []
+        self._fetches: dict[tuple[int, int], Future[None]] = {}
+        """By GPU and slot, when the last fetch was in the GPU's queue."""
 
     @property
     def slot_count(self) -> int:
@@ -131,14 +135,23 @@ class CudaDevice:
                     self._driver.copy_to_device(
                         base + item.slot_offset + start - item.address, self._source + start, nbytes, stream
                     )
+            self._driver.record(self._gpus[gpu].fetched[slot], stream)
 
-        await self._run(gpu, self._gpus[gpu].fetching, issue)
+        copying = self._gpus[gpu].fetching.start(issue)
+        self._fetches[gpu, slot] = copying.issued
+        await self._arrive(gpu, copying)
 
     async def exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
-        """Copy from the other GPUs' same slot."""
+        """Copy from the other GPUs' same slot; their fetches are waited for by the GPU, and not here."""
         base, context = self._slot(gpu, slot), self._gpus[gpu].context
+        sources = {item.gpu for item in copies}
+        fetches = [fetch for source in sources if (fetch := self._fetches.get((source, slot))) is not None]
 
         def issue(stream: int) -> None:
+            for fetch in fetches:
+                fetch.result(_ISSUE_SECONDS)
+            for source in sources:
+                self._driver.await_event(stream, self._gpus[source].fetched[slot])
             for item in copies:
                 self._driver.copy_from_peer(
                     base + item.slot_offset,
@@ -149,7 +162,7 @@ class CudaDevice:
                     stream,
                 )
 
-        await self._run(gpu, self._gpus[gpu].exchanging, issue)
+        await self._arrive(gpu, self._gpus[gpu].exchanging.start(issue))
 
     async def close(self) -> None:
         """Unpin the arena and free the slots, when what is in flight has ended."""
@@ -160,9 +173,9 @@ class CudaDevice:
             await asyncio.to_thread(gpu.free)
         self._gpus.clear()
 
-    async def _run(self, gpu: int, lane: Lane, issue: Callable[[int], None]) -> None:
+    async def _arrive(self, gpu: int, copying: Copying) -> None:
         try:
-            await lane.run(issue)
+            await copying.arrive()
         except CudaError as error:
             await self._judge(gpu, error)
             raise ResourceError(f"copies to {self._gpus[gpu].uuid} failed: {error}") from None
@@ -219,6 +232,8 @@ class _Gpu:
         self.uuid = found.gpu.uuid
         self.address = self.slot_count = 0
         self.handle = b""
+        self.fetched: list[int] = []
+        """By slot, the event that its last fetch has arrived."""
         self.context = driver.retain(found.device)
         self.fetching = Lane(driver, self.context, f"cpe-fetch-{found.device}")
         self.exchanging = Lane(driver, self.context, f"cpe-peer-{found.device}")
@@ -240,6 +255,7 @@ class _Gpu:
             if fewer < count:
                 log.warning("slots.reduced", gpu=self.uuid, slots=fewer, wanted=count)
             self.handle = self._driver.export(self.address)
+            self.fetched = [self._driver.create_event() for _ in range(fewer)]
             self.slot_count = fewer
             return
 
@@ -249,6 +265,8 @@ class _Gpu:
         if self.slot_count:
             self.slot_count = 0
             self._driver.free(self.address)
+            while self.fetched:
+                self._driver.destroy_event(self.fetched.pop())
 
     def works(self) -> bool:
         """Whether its context still takes calls."""

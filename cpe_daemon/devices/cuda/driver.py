@@ -82,6 +82,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventRecord": (_PTR, _PTR),
     "cuEventSynchronize": (_PTR,),
     "cuEventDestroy_v2": (_PTR,),
+    "cuStreamWaitEvent": (_PTR, _PTR, _UINT),
     "cuMemcpyHtoDAsync_v2": (_PTR, _PTR, _SIZE, _PTR),
     "cuMemcpyDtoHAsync_v2": (_PTR, _PTR, _SIZE, _PTR),
     "cuMemcpyDtoDAsync_v2": (_PTR, _PTR, _SIZE, _PTR),
@@ -261,6 +262,10 @@ class Driver:
     def wait(self, event: int) -> None:
         """Block until ``event`` has happened; raises what became of the work before it."""
         self._call("cuEventSynchronize", event)
+
+    def await_event(self, stream: int, event: int) -> None:
+        """Have ``stream``, of any GPU, go on when what ``event`` was last recorded for has happened."""
+        self._call("cuStreamWaitEvent", stream, event, 0)
 
     def destroy_event(self, event: int) -> None:
         """Destroy an event."""

@@ -11,8 +11,38 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from cpe_daemon.devices.cuda.driver import CudaError, Driver
+
+
+class Copying(NamedTuple):
+    """Copies under way: in the GPU's queue, and then there. Both end in the same failure if they cannot be issued."""
+
+    issued: Future[None]
+    arrived: Future[None]
+
+    def fail(self, error: Exception) -> None:
+        """They cannot be issued."""
+        self.issued.set_exception(error)
+        self.arrived.set_exception(error)
+
+    async def arrive(self) -> None:
+        """Return when they have arrived. Cancelled, it ends only then too: to be told to stop is not to have stopped.
+
+        Raises:
+            ResourceError: the GPU failed.
+        """
+        arrived = asyncio.wrap_future(self.arrived)
+        try:
+            await asyncio.shield(arrived)
+        except asyncio.CancelledError:
+            while not arrived.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([arrived])
+            if not arrived.cancelled():
+                arrived.exception()  # nobody asks any more
+            raise
 
 
 class Lane:
@@ -38,51 +68,45 @@ class Lane:
         begun = next(iter(self._begun), None)
         return 0.0 if begun is None else time.monotonic() - begun
 
-    async def run(self, issue: Callable[[int], None]) -> None:
-        """Call ``issue(stream)`` in the lane's thread, and return when what it issued has arrived.
+    def start(self, issue: Callable[[int], None]) -> Copying:
+        """Have ``issue(stream)`` called in the lane's thread; returns at once."""
+        copying = Copying(Future(), Future())
+        self._issuing.submit(self._issue, issue, copying)
+        return copying
 
-        Cancelled, it ends only then too: to be told to stop is not to have stopped.
-
-        Raises:
-            ResourceError: the GPU failed.
-        """
-        issued = self._issuing.submit(self._issue, issue)
-        arrived = asyncio.ensure_future(self._arrival(issued))
+    def _issue(self, issue: Callable[[int], None], copying: Copying) -> None:
         try:
-            await asyncio.shield(arrived)
-        except asyncio.CancelledError:
-            while not arrived.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([arrived])
-            if not arrived.cancelled():
-                arrived.exception()  # nobody asks any more
-            raise
-
-    async def _arrival(self, issued: Future[int]) -> None:
-        event = await asyncio.wrap_future(issued)
-        await asyncio.wrap_future(self._waiting.submit(self._wait, event))
-
-    def _issue(self, issue: Callable[[int], None]) -> int:
-        event = self._events.pop() if self._events else self._driver.create_event()
+            event = self._events.pop() if self._events else self._driver.create_event()
+        except CudaError as error:
+            copying.fail(error)
+            return
         self._begun.append(time.monotonic())
         try:
             issue(self._stream)
             self._driver.record(event, self._stream)
-        except CudaError:
+        except Exception as error:  # task boundary: told to whoever waits for the copies
             with contextlib.suppress(CudaError):  # the first failure is the one to tell
                 self._driver.record(event, self._stream)  # what was issued before it has to end as well
                 self._driver.wait(event)
             self._begun.pop()
             self._events.append(event)
-            raise
-        return event
+            copying.fail(error)
+            return
+        copying.issued.set_result(None)
+        self._waiting.submit(self._wait, event, copying.arrived)
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, event: int, arrived: Future[None]) -> None:
+        failure = None
         try:
             self._driver.wait(event)
-        finally:
-            self._begun.popleft()
-            self._events.append(event)
+        except CudaError as error:
+            failure = error
+        self._begun.popleft()
+        self._events.append(event)
+        if failure is None:
+            arrived.set_result(None)
+        else:
+            arrived.set_exception(failure)
 
     def close(self) -> None:
         """Wait for what was issued, and end the threads. Blocking."""
