@@ -22,6 +22,9 @@ from inference_plugins.fold import Folder
 
 log: Final = logging.getLogger(__name__)
 
+_WARM_BYTES: Final = 4096
+_WARM_ROWS: Final = 16
+
 Step = Pause | Begin | Load | Finish | Abort | Resume
 """What the daemon asks for in a round."""
 
@@ -135,9 +138,13 @@ class Steps:
         return StepDone(step.round, name, seq, time.monotonic() - began, touched)
 
     def warm_up(self, slots: Slots) -> None:
-        """Fold a slot, whatever is in it: CUDA loads a kernel at its first use, which takes long."""
+        """Fold and copy what is in a slot, whatever it is: CUDA loads a kernel at its first use, which takes long."""
         with slots.loading():
             self._folder.warm_up(slots.slot(0))
+            for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+                rows = slots.slot(0)[:_WARM_BYTES].view(dtype).view(_WARM_ROWS, -1)
+                part = rows[:, : rows.shape[1] // 2]
+                torch.empty(part.shape, dtype=dtype, device=slots.device).copy_(part)
 
     def forget(self) -> None:
         """Forget an update that was not finished."""

@@ -161,9 +161,10 @@ class DeviceConfig(Section):
         default=3,
         ge=0,
         le=4096,
-        description="Slots a GPU. Three let copies from the host, copies between GPUs and loads run at once; with "
-        "more, engines pause for a shorter time, for they fill before the pause. auto, or 0: as many as hold a "
-        "version, within auto_bytes. Where memory is short, fewer are taken.",
+        description="Slots a GPU. Three let copies from the host, copies between GPUs and loads run at once, and a "
+        "fourth keeps the links busy when one of these is late; with more, engines pause for a shorter time, for they "
+        "fill before the pause. auto, or 0: as many as hold a version, within auto_bytes. Where memory is short, fewer "
+        "are taken.",
     )
     slot_bytes: Bytes = Field(
         default=256 * MIB,

@@ -10,11 +10,13 @@ digested when the chunk is there: while one thread waits for its chunk, others d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -30,6 +32,7 @@ from cpe_daemon.publisher.runs import cut_runs
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.window import Window
 
+_SWITCH_SECONDS: Final = 0.0005
 _MOST_THREADS: Final = 8
 _RUNS_A_THREAD: Final = 4
 """Several, so that all threads end at about the same time."""
@@ -106,6 +109,20 @@ def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pour
     return b"".join(digests.found)
 
 
+@contextlib.contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Meanwhile, have threads of this process yield the interpreter to one another a tenth as late as usual.
+
+    Otherwise those that fill chunks wait for it longer than they copy.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class _Crew:
     """Threads that fill one contribution's chunks, run by run."""
 
@@ -134,7 +151,7 @@ class _Crew:
         threads = min(self._pouring.threads, len(self._runs))
         if not threads:
             return
-        with ThreadPoolExecutor(threads, "cpe-pour") as pool:
+        with _quick_switches(), ThreadPoolExecutor(threads, "cpe-pour") as pool:
             done = [pool.submit(self._work) for _ in range(threads)]
             try:
                 left = threads

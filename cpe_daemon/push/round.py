@@ -28,6 +28,7 @@ from cpe_daemon.wire.messages import Expect, Load, TensorPart
 log = structlog.get_logger(__name__)
 
 _SPECS_A_MESSAGE: Final = 4096
+_FILLED_MEANWHILE: Final = 2
 
 
 class Round:
@@ -73,8 +74,7 @@ class Round:
         self.began_at = clock()
         self._deadlines = deadlines
         self._clock = clock
-        # Slots that are full at the pause shorten it only for engines that load faster than slots fill.
-        prefill = None if any(participant.engine.starved for participant in participants) else 1
+        prefill = _prefill(device.slot_count, len(plan.buckets), any(p.engine.starved for p in participants))
         self._trace = traffic.trace if traffic is not None else None
         self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic, prefill)
         self._abandoned: CpeError | None = None
@@ -209,6 +209,18 @@ class Round:
 
     def _names(self, *, alive: bool = True) -> list[str]:
         return [participant.engine.name for participant in self.participants if participant.alive == alive]
+
+
+def _prefill(slots: int, buckets: int, starved: bool) -> int:
+    """How many slots are to be full when the engines are asked to pause.
+
+    All that shorten the pause: it is shorter only for engines that load faster than slots fill. But while an engine
+    comes to rest the links have to have something to do, so two slots are left to be filled then, unless all the
+    version is in slots before.
+    """
+    if not starved:
+        return 1
+    return slots if slots >= buckets else max(1, slots - _FILLED_MEANWHILE)
 
 
 def _first(group: BaseExceptionGroup[CpeError]) -> CpeError:

@@ -253,7 +253,7 @@ def test_base_image_is_pinned() -> None:
 
 def test_eight_gpu_configuration_loads_and_has_the_room_that_it_says() -> None:
     config = load_config(EIGHT_GPUS, environ={})
-    assert config.device.gpus == 8
+    assert (config.device.kind, config.device.uuids) == ("cuda", ())
     sizes = {(row[0], row[1]): row for row in table(OPERATIONS.read_text(), "| model | type |")}
     three = int(sizes["671B", "fp8"][5].replace(",", ""))
     assert config.arena.size_bytes == three * GIB <= 2048 * GIB - HOST_RESERVE_BYTES
@@ -275,10 +275,11 @@ def test_sizing_table_follows_its_formulas() -> None:
 def test_other_memory_follows_the_defaults() -> None:
     default, eight = Config(), load_config(EIGHT_GPUS, environ={})
     shown = {row[0]: row[2:] for row in table(OPERATIONS.read_text(), "| what | formula |")}
-    slots = [config.device.gpus * config.device.slots * config.device.slot_bytes for config in (default, eight)]
-    assert shown["slots"] == [f"{slots[0] >> 20} MiB", f"{slots[1] >> 30} GiB"]
-    ring = default.ingest.landing_credits * default.ingest.landing_chunk_bytes
-    assert shown["landing ring, each trainer rank of this host"][0] == f"{ring >> 20} MiB"
+    slots = [config.device.slots * config.device.slot_bytes for config in (default, eight)]
+    named = "slots, of each GPU's memory (of the host's with `kind: shm`)"
+    assert shown[named] == [f"{slots[0] >> 20} MiB", f"{slots[1] >> 30} GiB"]
+    rings = [config.ingest.landing_credits * config.ingest.landing_chunk_bytes for config in (default, eight)]
+    assert shown["landing ring, each trainer rank of this host"] == [f"{ring >> 20} MiB" for ring in rings]
     frames = default.ingest.credits * default.ingest.chunk_bytes
     assert shown["chunks under way, each rank of another host"][0] == f"{frames >> 20} MiB"
     assert shown["file descriptors"][0] == f"{256 + 4 * default.ingest.max_trainers:,}"

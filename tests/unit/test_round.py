@@ -19,7 +19,7 @@ from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ResourceError
 from cpe_daemon.push import participant as participant_module
 from cpe_daemon.push.participant import Participant
-from cpe_daemon.push.round import Round
+from cpe_daemon.push.round import Round, _prefill
 from cpe_daemon.wire.messages import Load, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
@@ -179,6 +179,7 @@ async def test_resume_names_what_the_engine_holds(node: FakeNode) -> None:
 async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_fill(
     starved: bool, node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    node.open_slots(3)  # for all of the version
     worker, filled, fetch = node.worker("a", content=OLD), asyncio.Event(), node.device.fetch
 
     async def slowly(gpu: int, slot: int, copies: Sequence[Copy]) -> None:
@@ -198,6 +199,16 @@ async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_f
     filled.set()
     assert await running == {"a": None}
     assert worker.steps == WHOLE_ROUND
+
+
+@pytest.mark.parametrize(
+    ("slots", "buckets", "starved", "full"),
+    [(1, 9, True, 1), (3, 9, True, 1), (4, 9, True, 2), (8, 9, True, 6), (9, 9, True, 9), (9, 9, False, 1)],
+)
+def test_two_slots_are_left_to_be_filled_while_engines_come_to_rest(
+    slots: int, buckets: int, starved: bool, full: int
+) -> None:
+    assert _prefill(slots, buckets, starved) == full
 
 
 @pytest.mark.parametrize("slow", [True, False])
