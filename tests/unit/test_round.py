@@ -179,8 +179,8 @@ async def test_resume_names_what_the_engine_holds(node: FakeNode) -> None:
 async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_fill(
     starved: bool, node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node.open_slots(3)  # for all of the version
     worker, filled, fetch = node.worker("a", content=OLD), asyncio.Event(), node.device.fetch
+    node.open_slots(3)  # for all of the version
 
     async def slowly(gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         if slot > 0:
