@@ -49,7 +49,7 @@ class SlotKeeper:
     @property
     def idle_in_seconds(self) -> float | None:
         """Until `give_back` is due, if nothing happens; None: there is nothing to give back, or it is kept."""
-        if not self._config.idle_seconds or not any(self._held()):
+        if not self._config.idle_seconds or not list(self._held()):
             return None
         return max(0.0, self._used_at + self._config.idle_seconds - self._clock())
 

@@ -280,6 +280,7 @@ class FakeNode:
         retain: int = 1,
         deadlines: dict[str, float] | None = None,
         automatic: bool = True,
+        slots: int | str = SLOTS,
         state_dir: Path = Path("/nonexistent/cpe-fake-node"),
     ) -> None:
         self.clock = Clock()
@@ -289,7 +290,7 @@ class FakeNode:
                 "deadlines": deadlines or {},
                 "push": {"automatic": automatic},
                 "retention": {"versions": retain},
-                "device": {"slots": SLOTS, "slot_bytes": 4096},
+                "device": {"slots": slots, "slot_bytes": 4096},
             }
         )
         self.arena = Arena(1 << 20)
