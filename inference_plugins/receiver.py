@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from msgspec import structs
@@ -37,7 +37,7 @@ from cpe_daemon.wire.messages import (
     WorkerWelcome,
 )
 from cpe_daemon.wire.reports import ErrorInfo
-from inference_plugins.steps import Loader, Step, Steps
+from inference_plugins.steps import Answer, Loader, Step, Steps
 
 log: Final = logging.getLogger(__name__)
 
@@ -222,10 +222,12 @@ class Receiver:
         """Carry out what the daemon asks for, for ``seconds``."""
         deadline = time.monotonic() + seconds
         while self.attached and (left := deadline - time.monotonic()) > 0:
-            message = self._receive(left)
-            if message is None:
+            message = self._receive(0.0 if self._steps.loading else left)
+            if message is None and self._steps.loading:
+                self._answer(self._steps.settle(1))
+            elif message is None:
                 return  # woken, or nothing came
-            if isinstance(message, Pong):
+            elif isinstance(message, Pong):
                 self._unanswered -= 1
                 if self._welcome is not None and message.generation != self._welcome.generation:
                     self._lose("it was restarted")
@@ -253,6 +255,7 @@ class Receiver:
         return received[0]
 
     def _close_slots(self) -> None:
+        self._steps.settle_all()  # nobody is to be answered any more
         if self._slots is not None:
             slots, self._slots = self._slots, None
             slots.close()
@@ -269,21 +272,23 @@ class Receiver:
         return self._tether is not None and self._tether.cut
 
     def _carry_out(self, step: Message) -> None:
-        """Do a step, and answer."""
-        answer: StepDone | StepFailed
+        """Do a step, and answer, to buckets that have been loaded meanwhile as well."""
+        answers: list[Answer] = []
         if isinstance(step, OpenSlots | CloseSlots):
-            answer = self._change_slots(step)
+            answers = [*self._steps.settle_all(), self._change_slots(step)]
         elif isinstance(step, Step):
-            answer = self._steps.carry_out(step, self._slots)
-        else:
-            return
-        if isinstance(step, Resume) and isinstance(answer, StepDone):
+            answers = self._steps.carry_out(step, self._slots)
+        if isinstance(step, Resume) and isinstance(answers[-1], StepDone):
             self._held = False
-        if self._cut:
-            raise PeerLostError("its process ended")  # sending would wait some seconds for it, and for nothing
-        self._dealer.send(answer)
+        self._answer(answers)
 
-    def _change_slots(self, step: OpenSlots | CloseSlots) -> StepDone | StepFailed:
+    def _answer(self, answers: Sequence[Answer]) -> None:
+        if answers and self._cut:
+            raise PeerLostError("its process ended")  # sending would wait some seconds for it, and for nothing
+        for answer in answers:
+            self._dealer.send(answer)
+
+    def _change_slots(self, step: OpenSlots | CloseSlots) -> Answer:
         """Close the slots that are open, and open others if there are to be some."""
         name, began = str(step.__struct_config__.tag), time.monotonic()
         try:

@@ -1,19 +1,21 @@
 """A worker's part in a round, step by step: buckets out of slots into a `Loader`, which is what a plugin implements.
 
-Whatever the engine raises becomes the answer to the step; nothing is raised across the link.
+Whatever the engine raises becomes the answer to the step; nothing is raised across the link. A GPU may still load one
+bucket while the next is issued: each is answered when its slot may be overwritten.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
-from cpe_daemon.devices.slots import Slots
+from cpe_daemon.devices.slots import Mark, Slots
 from cpe_daemon.errors import CpeError, EngineError, VerificationError
 from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
@@ -27,6 +29,8 @@ _WARM_ROWS: Final = 16
 
 Step = Pause | Begin | Load | Finish | Abort | Resume
 """What the daemon asks for in a round."""
+
+Answer = StepDone | StepFailed
 
 
 class Loader(Protocol):
@@ -83,6 +87,16 @@ class Loader(Protocol):
         ...
 
 
+class _Loading(NamedTuple):
+    """A bucket that was issued, since when, and what is reached when it is loaded."""
+
+    load: Load
+    began: float
+    tensors: int
+    """That are whole with it."""
+    mark: Mark
+
+
 class Steps:
     """Carries out the steps of rounds. Belongs to the receiver's thread.
 
@@ -101,6 +115,7 @@ class Steps:
         self._assembly = Assembly()
         self._folder = Folder()
         self._loaded = 0
+        self._loading: deque[_Loading] = deque()
 
     def expect(self, message: Expect) -> None:
         """Compare what is to come with what the engine holds, as soon as all of it is announced."""
@@ -118,24 +133,43 @@ class Steps:
             log.exception("expect failed in the engine")
             self._misfit = (message.round, EngineError(f"{type(error).__name__}: {error}"))
 
-    def carry_out(self, step: Step, slots: Slots | None) -> StepDone | StepFailed:
-        """Do one step, and return what is to be answered, whatever happens.
+    def carry_out(self, step: Step, slots: Slots | None) -> list[Answer]:
+        """Do one step, and return what is to be answered by now, whatever happens.
+
+        A bucket that a GPU still loads is answered later: see `settle`. Other steps wait for all of them.
 
         Args:
             step: of a round.
             slots: those that are open; only `Load` needs them.
         """
-        name, seq = str(step.__struct_config__.tag), getattr(step, "seq", 0)
         began = time.monotonic()
-        try:
-            self._do(step, slots)
-        except CpeError as error:
-            return StepFailed(step.round, name, ErrorInfo(error.code, error.message), seq)
-        except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
-            log.exception("%s failed in the engine", name)
-            return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"), seq)
+        if isinstance(step, Load):
+            failed = self._attempt(step, lambda: self._loading.append(self._load(step, slots, began)))
+            return self.settle() if failed is None else [*self.settle_all(), failed]
+        answers = self.settle_all()
+        failed = self._attempt(step, lambda: self._do(step))
         touched = isinstance(step, Abort) and self._changed(step.round)
-        return StepDone(step.round, name, seq, time.monotonic() - began, touched)
+        done = StepDone(step.round, _name(step), seconds=time.monotonic() - began, touched=touched)
+        return [*answers, failed or done]
+
+    @property
+    def loading(self) -> bool:
+        """Whether buckets are still to be answered."""
+        return bool(self._loading)
+
+    def settle(self, at_least: int = 0) -> list[Answer]:
+        """Return what is to be answered to the buckets that have been loaded since; wait for the first ``at_least``."""
+        answers = list[Answer]()
+        while self._loading and (len(answers) < at_least or self._loading[0].mark.reached):
+            load, began, tensors, mark = self._loading.popleft()
+            failed = self._attempt(load, mark.wait)
+            self._loaded += 0 if failed else tensors
+            answers.append(failed or StepDone(load.round, _name(load), load.seq, time.monotonic() - began))
+        return answers
+
+    def settle_all(self) -> list[Answer]:
+        """Wait for all buckets that are being loaded, and return what is to be answered."""
+        return self.settle(len(self._loading))
 
     def warm_up(self, slots: Slots) -> None:
         """Fold and copy what is in a slot, whatever it is: CUDA loads a kernel at its first use, which takes long."""
@@ -145,6 +179,7 @@ class Steps:
                 rows = slots.slot(0)[:_WARM_BYTES].view(dtype).view(_WARM_ROWS, -1)
                 part = rows[:, : rows.shape[1] // 2]
                 torch.empty(part.shape, dtype=dtype, device=slots.device).copy_(part)
+            slots.mark().wait()
 
     def forget(self) -> None:
         """Forget an update that was not finished."""
@@ -153,7 +188,19 @@ class Steps:
         self._assembly.clear()
         self._folder.begin()
 
-    def _do(self, step: Step, slots: Slots | None) -> None:
+    def _attempt(self, step: Step, work: Callable[[], object]) -> StepFailed | None:
+        """Do something of a step; return what is to be answered if it fails."""
+        try:
+            work()
+        except CpeError as error:
+            return StepFailed(step.round, _name(step), ErrorInfo(error.code, error.message), getattr(step, "seq", 0))
+        except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
+            log.exception("%s failed in the engine", _name(step))
+            info = ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}")
+            return StepFailed(step.round, _name(step), info, getattr(step, "seq", 0))
+        return None
+
+    def _do(self, step: Step) -> None:
         match step:
             case Pause():
                 self._loader.pause(step.deadline_seconds)
@@ -163,8 +210,6 @@ class Steps:
                     raise self._misfit[1]
                 self._loader.begin()
                 self._update, self._before = step, (step.round, self._loader.content)
-            case Load():
-                self._load(step, slots)
             case Finish():
                 self._finish(step)
             case Abort():
@@ -177,7 +222,7 @@ class Steps:
         begun, held = self._before or (0, None)
         return self._loader.touched or (begun == round and held != self._loader.content)
 
-    def _load(self, load: Load, slots: Slots | None) -> None:
+    def _load(self, load: Load, slots: Slots | None, began: float) -> _Loading:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
         if slots is None:
@@ -190,7 +235,7 @@ class Steps:
             tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots.copy)
             if tensors:
                 self._loader.load(tensors)
-        self._loaded += self._assembly.placed + len(tensors)
+            return _Loading(load, began, self._assembly.placed + len(tensors), slots.mark())
 
     def _finish(self, finish: Finish) -> None:
         begun = self._update
@@ -213,3 +258,8 @@ class Steps:
             held, named = self._loader.content or "no version", resume.content or "no version"
             raise EngineError(f"the weights are {held}, not {named}; not resuming")
         self._loader.resume()
+
+
+def _name(step: Step) -> str:
+    """By which an answer refers to a step."""
+    return str(step.__struct_config__.tag)

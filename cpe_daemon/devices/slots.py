@@ -14,6 +14,23 @@ from cpe_daemon.links.handoff import claim
 from cpe_daemon.wire.messages import SlotSet
 
 
+class Mark(Protocol):
+    """A point in what was issued to a device. Owned by the worker's thread."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether everything issued before it has been done, or never will be: `wait` does not take long then."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until everything issued before it has been done.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        ...
+
+
 class Slots(Protocol):
     """A GPU's slots in an engine worker. Owned by the worker's thread."""
 
@@ -27,16 +44,21 @@ class Slots(Protocol):
         ...
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
-        """Load buckets in this: whatever is issued inside, by torch or by `copy`, has been done when it ends.
+        """Load buckets in this: whatever is issued inside, by torch or by `copy`, is done in that order; see `mark`.
 
-        On a GPU it is the slots' own stream on which it is issued, whatever the thread's device and stream were.
+        On a GPU it is the slots' own stream on which it is issued, whatever the thread's device and stream were. If
+        something is raised inside, what was issued has been done when it ends.
         """
         ...
 
-    def copy(self, destination: int, source: int, nbytes: int) -> None:
-        """Copy between two addresses on `device`, at the latest when `loading` ends, inside of which it is called.
+    def mark(self) -> Mark:
+        """Mark what was issued so far; to be called in `loading`."""
+        ...
 
-        The caller vouches for both ranges.
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        """Copy between two addresses on `device`, or issue that; to be called in `loading`.
+
+        The caller vouches for both ranges until a later `mark` is reached.
         """
         ...
 
@@ -62,6 +84,15 @@ def open_slots(slots: SlotSet, handoff: str) -> Slots:
 
         return CudaSlots(slots)
     raise PeerError(f"the daemon's device is {slots.kind!r}, which this release cannot open")
+
+
+class Reached:
+    """What was asked of a CPU has been done."""
+
+    reached = True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
 
 class ShmSlots:
@@ -91,6 +122,10 @@ class ShmSlots:
     def loading(self) -> contextlib.AbstractContextManager[None]:
         """Nothing to wait for: on the CPU what has returned has been done."""
         return contextlib.nullcontext()
+
+    def mark(self) -> Mark:
+        """Reached already."""
+        return Reached()
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Copy; releases the GIL."""

@@ -214,8 +214,10 @@ class Registry:
         if not hello.gpu and self._device.kind == "shm":
             return hello.rank % len(uuids)
         if hello.gpu not in uuids:
+            mend = "; set device.kind to cuda for engines on GPUs" if self._device.kind == "shm" else ""
             raise MisuseError(
-                f"engine {hello.engine!r} rank {hello.rank}: GPU {hello.gpu!r} is not this node's: {', '.join(uuids)}"
+                f"engine {hello.engine!r} rank {hello.rank}: GPU {hello.gpu!r} is not this node's:"
+                f" {', '.join(uuids)}{mend}"
             )
         gpu = uuids.index(hello.gpu)
         if gpu in self._device.failures:

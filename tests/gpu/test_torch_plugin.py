@@ -21,7 +21,7 @@ from cpe_daemon.devices.cuda.slots import CudaSlots, device_index, gpu_uuid
 from cpe_daemon.devices.slots import Slots, open_slots
 from cpe_daemon.errors import DeadlineError, MisuseError, PeerError
 from cpe_daemon.wire.messages import Begin, Finish, Load, Pause, Resume, SlotSet, StepDone, TensorPart
-from inference_plugins.steps import Step, Steps
+from inference_plugins.steps import Answer, Step, Steps
 from inference_plugins.torch.gpus import gpu_of
 from inference_plugins.torch.loader import TorchLoader
 from inference_plugins.torch.serving_lock import ServingLock
@@ -114,8 +114,11 @@ class Engine:
         self._thread = ThreadPoolExecutor(1)
 
     def do(self, step: Step) -> None:
-        answer = self._thread.submit(self._steps.carry_out, step, self._slots).result(SECONDS)
+        (answer,) = self._thread.submit(self._carry_out, step).result(SECONDS)
         assert isinstance(answer, StepDone), answer
+
+    def _carry_out(self, step: Step) -> list[Answer]:
+        return self._steps.carry_out(step, self._slots) or self._steps.settle_all()
 
     def update(self, number: int, names: Collection[str] = SPECS.keys()) -> None:
         """Push a version; each bucket's slot is overwritten as soon as the worker says that it may be."""

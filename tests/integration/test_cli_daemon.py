@@ -83,7 +83,7 @@ def test_daemon_is_served_published_to_asked_and_stopped(
     second = subprocess.run(
         [*SERVE, "--runtime-dir", str(runtime_dir)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert second.returncode == 2
+    assert second.returncode == 6
     assert f"another daemon (pid {daemon.pid}) runs on {runtime_dir}" in second.stderr
     assert cpe("status", *here).exit_code == 0, "the first is unharmed"
 

@@ -235,7 +235,7 @@ def test_models_do_not_mix(node: Node, trainer: Trainer) -> None:
         ({"rank": 0, "world_size": 2}, BusyError, "attached already"),
         ({"rank": 1, "world_size": 3}, MisuseError, "has 2 ranks"),
         ({"rank": 1, "world_size": 2, "model": "critic"}, MisuseError, "for model"),
-        ({"rank": 1, "world_size": 2, "gpu": "GPU-7"}, MisuseError, "is not this node's"),
+        ({"rank": 1, "world_size": 2, "gpu": "shm-7"}, MisuseError, "is not this node's"),
     ],
     ids=["taken", "world size", "model", "gpu"],
 )

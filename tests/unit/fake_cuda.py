@@ -18,6 +18,7 @@ import torch
 from cpe_daemon.devices.cuda import driver as real
 from cpe_daemon.devices.cuda.driver import HANDLE_BYTES, CudaError
 from cpe_daemon.devices.memory import copy
+from cpe_daemon.devices.slots import Mark, Reached
 from cpe_daemon.errors import PeerError
 from cpe_daemon.wire.messages import SlotSet
 
@@ -238,6 +239,9 @@ class FakeCudaSlots:
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def mark(self) -> Mark:
+        return Reached()
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         copy(destination, source, nbytes)

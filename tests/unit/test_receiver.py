@@ -14,6 +14,7 @@ import zmq
 from msgspec import structs
 
 from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.devices.slots import Mark
 from cpe_daemon.errors import BusyError, DeadlineError, EngineError, PeerError, PeerLostError
 from cpe_daemon.wire.codec import Codec, encode
 from cpe_daemon.wire.messages import (
@@ -60,6 +61,15 @@ class FakeTether:
         pass
 
 
+class FakeMark:
+    """What is issued is not done before somebody waits for it."""
+
+    reached = False
+
+    def wait(self) -> None:
+        pass
+
+
 class FakeSlots:
     """Slots in no memory that counts."""
 
@@ -73,6 +83,9 @@ class FakeSlots:
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def mark(self) -> Mark:
+        return FakeMark()
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         raise NotImplementedError

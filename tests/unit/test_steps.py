@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.memory import copy
+from cpe_daemon.devices.slots import Mark, Slots
 from cpe_daemon.errors import DeadlineError, ManifestError
 from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
 from inference_plugins.assembly import Place
-from inference_plugins.steps import Step, Steps
+from inference_plugins.steps import Answer, Step, Steps
 
 OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
 LOAD = Load(7, 0, 0, [TensorPart("w", "float32", (2,), 0, 8, 0)])
@@ -74,8 +77,12 @@ class FakeSlots:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.queue: list[tuple[int, int, int]] | None = None
-        """What is to be copied; None: nothing may be."""
+        self.loads = False
+        """Whether copies may be issued now."""
+        self.queue: list[tuple[int, int, int]] = []
+        """What is to be copied."""
+        self.idle = False
+        """Whether the GPU has done everything, as it says."""
         self.failure: Exception | None = None
         """Of the GPU; comes out when it is waited for."""
         self._content = torch.tensor([1.5, -2.0]).view(torch.uint8)
@@ -85,22 +92,47 @@ class FakeSlots:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        self.queue = []
+        self.loads = True
         try:
             yield
+        except BaseException:
+            self.run(len(self.queue))
+            raise
         finally:
-            queue, self.queue = self.queue, None
-            for run in queue:
-                copy(*run)
-            if self.failure is not None:
-                raise self.failure
+            self.loads = False
+
+    def mark(self) -> Mark:
+        assert self.loads, "nobody knows what is to be marked"
+        return FakeMark(self, len(self.queue))
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
-        assert self.queue is not None, "nobody waits for this copy"
+        assert self.loads, "nobody waits for this copy"
         self.queue.append((destination, source, nbytes))
+
+    def run(self, copies: int) -> None:
+        """Do the first of what was issued, as if the GPU had come this far."""
+        for run in self.queue[:copies]:
+            copy(*run)
 
     def close(self) -> None:
         raise NotImplementedError
+
+
+@dataclass
+class FakeMark:
+    """Behind the first ``copies`` of what a GPU was asked for."""
+
+    slots: FakeSlots
+    copies: int
+
+    @property
+    def reached(self) -> bool:
+        return self.slots.idle
+
+    def wait(self) -> None:
+        self.slots.run(self.copies)
+        if self.slots.failure is not None:
+            raise self.slots.failure
 
 
 @pytest.fixture
@@ -115,15 +147,21 @@ def steps(loader: FakeLoader) -> Steps:
 
 def do(steps: Steps, *todo: Step) -> StepDone:
     """Carry steps out, and return the last answer; all have to succeed."""
-    answers = [steps.carry_out(step, FakeSlots()) for step in todo]
+    answers = [answered(steps, step) for step in todo]
     assert all(isinstance(answer, StepDone) for answer in answers), answers
     assert isinstance(answers[-1], StepDone)
     return answers[-1]
 
 
+def answered(steps: Steps, step: Step, slots: Slots | None = None) -> Answer:
+    """Carry a step out, wait until it is done, and return the answer."""
+    (answer,) = steps.carry_out(step, slots or FakeSlots()) or steps.settle_all()
+    return answer
+
+
 def refused(steps: Steps, step: Step) -> str:
     """The reason for which a step is refused."""
-    answer = steps.carry_out(step, FakeSlots())
+    answer = answered(steps, step)
     assert isinstance(answer, StepFailed), answer
     return answer.error.message
 
@@ -165,7 +203,7 @@ def test_places_are_asked_for_on_the_device_of_the_slots(steps: Steps, loader: F
         device = torch.device("cuda", 3)
 
     do(steps, Begin(7, NEW, 1, 8))
-    assert isinstance(steps.carry_out(LOAD, FarSlots()), StepDone)
+    assert isinstance(answered(steps, LOAD, FarSlots()), StepDone)
     assert loader.devices == {"cuda:3"}
 
 
@@ -174,9 +212,46 @@ def test_answer_waits_for_the_gpu(steps: Steps, loader: FakeLoader) -> None:
     loader.memory = {"w": torch.zeros(2)}
     slots = FakeSlots()
     do(steps, Begin(7, NEW, 1, 8))
-    assert isinstance(steps.carry_out(LOAD, slots), StepDone)
-    assert slots.queue is None
+    assert (steps.carry_out(LOAD, slots), steps.loading) == ([], True)
+    assert (steps.settle(), loader.memory["w"].tolist()) == ([], [0.0, 0.0])
+    (answer,) = steps.settle(1)
+    assert isinstance(answer, StepDone)
+    assert (answer.round, answer.step, answer.seq, steps.loading) == (7, "load", 0, False)
     assert loader.memory["w"].tolist() == [1.5, -2.0]
+
+
+def test_bucket_is_issued_while_the_one_before_is_loaded(steps: Steps, loader: FakeLoader) -> None:
+    """A GPU that always has the next one queued does not wait for messages."""
+    loader.memory = {"split": torch.zeros(4)}
+    slots = FakeSlots()
+    do(steps, Begin(7, NEW, 1, 16))
+    assert [steps.carry_out(half, slots) for half in HALVES] == [[], []]
+    assert len(slots.queue) == 2
+    (first,) = steps.settle(1)
+    assert (first.seq, steps.loading) == (0, True)
+    finished = steps.carry_out(Finish(7), slots)
+    assert [(answer.step, answer.seq) for answer in finished] == [("load", 1), ("finish", 0)]
+    assert all(isinstance(answer, StepDone) for answer in finished)
+    assert loader.memory["split"].tolist() == [1.5, -2.0, 1.5, -2.0]
+
+
+def test_buckets_that_are_loaded_are_answered_with_the_next_one(steps: Steps, loader: FakeLoader) -> None:
+    """Their slots are free: the daemon need not wait until the GPU is idle."""
+    loader.memory = {"split": torch.zeros(4)}
+    do(steps, Begin(7, NEW, 1, 16))
+    slots = FakeSlots()
+    assert steps.carry_out(HALVES[0], slots) == []
+    slots.idle = True
+    assert [answer.seq for answer in steps.carry_out(HALVES[1], slots)] == [0, 1]
+
+
+def test_bucket_that_cannot_be_issued_is_answered_after_those_before_it(steps: Steps, loader: FakeLoader) -> None:
+    loader.memory = {"split": torch.zeros(4)}
+    do(steps, Begin(7, NEW, 1, 16))
+    slots = FakeSlots()
+    assert steps.carry_out(HALVES[0], slots) == []
+    done, failed = steps.carry_out(replace(HALVES[1], round=8), slots)
+    assert (type(done), type(failed)) == (StepDone, StepFailed)
 
 
 def test_loader_works_while_the_slots_wait_for_what_it_does(steps: Steps, loader: FakeLoader) -> None:
@@ -184,13 +259,13 @@ def test_loader_works_while_the_slots_wait_for_what_it_does(steps: Steps, loader
     slots, seen = FakeSlots(), list[bool]()
 
     def load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        seen.append(slots.queue is not None)
+        seen.append(slots.loads)
         raise ValueError("no such layer")
 
     loader.load = load  # type: ignore[method-assign]
     do(steps, Begin(7, NEW, 1, 8))
-    assert isinstance(steps.carry_out(LOAD, slots), StepFailed)
-    assert (seen, slots.queue) == ([True], None)
+    assert isinstance(answered(steps, LOAD, slots), StepFailed)
+    assert (seen, slots.loads) == ([True], False)
 
 
 def test_gpu_that_fails_while_it_loads_is_reported(steps: Steps, loader: FakeLoader) -> None:
@@ -198,7 +273,7 @@ def test_gpu_that_fails_while_it_loads_is_reported(steps: Steps, loader: FakeLoa
     slots = FakeSlots()
     slots.failure = RuntimeError("CUDA error: unspecified launch failure")
     do(steps, Begin(7, NEW, 1, 8))
-    answer = steps.carry_out(LOAD, slots)
+    answer = answered(steps, LOAD, slots)
     assert isinstance(answer, StepFailed)
     assert answer.error.message == "RuntimeError: CUDA error: unspecified launch failure"
     assert refused(steps, Finish(7)) == "0 of 1 tensors came"
@@ -207,7 +282,7 @@ def test_gpu_that_fails_while_it_loads_is_reported(steps: Steps, loader: FakeLoa
 
 def test_bucket_is_refused_while_no_slots_are_open(steps: Steps) -> None:
     do(steps, Begin(7, NEW, 1, 8))
-    answer = steps.carry_out(LOAD, None)
+    (answer,) = steps.carry_out(LOAD, None)
     assert isinstance(answer, StepFailed)
     assert "no slots are open here" in answer.error.message
 
@@ -231,7 +306,7 @@ def test_engine_that_raises_when_it_compares_is_reported(steps: Steps, loader: F
 
 
 def test_failure_is_answered_with_its_code(steps: Steps, loader: FakeLoader) -> None:
-    answer = steps.carry_out(Pause(7, 0.0), FakeSlots())
+    answer = answered(steps, Pause(7, 0.0))
     assert isinstance(answer, StepFailed)
     assert (answer.step, answer.error.code) == ("pause", "deadline")
     do(steps, Begin(7, NEW, 1, 8))

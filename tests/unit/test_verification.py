@@ -13,6 +13,7 @@ import torch
 from cpe_daemon.config import Config
 from cpe_daemon.core.fold import ROW_BYTES, WEIGHTS, key, mix, modulo
 from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.devices.slots import Mark, Reached
 from cpe_daemon.errors import VerificationError
 from cpe_daemon.wire.messages import Abort, Begin, Finish, Load, StepDone, StepFailed, TensorPart
 from inference_plugins.assembly import Place
@@ -73,6 +74,9 @@ class OneSlot:
     def loading(self) -> Iterator[None]:
         yield
 
+    def mark(self) -> Mark:
+        return Reached()
+
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         raise NotImplementedError
 
@@ -92,7 +96,7 @@ def steps(loader: FakeLoader) -> Steps:
 
 def carry_out(steps: Steps, *todo: Step, slot: OneSlot | None = None) -> StepDone | StepFailed:
     """The last answer; those before have to be good."""
-    *before, last = [steps.carry_out(step, slot or OneSlot()) for step in todo]
+    *before, last = [answer for step in todo for answer in steps.carry_out(step, slot or OneSlot())]
     assert all(isinstance(answer, StepDone) for answer in before)
     return last
 

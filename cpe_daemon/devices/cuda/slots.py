@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from cpe_daemon.devices.cuda.driver import CudaError, driver
+from cpe_daemon.devices.slots import Mark
 from cpe_daemon.errors import CpeError, PeerError
 from cpe_daemon.wire.messages import SlotSet
 
@@ -31,6 +32,25 @@ class _Mapped:
             "version": 3,
             "strides": None,
         }
+
+
+class _Event:
+    """A mark in a stream."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    @property
+    def reached(self) -> bool:
+        """Whether the stream has come this far, or its GPU has failed."""
+        try:
+            return bool(self._event.query())
+        except RuntimeError:
+            return True  # `wait` says why
+
+    def wait(self) -> None:
+        """Wait for the stream."""
+        self._event.synchronize()
 
 
 class CudaSlots:
@@ -76,12 +96,18 @@ class CudaSlots:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Have everything issued inside go to the slots' stream, and wait for it at the end, even if it failed."""
+        """Have everything issued inside go to the slots' stream; if something is raised, wait for what was issued."""
         with self._here(), torch.cuda.stream(self._stream):
             try:
                 yield
-            finally:
-                self._stream.synchronize()
+            except BaseException:  # task boundary: only waited for here, and raised again
+                with contextlib.suppress(RuntimeError):  # the GPU's own failure would hide what led to it
+                    self._stream.synchronize()
+                raise
+
+    def mark(self) -> Mark:
+        """Mark what the slots' stream was given so far."""
+        return _Event(self._stream.record_event())
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Issue a copy within the GPU's memory; to be called in `loading`."""
