@@ -55,9 +55,13 @@ class Version:
     manifest: Manifest | None = None
     fold: int | None = None
     """Of all its bytes (`cpe_daemon.core.fold`), once staged; None if workers shall not verify what they load."""
+    digest: bytes = b""
+    """Of what it consists of (`cpe_daemon.core.identity`), once staged."""
     error: CpeError | None = None
     report: VersionReport | None = None
     staged_at: float = 0.0
+    live_until: float = 0.0
+    """When another took its place in the engines, last."""
     pushes: int = 0
     """How often a push of it was begun."""
     leases: int = 0
@@ -219,7 +223,7 @@ class Catalogue:
 
     # --- the life of a version ---------------------------------------------------------------------------------------
 
-    def stage(self, version: Version, manifest: Manifest, fold: int | None = None) -> None:
+    def stage(self, version: Version, manifest: Manifest, fold: int | None = None, digest: bytes = b"") -> None:
         """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
 
         Raises:
@@ -230,6 +234,7 @@ class Catalogue:
         with self._changing(version, VersionEvent.STAGE):
             version.manifest = manifest
             version.fold = fold
+            version.digest = digest
             version.staged_at = self._clock()
             self._history[version.id.model] = history.after(version.id)
         self._supersede_waiting(version.id.model)
@@ -255,12 +260,21 @@ class Catalogue:
                 version.error = PublishError(f"{version.id} was superseded by {newest.id} before anybody pushed it")
 
     def go_live(self, version: Version, report: VersionReport) -> None:
-        """The engines serve it; the version that was live is retained as far as the policy says."""
+        """The engines serve it; the version that was live is retained as far as the policy says.
+
+        Args:
+            version: it was pushed, or it was live once and was given to the engines again.
+            report: what that push did.
+
+        Raises:
+            LifecycleError: it is neither, and nothing has changed.
+        """
         previous = self.live(version.id.model)
         with self._changing(version, VersionEvent.GO_LIVE):
             version.report = report
         if previous is not None:
-            self._change(previous, VersionEvent.SUPERSEDE)
+            with self._changing(previous, VersionEvent.SUPERSEDE):
+                previous.live_until = self._clock()
         retained = self._retained(version.id.model)
         for surplus in retained[: max(0, len(retained) - self._retain)]:
             self._change(surplus, VersionEvent.EVICT)
@@ -282,7 +296,9 @@ class Catalogue:
                 self._release(version)
 
     def _retained(self, model: str) -> list[Version]:
-        return [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.RETAINED]
+        """A model's retained versions, the one that was live last at the end."""
+        retained = [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.RETAINED]
+        return sorted(retained, key=lambda version: version.live_until)
 
     def _change(self, version: Version, event: VersionEvent) -> None:
         with self._changing(version, event):

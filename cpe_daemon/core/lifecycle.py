@@ -91,6 +91,7 @@ VERSION_TABLE: Final[Mapping[tuple[VersionState, VersionEvent], VersionState]] =
     (VersionState.PUSHING, VersionEvent.PUT_BACK): VersionState.STAGED,
     (VersionState.PUSHING, VersionEvent.FAIL): VersionState.FAILED,
     (VersionState.LIVE, VersionEvent.SUPERSEDE): VersionState.RETAINED,
+    (VersionState.RETAINED, VersionEvent.GO_LIVE): VersionState.LIVE,
     (VersionState.RETAINED, VersionEvent.EVICT): VersionState.EVICTED,
 }
 

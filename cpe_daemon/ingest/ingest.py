@@ -15,7 +15,7 @@ from typing import Any, Final
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
-from cpe_daemon.core.manifest import DIGEST_BYTES, layout, merge
+from cpe_daemon.core.manifest import DIGEST_BYTES, layout
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.copypool import CopyPool
@@ -30,11 +30,12 @@ from cpe_daemon.errors import (
     ProtocolError,
 )
 from cpe_daemon.ingest.copier import Copier, Job
-from cpe_daemon.ingest.folding import extent_fold, fold_of
+from cpe_daemon.ingest.folding import extent_fold
 from cpe_daemon.ingest.news import missing, status_of
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.ingest.whole import join
 from cpe_daemon.ingest.writer import ExtentWriter
 from cpe_daemon.links.router import Handler
 from cpe_daemon.observe.metrics import Metrics
@@ -260,15 +261,10 @@ class Ingest:
 
     async def _stage(self, version: Version) -> None:
         began = self._clock()
-        parts = [version.contributions[rank] for rank in range(version.world_size)]
         with self._catalogue.lease(version):
-            shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
-            manifest = await asyncio.to_thread(merge, version.id, shards, digests)
-            fold = await asyncio.to_thread(fold_of, manifest, parts, self._arena.view)
-            if not manifest.tensors:
-                raise ManifestError(f"{version.id} has no tensors")
+            whole = await asyncio.to_thread(join, version, self._arena.view)
             if version.state is VersionState.RECEIVING:
-                self._catalogue.stage(version, manifest, fold)
+                self._catalogue.stage(version, *whole)
                 self._metrics.observe_phases(version.id.model, "", {"stage": self._clock() - began})
 
     # --- the end of it -----------------------------------------------------------------------------------------------

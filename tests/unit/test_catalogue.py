@@ -226,6 +226,22 @@ def test_version_goes_live_and_the_one_before_is_retained(shelf: Shelf) -> None:
     ]
 
 
+def test_retained_version_goes_live_again(shelf: Shelf) -> None:
+    first, second = shelf.live(number(1)), shelf.live(number(2))
+    shelf.catalogue.go_live(first, report(first))
+    assert (first.state, second.state) == (VersionState.LIVE, VersionState.RETAINED)
+    assert shelf.catalogue.live("m") is first
+    assert shelf.used_bytes == first.nbytes + second.nbytes
+
+
+def test_version_that_was_live_last_is_retained_the_longest(shelf: Shelf) -> None:
+    """After a rollback that is the one with the lower number: what it replaced is what nobody wants."""
+    first, second = shelf.live(number(1)), shelf.live(number(2))
+    shelf.catalogue.go_live(first, report(first))
+    shelf.live(number(3))
+    assert (first.state, second.state) == (VersionState.RETAINED, VersionState.EVICTED)
+
+
 def test_seconds_from_open_to_staged(shelf: Shelf) -> None:
     version = shelf.receive(number(1))
     assert version.stage_seconds == 0.0
@@ -287,7 +303,7 @@ def test_last_is_the_newest_of_one_name(shelf: Shelf) -> None:
 @pytest.mark.parametrize("state", ["receiving", "staged", "pushing", "live", "retained", "evicted", "failed"])
 def test_illegal_event_raises_and_changes_nothing(event: str, state: str, shelf: Shelf) -> None:
     legal = {("receiving", "stage"), ("receiving", "fail"), ("staged", "begin_push"), ("staged", "fail")}
-    legal |= {("pushing", "go_live"), ("pushing", "fail")}
+    legal |= {("pushing", "go_live"), ("pushing", "fail"), ("retained", "go_live")}
     if (state, event) in legal:
         return
     version = in_state(shelf, state)
