@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Final
 
 from cpe_daemon.core.manifest import Tensor
 from cpe_daemon.core.plan import Base, Cut, Plan, Topology, assign, cut
 from cpe_daemon.core.types import TensorSpec
+
+_REMEMBERED: Final = 8
+"""Models: their names are trainers' to choose, and the tensors of a large one take tens of megabytes."""
 
 
 class Planner:
@@ -18,7 +23,8 @@ class Planner:
 
     def __init__(self, slot_bytes: int) -> None:
         self._slot_bytes = slot_bytes
-        self._cuts: dict[str, tuple[list[TensorSpec], Cut]] = {}
+        self._cuts: OrderedDict[str, tuple[list[TensorSpec], Cut]] = OrderedDict()
+        """By model, the one planned last at the end."""
 
     def plan(
         self, model: str, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology
@@ -39,7 +45,11 @@ class Planner:
         """
         specs = [tensor.spec for tensor in tensors]
         known, made = self._cuts.get(model, (None, None))
-        if made is None or known != specs:
+        if made is None or known is None or known != specs:
             made = cut(specs, self._slot_bytes)
-            self._cuts[model] = (specs, made)
-        return self._cuts[model][0], assign(made, tensors, bases, topology)
+            known = specs
+            self._cuts[model] = (known, made)
+        self._cuts.move_to_end(model)
+        while len(self._cuts) > _REMEMBERED:
+            self._cuts.popitem(last=False)
+        return known, assign(made, tensors, bases, topology)

@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import EngineEvent, VersionState
-from cpe_daemon.core.plan import Plan
-from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.engines.worker import Worker
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
-from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.request import Request, choose_version
 from cpe_daemon.push.round import Round
-from cpe_daemon.push.slots import SlotKeeper
+from cpe_daemon.push.rounds import Rounds
 from cpe_daemon.push.targets import Targets
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
@@ -35,14 +30,6 @@ from cpe_daemon.wire.messages import PushRequest
 from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
-
-
-class _Planned(NamedTuple):
-    """What is pushed, how, and to which GPUs of the device."""
-
-    gpus: Sequence[int]
-    specs: Sequence[TensorSpec]
-    plan: Plan
 
 
 class Pusher:
@@ -70,13 +57,9 @@ class Pusher:
         self._config = config
         self._catalogue = catalogue
         self._registry = registry
-        self._device = device
-        self._planner = Planner(device.slot_bytes)
-        self._slots = SlotKeeper(config.device, config.deadlines, device, registry, clock)
-        self.traffic = Traffic(clock)
-        """What all rounds have moved."""
-        self.current: Round | None = None
-        """The round in flight."""
+        self._rounds = Rounds(
+            config=config, catalogue=catalogue, registry=registry, device=device, metrics=metrics, clock=clock
+        )
         self._metrics = metrics
         self._clock = clock
         self._due: deque[Version] = deque()
@@ -86,10 +69,6 @@ class Pusher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._undoable = False
-        """Whether the round in flight pushes a new version; it restores or brings up engines otherwise."""
-        self._undoing: CpeError | None = None
-        self._rounds = 0
         catalogue.watch(self._on_version)
         registry.on_joined(self._on_joined)
 
@@ -113,10 +92,10 @@ class Pusher:
         """Wait for something to do, and give slots back that nothing needs for long."""
         while not self._wake.is_set():
             try:
-                async with asyncio.timeout(self._slots.idle_in_seconds):
+                async with asyncio.timeout(self._rounds.slots.idle_in_seconds):
                     await self._wake.wait()
             except TimeoutError:
-                await self._slots.give_back()
+                await self._rounds.slots.give_back()
 
     async def drain(self) -> None:
         """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
@@ -132,9 +111,7 @@ class Pusher:
 
         An engine that is being given the live version, or what it held, is left to get it.
         """
-        self._undoing = PeerLostError(reason)
-        if self.current is not None and self._undoable:
-            self.current.abandon(self._undoing)
+        self._rounds.undo(PeerLostError(reason))
 
     async def request(self, wanted: PushRequest) -> VersionReport:
         """Push a version that is held here, when what was asked for or staged before is done; say what came of it.
@@ -150,6 +127,16 @@ class Pusher:
         self._asked.append(request)
         self._wake.set()
         return await request.outcome
+
+    @property
+    def current(self) -> Round | None:
+        """The round in flight."""
+        return self._rounds.current
+
+    @property
+    def traffic(self) -> Traffic:
+        """What all rounds have moved."""
+        return self._rounds.traffic
 
     @property
     def waiting(self) -> int:
@@ -187,7 +174,7 @@ class Pusher:
         staged = version.state is VersionState.STAGED
         if staged:
             self._catalogue.begin_push(version)
-        participants = await self._round(version, targets.engines, undoable=staged)
+        participants = await self._rounds.run(version, targets.engines, undoable=staged)
         report = targets.report(participants, self._clock() - began)
         if staged:
             self._settle(version, participants, report, asked=asked)
@@ -208,8 +195,8 @@ class Pusher:
             self._catalogue.go_live(version, report)
             return
         reasons = "; ".join(str(participant.error) for participant in participants)
-        error = self._undoing or EngineError(f"no engine took {version.id}: {reasons}")
-        if asked and self._undoing is None:
+        error = self._rounds.undoing or EngineError(f"no engine took {version.id}: {reasons}")
+        if asked and self._rounds.undoing is None:
             self._catalogue.put_back(version)
         else:
             self._metrics.failures.labels(code=error.code).inc()
@@ -219,17 +206,17 @@ class Pusher:
 
     async def _bring_up(self, engine: Engine) -> None:
         """Give an engine that has just become complete the live version, unless it holds that already."""
-        await self._slots.provide(engine.workers.values(), 0)  # now, for a push would have to wait for them
+        await self._rounds.slots.provide(engine.workers.values(), 0)  # now, for a push would have to wait for them
         live = self._catalogue.live(engine.serves)
         if engine.ready and (live is None or engine.content == live.id):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
-            await self._restore([failed for failed in await self._round(live, [engine]) if not failed.alive])
+            await self._restore([failed for failed in await self._rounds.run(live, [engine]) if not failed.alive])
 
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
         try:
-            await engine.driver.resume(self._rounds, engine.content, self._config.deadlines.resume_seconds)
+            await engine.driver.resume(self._rounds.number, engine.content, self._config.deadlines.resume_seconds)
         except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
             log.warning("engine.resume_failed", engine=engine.name, error=repr(error))
 
@@ -246,7 +233,7 @@ class Pusher:
             for _ in range(self._config.deadlines.restore_attempts):
                 version = self._held(held) or self._catalogue.live(serves)
                 if version is not None:
-                    await self._round(version, [engine for engine in engines if engine.in_doubt])
+                    await self._rounds.run(version, [engine for engine in engines if engine.in_doubt])
         for dropped in failed:
             if dropped.engine.in_doubt:
                 dropped.engine.change(EngineEvent.GIVE_UP, error=dropped.error)
@@ -256,83 +243,3 @@ class Pusher:
         """The version, if its bytes can be pushed again."""
         known = self._catalogue.find(version) if version is not None else None
         return known if known is not None and known.state in (VersionState.LIVE, VersionState.RETAINED) else None
-
-    # --- a round -----------------------------------------------------------------------------------------------------
-
-    async def _round(self, version: Version, engines: Sequence[Engine], *, undoable: bool = False) -> list[Participant]:
-        if not engines:
-            return []
-        self._rounds += 1
-        with self._catalogue.lease(version):
-            planned = await self._plan(version, engines)
-            workers = [worker for engine in engines for worker in engine.workers.values()]
-            refused = await self._slots.provide(workers, len(planned.plan.buckets))
-            fit = [engine for engine in engines if not refused.keys() & {*engine.workers.values()}]
-            if refused and fit:
-                planned = await self._plan(version, fit)
-            participants = self._participants(engines, planned, refused)
-            began = self._clock()
-            if any(participant.alive for participant in participants):
-                await self._run(version, planned, participants, undoable=undoable)
-            else:
-                await asyncio.gather(*(participant.leave() for participant in participants))
-        for participant in participants:
-            self._observe(version, participant, self._clock() - began)
-        return participants
-
-    async def _plan(self, version: Version, engines: Sequence[Engine]) -> _Planned:
-        """Plan a version for the GPUs of some engines."""
-        gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
-        full = self._device.topology
-        topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
-        made = await asyncio.to_thread(self._planner.plan, version.id.model, *version.located(), topology)
-        return _Planned(gpus, *made)
-
-    def _participants(
-        self, engines: Sequence[Engine], planned: _Planned, refused: Mapping[Worker, CpeError]
-    ) -> list[Participant]:
-        """The engines that are still complete; out of the round at once if a worker cannot be loaded."""
-        complete = [engine for engine in engines if engine.complete]
-        participants = [Participant(engine, self._rounds, self._config.deadlines, self._clock) for engine in complete]
-        for participant in participants:
-            for worker in participant.workers:
-                if worker in refused:
-                    participant.drop(refused[worker])
-                elif worker.gpu not in planned.gpus or not worker.has_slots:
-                    participant.drop(PeerLostError(f"{worker.name} attached anew while the push was made ready"))
-        return participants
-
-    async def _run(
-        self, version: Version, planned: _Planned, participants: Sequence[Participant], *, undoable: bool
-    ) -> None:
-        self.current = Round(
-            number=self._rounds,
-            version=version.id,
-            specs=planned.specs,
-            plan=planned.plan,
-            gpus=planned.gpus,
-            device=self._device,
-            participants=participants,
-            deadlines=self._config.deadlines,
-            clock=self._clock,
-            traffic=self.traffic,
-            fold=version.fold,
-        )
-        self._undoable = undoable
-        if undoable and self._undoing is not None:
-            self.current.abandon(self._undoing)
-        try:
-            await self.current.run()
-        finally:
-            self.current = None
-
-    def _observe(self, version: Version, participant: Participant, seconds: float) -> None:
-        participant.engine.last_push_seconds = seconds
-        self.traffic.load.nbytes += participant.loaded_bytes
-        self._metrics.rounds.labels(outcome="updated" if participant.alive else "failed").inc()
-        if participant.error is not None:
-            self._metrics.engine_failures.labels(code=participant.error.code).inc()
-        phases = {**participant.phases, "total": seconds}
-        if participant.stopped_seconds is not None:
-            phases["stopped"] = participant.stopped_seconds
-        self._metrics.observe_phases(version.id.model, participant.engine.name, phases)

@@ -14,7 +14,7 @@ IDLE_SECONDS = 600.0
 
 
 def keeper(node: FakeNode) -> SlotKeeper:
-    return node.pusher._slots
+    return node.pusher._rounds.slots
 
 
 def openings(worker: FakeWorker) -> int:
