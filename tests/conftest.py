@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import functools
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LEAK_WAIT_SECONDS = 5.0
+_EXIT_SECONDS = 60.0
 _ON_UVLOOP = {"test_http.py"}
 """What is close to the loop's own transports is tested on the loop that the daemon runs on."""
 
@@ -31,6 +34,12 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
     if item.path.name in _ON_UVLOOP:
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Say what keeps this process from ending once all tests have run, and end it as failed."""
+    faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture

@@ -198,12 +198,15 @@ class FakeDriver(real.Driver):
 
 
 class _Stream:
-    """What was issued happens in its order, on a thread of the GPU's, while ``go_on`` is set."""
+    """What was issued happens in its order, on a thread of the GPU's, while ``go_on`` is set.
+
+    As with a real GPU, a process may end without destroying its streams.
+    """
 
     def __init__(self, go_on: threading.Event) -> None:
         self._go_on = go_on
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="fake-stream")
+        self._thread = threading.Thread(target=self._run, name="fake-stream", daemon=True)
         self._thread.start()
 
     def issue(self, work: Callable[[], None]) -> None:

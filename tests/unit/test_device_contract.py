@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import random
 import threading
@@ -268,12 +269,25 @@ async def test_slots_of_an_unknown_device_are_refused(node: Made) -> None:
 # --- shared memory ---------------------------------------------------------------------------------------------------
 
 
+on_shm = pytest.mark.parametrize("device_factory", [shm_factory], ids=["shm"])
+"""Of what is particular to it."""
+
+
+@pytest.fixture
+async def shared(node: Made) -> AsyncIterator[Node]:
+    """A node whose device is shared memory, with two sets of two slots."""
+    async with node(gpus=2, slots=2) as made:
+        yield made
+
+
+@on_shm
 async def test_shm_worker_reads_on_after_the_device_is_closed(shared: Node, arena: SharedMemory) -> None:
     await shared.device.fetch(0, 0, [pull(0, 0, A)])
     await shared.device.close()
     assert shared.held(0, 0)[:A] == bytes(arena.view[:A])
 
 
+@on_shm
 async def test_shm_withdrawn_slots_cannot_be_opened(shared: Node) -> None:
     exported = shared.device.export(0)
     shared.device.withdraw(exported)
@@ -281,6 +295,7 @@ async def test_shm_withdrawn_slots_cannot_be_opened(shared: Node) -> None:
         await shared.opened(exported)
 
 
+@on_shm
 async def test_shm_slots_are_opened_once(shared: Node) -> None:
     exported = shared.device.export(0)
     worker = await shared.opened(exported)
@@ -289,15 +304,7 @@ async def test_shm_slots_are_opened_once(shared: Node) -> None:
     worker.close()
 
 
-@pytest.fixture
-async def shared(node: Made, device_factory: DeviceFactory) -> AsyncIterator[Node]:
-    """A node whose device is shared memory, with two sets of two slots."""
-    if device_factory is not shm_factory:
-        pytest.skip("particular to shared memory")
-    async with node(gpus=2, slots=2) as made:
-        yield made
-
-
+@on_shm
 async def test_shm_slots_are_mapped_read_only(shared: Node) -> None:
     """An engine cannot spoil its neighbours' bytes: its mapping has no write permission, and none can be made."""
     exported = shared.device.export(0)
@@ -318,6 +325,7 @@ def mappings() -> list[str]:
     return Path("/proc/self/maps").read_text().splitlines()
 
 
+@on_shm
 async def test_shm_tensor_kept_too_long_still_has_memory_behind_it(shared: Node, arena: SharedMemory) -> None:
     """A callback that keeps a view against the rules must not take its engine down with it."""
     await shared.device.fetch(0, 0, [pull(0, 0, A)])
@@ -328,22 +336,28 @@ async def test_shm_tensor_kept_too_long_still_has_memory_behind_it(shared: Node,
     assert sum("cpe-slots-shm-0" in line for line in mappings()) == before
     assert kept[:A].numpy().tobytes() == bytes(arena.view[:A])
     del kept, worker
-    await asyncio.sleep(0)  # the loop holds what the last await returned
+    async with asyncio.timeout(WAIT_SECONDS):
+        while sum("cpe-slots-shm-0" in line for line in mappings()) == before:
+            await asyncio.sleep(0)  # loop and thread hold what they returned last
+            gc.collect()
     assert sum("cpe-slots-shm-0" in line for line in mappings()) == before - 1
 
 
+@on_shm
 @pytest.mark.parametrize("handles", [[], [bytes(32), bytes(32)], [bytes(32)]])
 async def test_shm_slots_with_wrong_handles_are_refused(handles: list[bytes], shared: Node) -> None:
     with pytest.raises(PeerError):
         await shared.opened(SlotSet("shm", "shm-0", 2, SLOT_BYTES, handles))
 
 
+@on_shm
 async def test_shm_slots_larger_than_the_memory_are_refused(shared: Node) -> None:
     exported = shared.device.export(0)
     with pytest.raises(PeerError, match="not a sealed region"):
         await shared.opened(SlotSet("shm", "shm-0", 3, SLOT_BYTES, exported.handles))
 
 
+@on_shm
 @pytest.mark.parametrize("times", [1, 3])
 async def test_shm_copy_that_is_cancelled_has_ended_before_its_caller_goes_on(
     times: int, shared: Node, monkeypatch: pytest.MonkeyPatch
@@ -375,6 +389,7 @@ async def test_shm_copy_that_is_cancelled_has_ended_before_its_caller_goes_on(
     assert copied == [64]  # what had not begun never does
 
 
+@on_shm
 async def test_shm_copy_that_fails_after_being_cancelled_is_nobodys_error(
     shared: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
