@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import CpeError
-from tests.integration.harness import Node, Trainer, Worker
+from tests.integration.harness import MODEL, RUN, Node, Trainer, Worker
 from tests.integration.processes import Child, until
 
 RECIPE = {"plain": 12, "nbytes": 512 << 10}
@@ -25,27 +26,25 @@ class Scene:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.version = 0
+        self.meant: dict[str, dict[str, str]] = {}
+        """By version, the digests of its tensors."""
         self._start_daemon()
         self.trainer = self._trainer()
         self.gated = self._gated()
         self.pair = node.engine("pair", world_size=2, recipe=RECIPE)
 
-    def publish(self) -> dict[str, str]:
+    def publish(self) -> None:
         """Publish a version undisturbed; every engine has to take it."""
-        self.version += 1
-        self.trainer.ask("build", recipe=RECIPE, seed=self.version)
+        expected = self._build()
         assert self.trainer.publish_live(self.version) == {"gated": "updated", "pair": "updated"}
-        expected: dict[str, str] = self.trainer.ask("digests")
         for worker in (self.gated, *self.pair):
             assert worker.ask("forward") == expected
-        return expected
 
     def kill(self, victim: str, stage: str, at: int) -> None:
         """Kill a process when a publish has come to a chunk or a tensor, and replace it."""
-        self.version += 1
+        self._build()
         stopped: Child = self.trainer if stage == "chunk" else self.gated
         stopped.ask("arm", at=at)
-        self.trainer.ask("build", recipe=RECIPE, seed=self.version)
         self.trainer.begin("publish", version=self.version)
         stopped.event("reached")
         doomed = {"trainer": self.trainer, "gated": self.gated, "pair": self.pair[at % 2], "daemon": self.node.daemon}
@@ -73,13 +72,28 @@ class Scene:
         until(lambda: sum(w["present"] for e in self._engines() for w in e["workers"]) == 3, "all workers are back")
 
     def _check_whole(self) -> None:
-        """An engine that serves serves a version whole, and all its ranks the same."""
+        """An engine that serves serves the version that it claims, whole, and all its ranks the same."""
         for group in ([self.gated], self.pair):
-            states = [worker.state() for worker in group]
+            states, held = self._look(group)
             if all(state["serving"] for state in states):
-                versions = {state["version"] for state in states}
-                assert len(versions) == 1
-                assert len({tuple(worker.ask("digests").items()) for worker in group}) == 1
+                (claimed,) = {state["version"] for state in states}
+                if claimed is not None:
+                    assert held == [self.meant[claimed]] * len(group)
+
+    def _look(self, group: list[Worker]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """What workers say of themselves, and what they hold meanwhile: a daemon may be restoring them."""
+        while True:
+            states, held = [worker.state() for worker in group], [worker.ask("digests") for worker in group]
+            if states == [worker.state() for worker in group]:
+                return states, held
+
+    def _build(self) -> dict[str, str]:
+        """Make up the next version."""
+        self.version += 1
+        self.trainer.ask("build", recipe=RECIPE, seed=self.version)
+        expected: dict[str, str] = self.trainer.ask("digests")
+        self.meant[str(VersionId(MODEL, RUN, self.version))] = expected
+        return expected
 
     def _engines(self) -> list[dict[str, Any]]:
         engines: list[dict[str, Any]] = self.node.daemon.status()["engines"]
