@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from cpe_daemon.arena import Arena
-from cpe_daemon.core.admission import History, admit
+from cpe_daemon.core.admission import Numbers
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState, advance
 from cpe_daemon.core.manifest import Manifest, Tensor
@@ -79,6 +79,11 @@ class Version:
         )
 
     @property
+    def held(self) -> bool:
+        """Whether it is here whole, and may be served now or later."""
+        return self.state not in (VersionState.RECEIVING, VersionState.EVICTED, VersionState.FAILED)
+
+    @property
     def stage_seconds(self) -> float:
         """From its first rank's opening to staged; 0 before that."""
         return self.staged_at - self.opened_at if self.staged_at else 0.0
@@ -113,7 +118,8 @@ class Catalogue:
         self._clock = clock
         self._versions: dict[VersionId, Version] = {}
         self._gone: list[Version] = []
-        self._history: dict[str, History] = {}
+        self.numbers = Numbers()
+        """Which numbers and runs are used up; at the start it may be told what was before."""
         self._watchers: list[Callable[[Version], None]] = []
 
     def watch(self, watcher: Callable[[Version], None]) -> None:
@@ -148,23 +154,22 @@ class Catalogue:
     # --- receiving ---------------------------------------------------------------------------------------------------
 
     def open(self, version: VersionId, world_size: int, *, force: bool = False) -> Version:
-        """Begin to receive a version, or join the ranks that do.
+        """Begin to receive a version, join the ranks that do, or find one that is held: its bytes need not come again.
 
         Raises:
             VersionRefusedError: its run or number may not be published now, or the ranks disagree on the world size.
         """
         known = self._versions.get(version)
-        if known is not None and known.state is VersionState.RECEIVING:
+        if known is not None and (known.held or known.state is VersionState.RECEIVING):
             if known.world_size != world_size:
-                raise VersionRefusedError(
-                    f"{version} is being received from {known.world_size} ranks; this one says {world_size}"
-                )
+                how = "is held" if known.held else "is being received"
+                raise VersionRefusedError(f"{version} {how} from {known.world_size} ranks; this one says {world_size}")
             return known
-        admit(self._history.get(version.model, History()), version, force=force)
+        again = self.numbers.admit(version, force=force)
         if known is not None:
-            raise VersionRefusedError(f"{version} failed, and its last bytes are still being let go; publish it again")
+            raise VersionRefusedError(f"{version} {known.state}: its last bytes are still being let go; try again")
         fresh = self._versions[version] = Version(version, world_size, self._clock())
-        log.info("version.receiving", version=str(version), world_size=world_size)
+        log.info("version.receiving", version=str(version), world_size=world_size, again=again is not None)
         self._tell(fresh)
         return fresh
 
@@ -227,16 +232,17 @@ class Catalogue:
         """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
 
         Raises:
-            VersionRefusedError: a later number of its run was staged meanwhile.
+            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before.
         """
-        history = self._history.get(version.id.model, History())
-        admit(history, version.id, force=True)
+        self.numbers.check(version.id, digest)
         with self._changing(version, VersionEvent.STAGE):
             version.manifest = manifest
             version.fold = fold
             version.digest = digest
             version.staged_at = self._clock()
-            self._history[version.id.model] = history.after(version.id)
+            before = self.numbers.use(version.id, digest)
+        if before.run != version.id.run:
+            log.info("run.accepted", model=version.id.model, run=version.id.run, superseded=before.run)
         self._supersede_waiting(version.id.model)
 
     def begin_push(self, version: Version) -> None:

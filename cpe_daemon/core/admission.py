@@ -1,47 +1,135 @@
-"""Which version may be published next: the rule of identity, as one pure function over what a model has seen."""
+"""Which version may be published next: the rule of identity, over what a model has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import VersionRefusedError
+from cpe_daemon.errors import MisuseError, VersionRefusedError
+
+_SHOWN_CHARS: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """The highest number that a run has staged, and the digest of that version (`cpe_daemon.core.identity`).
+
+    ``digest`` is ``b""`` where nobody knows it: then the number cannot come again.
+    """
+
+    number: int
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a model's versions have used up.
+    """What a model's versions have used up. Plain values: whoever writes it down and reads it back has the same.
 
-    ``run`` is the run whose versions are accepted now (None: none yet); ``used`` the highest number staged in each run.
+    Args:
+        run: the run whose versions are accepted now; None: there was none yet.
+        used: by run, its highest number that was staged.
     """
 
     run: str | None = None
-    used: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, Used] = field(default_factory=dict)
 
-    def after(self, version: VersionId) -> History:
+    def after(self, version: VersionId, digest: bytes = b"") -> History:
         """The history once ``version`` is staged: its run is the present one, its number is used up."""
-        used = {**self.used, version.run: max(version.number, self.used.get(version.run, version.number))}
-        return History(version.run, used)
+        highest = self.used.get(version.run)
+        if highest is not None and highest.number >= version.number:
+            return History(version.run, self.used)
+        return History(version.run, {**self.used, version.run: Used(version.number, digest)})
 
 
-def admit(history: History, version: VersionId, *, force: bool = False) -> None:
+def admit(history: History, version: VersionId, *, force: bool = False) -> bytes | None:
     """Refuse a version whose number is used up, or whose run was superseded by another.
 
-    ``force`` lets a superseded run return; it never lets a number be used twice, for two trainers might then mean
-    different weights by one name.
+    ``force`` lets a superseded run return; it never lets a number be used for two contents, for two trainers might then
+    mean different weights by one name. The highest number of a run may come again, as the same content: so a trainer
+    tries a push again that failed, or brings a version back to a daemon that was restarted.
+
+    Returns:
+        The digest that the version must have to be staged (see `check_same`); None if its number is new.
 
     Raises:
         VersionRefusedError: says which number would be accepted.
     """
     highest = history.used.get(version.run)
-    if highest is not None and version.number <= highest:
+    if highest is not None and (
+        version.number < highest.number or (version.number == highest.number and not highest.digest)
+    ):
         raise VersionRefusedError(
-            f"{version} is refused: run {version.run!r} has staged number {highest} already;"
-            f" publish {highest + 1} or higher"
+            f"{version} is refused: run {version.run!r} has staged number {highest.number} already;"
+            f" publish {highest.number + 1} or higher"
         )
-    if history.run not in (None, version.run) and version.run in history.used and not force:
+    if history.run not in (None, version.run) and highest is not None and not force:
         raise VersionRefusedError(
             f"{version} is refused: run {version.run!r} was superseded by run {history.run!r};"
             " publish with force to return to it"
         )
+    return highest.digest if highest is not None and version.number == highest.number else None
+
+
+def check_same(version: VersionId, known: bytes | None, digest: bytes) -> None:
+    """Refuse a version that comes again as another content.
+
+    Args:
+        version: whose number was staged before.
+        known: its digest then; None if it was not.
+        digest: of what came now.
+
+    Raises:
+        VersionRefusedError: names both.
+    """
+    if known is not None and digest != known:
+        raise VersionRefusedError(
+            f"{version} is refused: it was staged before with other weights (digest {brief(known)}, now"
+            f" {brief(digest)}); publish {version.number + 1} or higher"
+        )
+
+
+def brief(digest: bytes) -> str:
+    """The beginning of a digest, for people to compare."""
+    return digest.hex()[:_SHOWN_CHARS] or "unknown"
+
+
+class Numbers:
+    """The histories of all models: which numbers and runs are used up on this node."""
+
+    def __init__(self) -> None:
+        self._histories: dict[str, History] = {}
+
+    @property
+    def histories(self) -> Mapping[str, History]:
+        """By model; a copy, to be written down."""
+        return dict(self._histories)
+
+    def remember(self, model: str, history: History) -> None:
+        """Go on from what a model's versions had used up when it was written down, before any of them is staged.
+
+        Raises:
+            MisuseError: one was staged.
+        """
+        if model in self._histories:
+            raise MisuseError(f"versions of {model} have used numbers up already")
+        self._histories[model] = history
+
+    def admit(self, version: VersionId, *, force: bool) -> bytes | None:
+        """Decide whether a version may be received: see `admit`."""
+        return admit(self._histories.get(version.model, History()), version, force=force)
+
+    def check(self, version: VersionId, digest: bytes) -> None:
+        """Refuse a version that was received and must not be staged.
+
+        Raises:
+            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before.
+        """
+        check_same(version, self.admit(version, force=True), digest)
+
+    def use(self, version: VersionId, digest: bytes) -> History:
+        """A version is staged: its number is used up. Returns the history before that."""
+        before = self._histories.get(version.model, History())
+        self._histories[version.model] = before.after(version, digest)
+        return before

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from itertools import count, pairwise
 
+import msgspec
 import pytest
 import structlog
 from hypothesis import settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cpe_daemon.arena import Arena
-from cpe_daemon.core.admission import History, admit
+from cpe_daemon.core.admission import History, Used, admit
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import Manifest, layout, merge
@@ -32,6 +33,7 @@ from cpe_daemon.wire.reports import VersionReport
 
 A = ALIGNMENT_BYTES
 ARENA_BYTES = 64 * A
+ONE, OTHER = bytes([1]) * 16, bytes([2]) * 16
 
 
 def number(n: int, run: str = "r", model: str = "m") -> VersionId:
@@ -69,19 +71,19 @@ class Shelf:
         self.catalogue.contribute(receiving, 0, shards_of(nbytes), nbytes)
         return receiving
 
-    def stage(self, version: VersionId, nbytes: int = 8 * A, *, force: bool = False) -> Version:
+    def stage(self, version: VersionId, nbytes: int = 8 * A, *, force: bool = False, digest: bytes = b"") -> Version:
         staged = self.receive(version, nbytes, force=force)
         seal(staged)
-        self.catalogue.stage(staged, manifest_of(staged))
+        self.catalogue.stage(staged, manifest_of(staged), digest=digest)
         return staged
 
-    def push(self, version: VersionId, nbytes: int = 8 * A) -> Version:
-        pushing = self.stage(version, nbytes)
+    def push(self, version: VersionId, nbytes: int = 8 * A, *, digest: bytes = b"") -> Version:
+        pushing = self.stage(version, nbytes, digest=digest)
         self.catalogue.begin_push(pushing)
         return pushing
 
-    def live(self, version: VersionId, nbytes: int = 8 * A) -> Version:
-        live = self.push(version, nbytes)
+    def live(self, version: VersionId, nbytes: int = 8 * A, *, digest: bytes = b"") -> Version:
+        live = self.push(version, nbytes, digest=digest)
         self.catalogue.go_live(live, report(live))
         return live
 
@@ -153,23 +155,114 @@ def test_refusal_of_a_superseded_run_says_by_which_and_how_to_return() -> None:
 
 
 def test_history_keeps_the_highest_number_of_a_run() -> None:
-    assert History().after(number(7)).after(number(5)).used == {"r": 7}
+    assert History().after(number(7), ONE).after(number(5), OTHER).used == {"r": Used(7, ONE)}
+
+
+def test_history_keeps_the_digest_that_its_number_was_staged_with() -> None:
+    assert History().after(number(7), ONE).after(number(7), OTHER).used == {"r": Used(7, ONE)}
 
 
 def test_number_is_used_up_when_it_is_staged_not_before(shelf: Shelf) -> None:
     failed = shelf.receive(number(1))
     shelf.catalogue.fail(failed, PeerLostError("gone"))
-    again = shelf.stage(number(1))
+    assert shelf.catalogue.numbers.histories == {}
+    again = shelf.stage(number(1), digest=ONE)
     assert again is not failed
-    with pytest.raises(VersionRefusedError):
-        shelf.catalogue.open(number(1), 1)
+    assert shelf.catalogue.numbers.histories == {"m": History("r", {"r": Used(1, ONE)})}
 
 
-def test_version_that_failed_to_be_pushed_has_used_its_number_up(shelf: Shelf) -> None:
-    pushing = shelf.push(number(1))
-    shelf.catalogue.fail(pushing, PeerLostError("no engine took it"))
+@pytest.mark.parametrize("state", ["staged", "pushing", "live", "retained"])
+def test_version_that_is_held_is_found_not_received(shelf: Shelf, state: str) -> None:
+    held = {"staged": shelf.stage, "pushing": shelf.push}.get(state, shelf.live)(number(1))
+    if state == "retained":
+        shelf.live(number(2))
+    told, used = list(shelf.told), shelf.used_bytes
+    assert held.held
+    assert shelf.catalogue.open(number(1), 1) is shelf.catalogue.open(number(1), 1, force=True) is held
+    assert (str(held.state), shelf.told, shelf.used_bytes) == (state, told, used)
+    with pytest.raises(VersionRefusedError, match="is held from 1 ranks; this one says 2"):
+        shelf.catalogue.open(number(1), 2)
+
+
+def test_version_that_failed_to_be_pushed_may_come_again_as_it_was(shelf: Shelf) -> None:
+    failed = shelf.push(number(1), digest=ONE)
+    shelf.catalogue.fail(failed, PeerLostError("no engine took it"))
+    again = shelf.push(number(1), digest=ONE)
+    assert again is not failed
+    shelf.catalogue.go_live(again, report(again))
+    assert shelf.catalogue.numbers.histories == {"m": History("r", {"r": Used(1, ONE)})}
+
+
+def test_version_that_failed_to_be_pushed_may_not_come_again_as_another(shelf: Shelf) -> None:
+    shelf.catalogue.fail(shelf.push(number(1), digest=ONE), PeerLostError("no engine took it"))
+    other = shelf.receive(number(1))
+    seal(other)
+    with pytest.raises(
+        VersionRefusedError, match=r"other weights \(digest 010101010101, now 020202020202\); publish 2"
+    ):
+        shelf.catalogue.stage(other, manifest_of(other), digest=OTHER)
+    assert (other.state, other.manifest, other.digest) == (VersionState.RECEIVING, None, b"")
+    shelf.catalogue.fail(other, VersionRefusedError("other weights"))
+    assert shelf.stage(number(1), digest=ONE).held
+
+
+def test_version_whose_digest_nobody_knows_may_not_come_again(shelf: Shelf) -> None:
+    shelf.catalogue.fail(shelf.push(number(1)), PeerLostError("no engine took it"))
     with pytest.raises(VersionRefusedError, match="publish 2"):
         shelf.catalogue.open(number(1), 1)
+
+
+def test_evicted_version_may_come_again_only_if_no_higher_number_was_staged(shelf: Shelf) -> None:
+    shelf.live(number(1), digest=ONE)
+    shelf.live(number(2), digest=OTHER)
+    shelf.live(number(3), digest=ONE)
+    assert shelf.states()["m@r#1"] == "evicted"
+    with pytest.raises(VersionRefusedError, match="has staged number 3 already; publish 4 or higher"):
+        shelf.catalogue.open(number(1), 1)
+
+
+def test_version_whose_bytes_are_still_being_let_go_is_refused(shelf: Shelf) -> None:
+    failed = shelf.push(number(1), digest=ONE)
+    with shelf.catalogue.lease(failed):
+        shelf.catalogue.fail(failed, PeerLostError("no engine took it"))
+        with pytest.raises(VersionRefusedError, match="failed: its last bytes are still being let go"):
+            shelf.catalogue.open(number(1), 1)
+    assert shelf.catalogue.open(number(1), 1) is not failed
+
+
+def test_history_that_was_written_down_counts(shelf: Shelf) -> None:
+    before = Shelf()
+    before.stage(number(3), digest=ONE)
+    before.stage(number(0, run="s"), digest=OTHER)
+    written = msgspec.json.encode(before.catalogue.numbers.histories)
+    before.arena.close()
+    for model, history in msgspec.json.decode(written, type=dict[str, History]).items():
+        shelf.catalogue.numbers.remember(model, history)
+    with pytest.raises(VersionRefusedError, match="superseded by run 's'"):
+        shelf.catalogue.open(number(4), 1)
+    with pytest.raises(VersionRefusedError, match="digest 010101010101"):
+        shelf.stage(number(3), digest=OTHER, force=True)
+    assert shelf.stage(number(0, run="s"), digest=OTHER).held
+    assert shelf.catalogue.numbers.histories == before.catalogue.numbers.histories
+
+
+def test_history_is_not_remembered_over_what_was_staged_here(shelf: Shelf) -> None:
+    shelf.stage(number(1), digest=ONE)
+    with pytest.raises(MisuseError, match="of m have used numbers up"):
+        shelf.catalogue.numbers.remember("m", History())
+    shelf.catalogue.numbers.remember("other", History())
+
+
+def test_new_run_is_accepted_and_logged() -> None:
+    shelf = Shelf()
+    with structlog.testing.capture_logs() as logs:
+        shelf.stage(number(3))
+        shelf.stage(number(4))
+        shelf.stage(number(0, run="s"))
+        shelf.stage(number(5), force=True)
+    accepted = [(line["run"], line["superseded"]) for line in logs if line["event"] == "run.accepted"]
+    assert accepted == [("r", None), ("s", "r"), ("r", "s")]
+    shelf.arena.close()
 
 
 def test_lower_number_may_be_received_but_not_staged_after_a_higher_one(shelf: Shelf) -> None:
@@ -602,10 +695,11 @@ class AnyOrder(RuleBasedStateMachine):
                 with pytest.raises(VersionRefusedError):
                     admit(self.history.get(model, History()), version, force=force)
             return
-        assert opened.state is VersionState.RECEIVING
         if known is not None:
             assert opened is known
+            assert opened.held or opened.state is VersionState.RECEIVING
         else:
+            assert opened.state is VersionState.RECEIVING
             admit(self.history.get(model, History()), version, force=force)
 
     @precondition(lambda self: self.versions(VersionState.RECEIVING))
@@ -628,20 +722,23 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(v.id.model == version.id.model for v in retained if v.state is VersionState.EVICTED)
 
     @precondition(lambda self: self.versions(VersionState.RECEIVING))
-    @rule(data=st.data())
-    def stage(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), digest=st.sampled_from([b"", ONE, OTHER]))
+    def stage(self, data: st.DataObject, digest: bytes) -> None:
         version = data.draw(st.sampled_from(self.versions(VersionState.RECEIVING)))
         if len(version.contributions) < version.world_size:
             return
         seal(version)
         history = self.history.get(version.id.model, History())
         try:
-            self.catalogue.stage(version, manifest_of(version))
+            self.catalogue.stage(version, manifest_of(version), digest=digest)
         except VersionRefusedError:
-            assert version.id.number <= history.used[version.id.run]
+            highest = history.used[version.id.run]
+            assert highest.number >= version.id.number
+            assert highest != Used(version.id.number, digest) or not digest
             assert version.state is VersionState.RECEIVING
         else:
-            self.history[version.id.model] = history.after(version.id)
+            assert history.used.get(version.id.run) != Used(version.id.number, b"")
+            self.history[version.id.model] = history.after(version.id, digest)
 
     @precondition(lambda self: self.versions(VersionState.STAGED))
     @rule(data=st.data())
