@@ -43,6 +43,7 @@ cpe_daemon/doctor/__init__.py
 cpe_daemon/engines/__init__.py
 cpe_daemon/errors.py
 cpe_daemon/ingest/__init__.py
+cpe_daemon/journal.py
 cpe_daemon/links/__init__.py
 cpe_daemon/observe/__init__.py
 cpe_daemon/peers/__init__.py
@@ -51,6 +52,7 @@ cpe_daemon/push/__init__.py
 cpe_daemon/readiness.py
 cpe_daemon/readings.py
 cpe_daemon/runtime.py
+cpe_daemon/statefile.py
 cpe_daemon/status.py
 cpe_daemon/transports/__init__.py
 cpe_daemon/transports/loopback.py
@@ -78,6 +80,8 @@ PLANTED = [
     (LAYERS, ["cpe_daemon.observe: cpe_daemon.config"]),
     (LAYERS, ["cpe_daemon.push: cpe_daemon.ingest"]),
     (LAYERS, ["cpe_daemon.readings: cpe_daemon.status"]),
+    (LAYERS, ["cpe_daemon.push: cpe_daemon.journal"]),
+    (LAYERS, ["cpe_daemon.devices: cpe_daemon.statefile"]),
     (LAYERS, ["cpe_daemon.versions: cpe_daemon.push"]),
     (LAYERS, ["cpe_daemon.arena: cpe_daemon.engines"]),
     (LAYERS, ["cpe_daemon.links: cpe_daemon.devices"]),

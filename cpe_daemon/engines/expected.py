@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import msgspec
 import structlog
 
-from cpe_daemon.engines.statefile import StateFile
 from cpe_daemon.errors import BusyError, ConfigError, MisuseError
+from cpe_daemon.statefile import StateFile
 from cpe_daemon.wire.messages import EngineSpec
 
 log = structlog.get_logger(__name__)

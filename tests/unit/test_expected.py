@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from cpe_daemon.engines import statefile
+from cpe_daemon import statefile
 from cpe_daemon.engines.expected import Expected, check_fit
 from cpe_daemon.errors import BusyError, ConfigError, DeadlineError, MisuseError, ResourceError
 from cpe_daemon.wire.messages import EngineSpec
@@ -265,7 +265,7 @@ async def test_write_that_fails_leaves_the_file_whole(path: Path, monkeypatch: p
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cpe_daemon.engines.statefile.os.fsync", full)
+    monkeypatch.setattr("cpe_daemon.statefile.os.fsync", full)
     with pytest.raises(ResourceError, match="No space left on device"):
         await engines.add(VLLM)
     assert list(engines) == [TORCH]
@@ -282,7 +282,7 @@ async def test_stuck_disk_is_a_deadline(path: Path, monkeypatch: pytest.MonkeyPa
         await release.wait()
 
     monkeypatch.setattr(statefile, "_WRITE_SECONDS", 0.01)
-    monkeypatch.setattr("cpe_daemon.engines.statefile.asyncio.to_thread", stuck)
+    monkeypatch.setattr("cpe_daemon.statefile.asyncio.to_thread", stuck)
     with pytest.raises(DeadlineError, match=r"was not written within 0\.01 s"):
         await engines.add(TORCH)
     assert asked.is_set()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ _FILE_MODE: Final = 0o640
 class StateFile:
     """One file of one daemon. Belongs to the event loop, and is written by a thread, one `replace` after another.
 
+    A write that was given up goes on in its thread, and the next one waits for it.
+
     Args:
         path: of the file; it need not exist, nor its directory, which is made when something is first written.
 
@@ -28,6 +31,7 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._writing: asyncio.Future[None] | None = None
         self.content: bytes | None = None
         """What it held when it was last read or written; None if there was none."""
         try:
@@ -37,20 +41,35 @@ class StateFile:
                 f"cannot read {path}: {error.strerror}; let this user read it, or set another state_dir"
             ) from None
 
-    async def replace(self, content: bytes) -> None:
+    @property
+    def stuck(self) -> bool:
+        """Whether a write is under way; after a `replace` that is over, one that was given up."""
+        return self._writing is not None
+
+    async def replace(self, content: bytes, seconds: float | None = None) -> None:
         """Have it hold ``content`` from now on, after a crash too.
 
         Raises:
             BusyError: somebody else has changed it; it is left as it is.
             ResourceError: it cannot be written, and is as it was.
-            DeadlineError: the disk is stuck; the file may be replaced later, and is refused then as changed.
+            DeadlineError: the disk is stuck for ``seconds`` (None: 10); the file may be replaced later.
         """
+        seconds = _WRITE_SECONDS if seconds is None else seconds
         try:
-            async with asyncio.timeout(_WRITE_SECONDS):
-                await asyncio.to_thread(_replace, self.path, content, self.content)
+            async with asyncio.timeout(seconds):
+                while self._writing is not None:
+                    await asyncio.wait((self._writing,))
+                writing = asyncio.ensure_future(asyncio.to_thread(_replace, self.path, content, self.content))
+                self._writing = writing
+                writing.add_done_callback(partial(self._written, content))
+                await asyncio.shield(writing)
         except TimeoutError:
-            raise DeadlineError(f"{self.path} was not written within {_WRITE_SECONDS:g} s; is its disk well?") from None
-        self.content = content
+            raise DeadlineError(f"{self.path} was not written within {seconds:g} s; is its disk well?") from None
+
+    def _written(self, content: bytes, writing: asyncio.Future[None]) -> None:
+        self._writing = None
+        if not writing.cancelled() and writing.exception() is None:
+            self.content = content
 
 
 def _read(path: Path) -> bytes | None:
