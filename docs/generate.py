@@ -26,7 +26,7 @@ from cpe_daemon.core.lifecycle import (
     VersionState,
 )
 from cpe_daemon.observe.instrument import Instrument
-from cpe_daemon.observe.inventory import COPIES, PHASES, SOCKETS, STAGES, THEMES
+from cpe_daemon.observe.inventory import COPIES, PHASES, ROLLBACKS, SOCKETS, STAGES, THEMES
 
 S = TypeVar("S", bound=StrEnum)
 E = TypeVar("E", bound=StrEnum)
@@ -102,7 +102,7 @@ def metrics() -> str:
         parts += [f"## {theme}\n", _table(("metric", "type", "labels", "unit", "meaning", "used for"), rows)]
         if theme == "Updates":
             parts += [_values("phase", PHASES), _values("stage", STAGES)]
-    parts += [_values("copies", COPIES), _values("socket", SOCKETS)]
+    parts += [_values("cause", ROLLBACKS), _values("copies", COPIES), _values("socket", SOCKETS)]
     alerts = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
     parts += [
         "## Of the process\n",

@@ -14,7 +14,6 @@ from cpe_daemon.config.model import (
     DeviceConfig,
     IngestConfig,
     LogConfig,
-    PushConfig,
     RetentionConfig,
 )
 from cpe_daemon.config.paths import (
@@ -25,6 +24,7 @@ from cpe_daemon.config.paths import (
     default_runtime_dir,
     default_state_dir,
 )
+from cpe_daemon.config.push import PushConfig
 from cpe_daemon.config.render import annotated_default, effective
 from cpe_daemon.config.security import SecurityConfig
 

@@ -22,6 +22,7 @@ from cpe_daemon.config.paths import (
     default_runtime_dir,
     default_state_dir,
 )
+from cpe_daemon.config.push import PushConfig
 from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Seconds, Section
 from cpe_daemon.config.security import SecurityConfig
 from cpe_daemon.core.types import ALIGNMENT_BYTES
@@ -216,16 +217,6 @@ class DeviceConfig(Section):
                 f"{value} is not a multiple of {ALIGNMENT_BYTES}; write {below} or {below + ALIGNMENT_BYTES}"
             )
         return value
-
-
-class PushConfig(Section):
-    """When a version goes from this node's memory into its engines."""
-
-    automatic: bool = Field(
-        default=True,
-        description="Push a version as soon as it is whole and verified. false: it waits for `cpe push`, until a newer "
-        "one takes its place; the arena then needs room for three: one served, one that waits, one that comes.",
-    )
 
 
 class RetentionConfig(Section):

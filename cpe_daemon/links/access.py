@@ -22,10 +22,14 @@ from cpe_daemon.wire.messages import (
     OpenVersion,
     Ping,
     PushRequest,
+    RollbackRequest,
     Seal,
     StatusRequest,
     TrainerBye,
     TrainerHello,
+    TrainerRollback,
+    TrainerWait,
+    WaitRequest,
     Watch,
 )
 
@@ -42,8 +46,12 @@ ROLES: Final[Mapping[type[Message], frozenset[Role]]] = {
     TrainerBye: _TRAINER,
     Watch: _TRAINER,
     Ping: _TRAINER,
+    TrainerRollback: _TRAINER,
+    TrainerWait: _TRAINER,
     StatusRequest: _OPERATOR,
     PushRequest: _OPERATOR,
+    RollbackRequest: _OPERATOR,
+    WaitRequest: _OPERATOR,
     EngineAdd: _OPERATOR,
     EngineRemove: _OPERATOR,
 }

@@ -43,6 +43,13 @@ SOCKETS: Final[Mapping[str, str]] = {
 }
 """Who is listened to where, the values of the label ``socket``."""
 
+ROLLBACKS: Final[Mapping[str, str]] = {
+    "operator": "by `cpe rollback`",
+    "trainer": "by `Publisher.rollback`",
+    "partial": "by push.partial: rollback, for some engines had not taken the version",
+}
+"""Why versions are taken back, the values of the label ``cause``."""
+
 COPIES: Final[Mapping[str, str]] = {"in": "into the arena", "out": "out of the arena"}
 """What copies are for, the values of the label ``copies``."""
 
@@ -64,6 +71,14 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             labels=("model", "outcome"),
             panel="Versions and engines' parts in pushes, by how they ended",
             hint="A trainer that publishes and never gets live shows here.",
+        ),
+        Instrument(
+            "cpe_rollbacks_total",
+            "counter",
+            "Versions that were taken out of engines again, by who wanted it.",
+            labels=("cause",),
+            hint="`operator` and `trainer` asked for the one before; `partial` is of versions that only some engines "
+            "took, where push.partial is rollback.",
         ),
         Instrument(
             "cpe_failures_total",

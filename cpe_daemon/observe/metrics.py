@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from cpe_daemon.errors import CODES
 from cpe_daemon.observe.instrument import Instrument
-from cpe_daemon.observe.inventory import INSTRUMENTS, SOCKETS
+from cpe_daemon.observe.inventory import INSTRUMENTS, ROLLBACKS, SOCKETS
 
 _DURATION: Final = "cpe_update_duration_seconds"
 _LAG: Final = "cpe_loop_lag_seconds"
@@ -73,6 +73,7 @@ class Metrics:
         protocol_errors: by ``socket``.
         failures: versions that failed, by the ``code`` of their error.
         engine_failures: engines that a round dropped, by the ``code`` of their error.
+        rollbacks: versions that were taken back, by the ``cause``.
         rounds: engines' parts in rounds, by ``outcome``.
         update_duration: see `observe_phases`.
         loop_lag: see `observe_lag`.
@@ -86,6 +87,7 @@ class Metrics:
         self.failures = self._counter("cpe_failures_total", CODES)
         self.engine_failures = self._counter("cpe_engine_failures_total", CODES)
         self.rounds = self._counter("cpe_rounds_total", ("updated", "failed"))
+        self.rollbacks = self._counter("cpe_rollbacks_total", ROLLBACKS)
         self._versions = self._counter("cpe_versions_total")
         self._went_live = Gauge(**self._terms("cpe_live_version_timestamp_seconds"))
         self.loop_lag = Histogram(**self._terms(_LAG), buckets=_LAG_BUCKETS)

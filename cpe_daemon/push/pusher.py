@@ -8,28 +8,33 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import structlog
 
 from cpe_daemon.config import Config
-from cpe_daemon.core.lifecycle import EngineEvent, VersionState
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.verdict import Verdict, judge_push
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
-from cpe_daemon.push.request import Request, choose_version
+from cpe_daemon.push.repair import Repair
+from cpe_daemon.push.request import Request, choose_version, only_model
+from cpe_daemon.push.rollback import Rollback, already_live, choose_retained
 from cpe_daemon.push.round import Round
 from cpe_daemon.push.rounds import Rounds
-from cpe_daemon.push.targets import Targets
+from cpe_daemon.push.targets import Targets, without
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import PushRequest
 from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
+
+_MARGIN_SECONDS: Final = 1.0
 
 
 class Pusher:
@@ -60,6 +65,7 @@ class Pusher:
         self._rounds = Rounds(
             config=config, catalogue=catalogue, registry=registry, device=device, metrics=metrics, clock=clock
         )
+        self._repair = Repair(catalogue, self._rounds, attempts=config.deadlines.restore_attempts)
         self._metrics = metrics
         self._clock = clock
         self._due: deque[Version] = deque()
@@ -81,7 +87,8 @@ class Pusher:
                 self._idle.clear()
                 if self._due:
                     version = self._due.popleft()
-                    await self._push(version, Targets(self._registry, version))
+                    if version.state is VersionState.STAGED:  # it may have been superseded while it waited
+                        await self._push(version, Targets(self._registry, version))
                 elif self._asked:
                     await self._serve(self._asked.popleft())
                 else:
@@ -113,13 +120,13 @@ class Pusher:
         """
         self._rounds.undo(PeerLostError(reason))
 
-    async def request(self, wanted: PushRequest) -> VersionReport:
+    async def request(self, wanted: PushRequest | Rollback) -> VersionReport:
         """Push a version that is held here, when what was asked for or staged before is done; say what came of it.
 
         Raises:
             MisuseError: no such version can be pushed, or no such engine is there.
             BusyError: it is not whole yet, or this daemon stops.
-            EngineError: none of the engines that were named is there.
+            EngineError: none of the engines that were named is there; or, of a rollback, what was live stays live.
         """
         if self._draining:
             raise BusyError("this daemon stops; nothing was pushed")
@@ -141,7 +148,7 @@ class Pusher:
     @property
     def waiting(self) -> int:
         """Pushes that wait for their turn."""
-        return len(self._due) + len(self._asked)
+        return sum(version.state is VersionState.STAGED for version in self._due) + len(self._asked)
 
     def _on_version(self, version: Version) -> None:
         if version.state is VersionState.STAGED and self._config.push.automatic:
@@ -155,48 +162,102 @@ class Pusher:
     # --- a version for all, or for some ------------------------------------------------------------------------------
 
     async def _serve(self, request: Request) -> None:
-        """Carry out what an operator asked for, unless nobody waits for it any more."""
+        """Carry out what was asked for, unless nobody waits for it any more."""
         if request.outcome.done():
             return
         try:
-            version = choose_version(self._catalogue, request.wanted)
-            targets = Targets(self._registry, version, request.wanted.engines)
+            wanted = request.wanted
+            if isinstance(wanted, Rollback):
+                request.finish(await self._roll_back(wanted))
+                return
+            version = choose_version(self._catalogue, wanted)
+            targets = Targets(self._registry, version, wanted.engines)
             request.finish(await self._push(version, targets, asked=True))
         except CpeError as error:
             request.fail(error)
 
-    async def _push(self, version: Version, targets: Targets, *, asked: bool = False) -> VersionReport:
-        """Push a staged version, or the live one again.
+    async def _roll_back(self, wanted: Rollback) -> VersionReport:
+        """Push a retained version into all engines of its model.
 
-        Engines that it left in doubt are restored afterwards: the others serve already, and the trainer is told so.
+        Raises:
+            MisuseError: there is none; says why.
+            EngineError: no engine took it, or not all: what was live stays live.
         """
-        began = self._clock()
-        staged = version.state is VersionState.STAGED
-        if staged:
-            self._catalogue.begin_push(version)
-        participants = await self._rounds.run(version, targets.engines, undoable=staged)
-        report = targets.report(participants, self._clock() - began)
-        if staged:
-            self._settle(version, participants, report, asked=asked)
-        failed = [participant for participant in participants if not participant.alive]
-        await self._restore(failed)
+        known = list(self._catalogue)
+        model = wanted.model or only_model(known)
+        version = choose_retained(known, model, wanted, kept=self._config.retention.versions)
+        if version.state is VersionState.LIVE:
+            return already_live(version, self._registry)
+        live = self._catalogue.live(model)
+        log.info("version.rolling_back", version=str(version.id), live=str(live.id) if live else None)
+        report = await self._push(version, Targets(self._registry, version), asked=True)
+        if self._catalogue.live(model) is not version:
+            stays = f"{live.id} stays live" if live else "no version is live"
+            raise EngineError(f"{version.id} was not rolled back to: {_failures(report)}; {stays}")
+        self._metrics.rollbacks.labels(wanted.cause).inc()
         return report
 
+    async def _push(self, version: Version, targets: Targets, *, asked: bool = False) -> VersionReport:
+        """Push a staged version, a retained one, or the live one again.
+
+        Engines that it left in doubt are restored afterwards: the others serve already, and the trainer is told so.
+        With push.partial: rollback, those that took what others did not get back what they held, with those in doubt.
+        """
+        began = self._clock()
+        before = version.state
+        if before is VersionState.STAGED:
+            self._catalogue.begin_push(version)
+        new = before is not VersionState.LIVE
+        participants = await self._rounds.run(version, targets.engines, undoable=new)
+        report = targets.report(participants, self._clock() - began)
+        verdict = self._judge(version, participants) if new else Verdict.LIVE
+        if new:
+            self._settle(version, verdict, participants, report, asked=asked)
+        failed = [participant for participant in participants if not participant.alive]
+        if verdict is not Verdict.TAKE_BACK:
+            await self._repair.restore(failed)
+            return report
+        taken = [participant for participant in participants if participant.alive]
+        self._metrics.rollbacks.labels("partial").inc()
+        await self._repair.restore([*failed, *taken], version.id)
+        return without(report, version.id, [participant.engine for participant in taken])
+
+    def _judge(self, version: Version, participants: Sequence[Participant]) -> Verdict:
+        """Decide what becomes of a version. A daemon that stops takes nothing back: that might not end in time."""
+        took = [participant for participant in participants if participant.alive]
+        returnable = all(self._repair.before(participant) is not None for participant in took)
+        all_or_none = self._config.push.partial == "rollback" and self._rounds.undoing is None
+        verdict = judge_push(
+            took=len(took), failed=len(participants) - len(took), all_or_none=all_or_none, returnable=returnable
+        )
+        if verdict is Verdict.LIVE and all_or_none and len(took) < len(participants):
+            log.warning("version.cannot_be_taken_back", version=str(version.id), engines=[p.engine.name for p in took])
+        return verdict
+
     def _settle(
-        self, version: Version, participants: Sequence[Participant], report: VersionReport, *, asked: bool
+        self,
+        version: Version,
+        verdict: Verdict,
+        participants: Sequence[Participant],
+        report: VersionReport,
+        *,
+        asked: bool,
     ) -> None:
         """A version is live if any engine took it, or if there is none. Otherwise it has failed.
 
-        Whoever asked for it may ask again, when the engines are well: then it waits as it did before.
+        Whoever asked for it may ask again, when the engines are well: then it waits as it did before. A retained one
+        stays what it is.
         """
-        if not participants or any(participant.alive for participant in participants):
+        if verdict is Verdict.LIVE:
             if not participants:
                 log.warning("version.live_without_engines", version=str(version.id))
             self._catalogue.go_live(version, report)
             return
-        reasons = "; ".join(str(participant.error) for participant in participants)
-        error = self._rounds.undoing or EngineError(f"no engine took {version.id}: {reasons}")
-        if asked and self._rounds.undoing is None:
+        error = self._rounds.undoing or EngineError(_why_not(version, verdict, participants))
+        if version.state is VersionState.RETAINED:
+            log.warning("version.not_rolled_back", version=str(version.id), error=error.message)
+        elif asked and self._rounds.undoing is None:
+            log.warning("version.waits_again", version=str(version.id), error=error.message)
             self._catalogue.put_back(version)
         else:
             self._metrics.failures.labels(code=error.code).inc()
@@ -211,35 +272,32 @@ class Pusher:
         if engine.ready and (live is None or engine.content == live.id):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
-            await self._restore([failed for failed in await self._rounds.run(live, [engine]) if not failed.alive])
+            await self._repair.restore(
+                [failed for failed in await self._rounds.run(live, [engine]) if not failed.alive]
+            )
 
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
+        seconds = self._config.deadlines.resume_seconds
         try:
-            await engine.driver.resume(self._rounds.number, engine.content, self._config.deadlines.resume_seconds)
+            async with asyncio.timeout(seconds + _MARGIN_SECONDS):  # a driver may be a plugin's, and have none
+                await engine.driver.resume(self._rounds.number, engine.content, seconds)
         except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
             log.warning("engine.resume_failed", engine=engine.name, error=repr(error))
 
-    async def _restore(self, failed: Sequence[Participant]) -> None:
-        """Give engines that a round left in doubt what they held before, else what is live; else quarantine them.
 
-        Those that answered when they were dropped come first, those of one version together: they have been paused for
-        long enough, and shall not wait for one that hangs.
-        """
-        groups: dict[tuple[bool, VersionId | None, str], list[Engine]] = {}
-        for dropped in sorted(failed, key=lambda dropped: not dropped.let_go):
-            groups.setdefault((dropped.let_go, dropped.held, dropped.engine.serves), []).append(dropped.engine)
-        for (_, held, serves), engines in groups.items():
-            for _ in range(self._config.deadlines.restore_attempts):
-                version = self._held(held) or self._catalogue.live(serves)
-                if version is not None:
-                    await self._rounds.run(version, [engine for engine in engines if engine.in_doubt])
-        for dropped in failed:
-            if dropped.engine.in_doubt:
-                dropped.engine.change(EngineEvent.GIVE_UP, error=dropped.error)
-                log.error("engine.quarantined", engine=dropped.engine.name, error=str(dropped.error))
+def _failures(report: VersionReport) -> str:
+    said = {name: one.error.message if one.error else "" for name, one in report.engines.items()}
+    return "; ".join(f"{name} ({report.engines[name].outcome}): {why}" for name, why in said.items())
 
-    def _held(self, version: VersionId | None) -> Version | None:
-        """The version, if its bytes can be pushed again."""
-        known = self._catalogue.find(version) if version is not None else None
-        return known if known is not None and known.state in (VersionState.LIVE, VersionState.RETAINED) else None
+
+def _why_not(version: Version, verdict: Verdict, participants: Sequence[Participant]) -> str:
+    """Why a version is in no engine, naming those that failed, and those that had taken it."""
+    reasons = "; ".join(str(participant.error) for participant in participants if not participant.alive)
+    if verdict is Verdict.NOT_TAKEN:
+        return f"no engine took {version.id}: {reasons}"
+    failed = ", ".join(participant.engine.name for participant in participants if not participant.alive)
+    took = ", ".join(participant.engine.name for participant in participants if participant.alive)
+    return (
+        f"{version.id} was taken back from {took} (push.partial: rollback), since {failed} did not take it: {reasons}"
+    )

@@ -1,4 +1,4 @@
-"""A push that an operator asked for: which version is meant, and who waits for what comes of it."""
+"""A push that somebody asked for: which version is meant, and who waits for what comes of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.errors import BusyError, CpeError, MisuseError
+from cpe_daemon.push.rollback import Rollback
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.messages import PushRequest
 from cpe_daemon.wire.reports import VersionReport
@@ -19,7 +20,7 @@ class Request:
         wanted: what was asked for.
     """
 
-    def __init__(self, wanted: PushRequest) -> None:
+    def __init__(self, wanted: PushRequest | Rollback) -> None:
         self.wanted = wanted
         self.outcome: asyncio.Future[VersionReport] = asyncio.get_running_loop().create_future()
         """What came of it. Cancelled if nobody wants to know any more."""
@@ -45,7 +46,7 @@ def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
         BusyError: it is being received.
     """
     known = list(versions)
-    model = wanted.model or _only_model(known)
+    model = wanted.model or only_model(known)
     fitting = [
         version
         for version in known
@@ -63,7 +64,12 @@ def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
     raise MisuseError(f"no version of {model} is staged or live here; there is: {held or 'none'}")
 
 
-def _only_model(versions: Iterable[Version]) -> str:
+def only_model(versions: Iterable[Version]) -> str:
+    """The model of all versions that are here.
+
+    Raises:
+        MisuseError: there is none, or are several.
+    """
     models = sorted({version.id.model for version in versions if version.contributions})
     if len(models) != 1:
         held = f"versions of {', '.join(models)}: say which model is meant" if models else "no version"
@@ -77,10 +83,8 @@ def _refusal(version: Version) -> CpeError:
         case VersionState.RECEIVING:
             return BusyError(f"{version.id} is being received; it can be pushed when it is staged")
         case VersionState.RETAINED:
-            return MisuseError(
-                f"{version.id} is retained, and this release cannot roll back to it; publish its weights anew, by a"
-                " higher number"
-            )
+            again = f"cpe rollback {version.id.model}@{version.id.run} --to {version.id.number}"
+            return MisuseError(f"{version.id} is retained: `{again}` brings it back into all engines of its model")
         case _:
             why = f": {version.error.message}" if version.error is not None else ""
             return MisuseError(f"{version.id} is {version.state}{why}; this node has its bytes no more")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from msgspec.structs import replace
+
 from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import EngineError, MisuseError
@@ -21,7 +24,7 @@ class Targets:
 
     Args:
         registry: of the engines.
-        version: staged or live.
+        version: staged, live or retained.
         names: only these.
 
     Raises:
@@ -77,7 +80,7 @@ class Targets:
             if not counted or not engine.takes(self._model):
                 continue
             holds_it = engine.ready and engine.content == self._version.id
-            if holds_it and self._version.state is VersionState.LIVE:
+            if holds_it and self._version.state in (VersionState.LIVE, VersionState.RETAINED):
                 self._others[engine.name] = EngineReport("current")
             else:
                 self._add(engine)
@@ -90,6 +93,17 @@ class Targets:
             self.engines.append(engine)
         else:
             self._others[engine.name] = _incomplete(engine)
+
+
+def without(report: VersionReport, version: VersionId, taken: Iterable[Engine]) -> VersionReport:
+    """The report of a push whose version was taken back: those that took it serve what they held, or are in doubt."""
+    engines = dict(report.engines)
+    for engine in taken:
+        serves = engine.ready and engine.content != version
+        outcome = "taken back" if serves else "kept" if engine.ready else "failed"
+        error = ErrorInfo(engine.error.code, engine.error.message) if engine.error is not None else None
+        engines[engine.name] = replace(engines[engine.name], outcome=outcome, error=error)
+    return replace(report, engines=engines)
 
 
 def _incomplete(engine: Engine) -> EngineReport:

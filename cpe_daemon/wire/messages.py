@@ -18,8 +18,11 @@ from cpe_daemon.wire.operator import (
     EngineSpec,
     PushReply,
     PushRequest,
+    RollbackRequest,
     StatusReply,
     StatusRequest,
+    WaitReply,
+    WaitRequest,
 )
 from cpe_daemon.wire.trainer import (
     Abandon,
@@ -30,6 +33,8 @@ from cpe_daemon.wire.trainer import (
     Seal,
     TrainerBye,
     TrainerHello,
+    TrainerRollback,
+    TrainerWait,
     TrainerWelcome,
     VersionOpened,
     VersionStatus,
@@ -90,6 +95,7 @@ __all__ = [
     "StatusRequest",
     "StepDone",
     "StepFailed",
+    "RollbackRequest",
     "TensorPart",
     "TrainerBye",
     "TrainerHello",
@@ -99,9 +105,14 @@ __all__ = [
     "Watch",
     "WorkerBye",
     "WorkerCommand",
+    "TrainerRollback",
+    "TrainerWait",
     "WorkerHello",
     "WorkerMessage",
     "WorkerWelcome",
+    "WaitReply",
+    "WaitRequest",
+    "Wake",
 ]
 
 FrontMessage = (
@@ -119,10 +130,14 @@ FrontMessage = (
     | EngineAdd
     | EngineRemove
 )
+    | TrainerRollback
+    | TrainerWait
 """What the daemon's front door takes, from trainers and operators."""
 
 FrontReply = (
     TrainerWelcome
+    | RollbackRequest
+    | WaitRequest
     | VersionOpened
     | ChunkDone
     | VersionStatus
@@ -135,6 +150,7 @@ FrontReply = (
 )
 """What a trainer or an operator gets."""
 
+    | WaitReply
 WorkerMessage = WorkerHello | StepDone | StepFailed | WorkerBye | Ping
 """What engine workers send."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -36,12 +36,51 @@ class PushRequest(Message, frozen=True, tag="push_request"):
 
 
 class PushReply(Message, frozen=True, tag="push_reply"):
-    """What a push that an operator asked for did."""
+    dry_run: bool = False
+
+
+class RollbackRequest(Message, frozen=True, tag="rollback_request"):
+    """Push a retained version of a model into all its engines; answered as `PushRequest` is.
+
+    Without ``number`` (-1): the retained version that was live last. ``model`` "": the only one that there is.
+    """
+
+    model: str = ""
+    run: str = ""
+    number: int = -1
+    """What a push or a rollback that somebody asked for did; ``stream`` is the trainer's, 0 for an operator."""
 
     report: VersionReport
 
 
 class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    stream: int = 0
+
+
+class WaitRequest(Message, frozen=True, tag="wait_request"):
+    """Tell when version ``number`` of a run, or a later one, is live here; answered by a `WaitReply`, or an error.
+
+    An error comes at once if the version has failed, and as a deadline after ``seconds``. Said again, it replaces the
+    one before, and the seconds begin anew: whoever waits says so every `WAIT_AGAIN_SECONDS`, or is forgotten. ``run``
+    "": the newest of the model's. ``model`` "": the only one that there is, or the first.
+    """
+
+    number: int
+    seconds: float
+    model: str = ""
+    run: str = ""
+
+
+class WaitReply(Message, frozen=True, tag="wait_reply"):
+    """That version is live on this node; ``stream`` is the trainer's, 0 for an operator."""
+
+    version: VersionId
+    stream: int = 0
+
+
+WAIT_AGAIN_SECONDS: Final = 5.0
+WAIT_FORGOTTEN_SECONDS: Final = 20.0
+"""An operator who waits says so that often, and is forgotten after so long without: clients have no goodbye."""
     """An engine that an operator expects on this node. Empty and 0: whatever it says itself.
 
     ``url`` is for engines that are driven by their own HTTP API.

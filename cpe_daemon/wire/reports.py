@@ -38,7 +38,10 @@ class EngineReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class VersionReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a version came to be live on a node. Seconds are wall time at the daemon."""
+    """How a version came to be live on a node. Seconds are wall time at the daemon.
+
+    ``note`` is a line for a person, where there is more to say.
+    """
 
     version: VersionId
     nbytes: int
@@ -46,6 +49,7 @@ class VersionReport(msgspec.Struct, frozen=True, omit_defaults=True):
     stage_seconds: float = 0.0
     push_seconds: float = 0.0
     engines: dict[str, EngineReport] = {}
+    note: str = ""
 
 
 def engine_lines(engines: Mapping[str, EngineReport]) -> list[str]:

@@ -75,6 +75,31 @@ class Watch(Message, frozen=True, tag="watch"):
     version: VersionId
 
 
+class TrainerRollback(Message, frozen=True, tag="trainer_rollback"):
+    """Roll the trainer's model back on this node; answered by a `PushReply` or an `ErrorReply` of this ``stream``.
+
+    ``stream`` is a number below 0 that the trainer chose for the question: no contribution has one. Without ``number``
+    (-1): the retained version that was live last. ``run`` "": of any run.
+    """
+
+    stream: int
+    number: int = -1
+    run: str = ""
+
+
+class TrainerWait(Message, frozen=True, tag="trainer_wait"):
+    """Tell when version ``number`` of a run of the trainer's model, or a later one, is live on this node.
+
+    Answered by a `WaitReply` or an `ErrorReply` of this ``stream``, which is as in `TrainerRollback`: an error at once
+    if the version has failed, a deadline after ``seconds``. ``run`` "": the trainer's own.
+    """
+
+    stream: int
+    number: int
+    seconds: float
+    run: str = ""
+
+
 class TrainerBye(Message, frozen=True, tag="trainer_bye"):
     """A rank parts: what it has not sealed is given up, and its link is over. Answered by a `Pong`."""
 

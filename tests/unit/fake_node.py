@@ -288,7 +288,7 @@ class FakeNode:
             {
                 "runtime_dir": Path("/tmp/cpe-fake-node"),
                 "deadlines": deadlines or {},
-                "push": {"automatic": automatic},
+                "push": {"automatic": automatic, **(push or {})},
                 "retention": {"versions": retain},
                 "device": {"slots": slots, "slot_bytes": 4096},
             }
@@ -300,6 +300,7 @@ class FakeNode:
         self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock, automatic=automatic)
         self.workers: dict[bytes, FakeWorker] = {}
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
+        push: dict[str, str] | None = None,
         self.expected = Expected(state_dir / "engines.json", self.drivers)
         self._codec = Codec(WorkerCommand)
         self.registry = Registry(

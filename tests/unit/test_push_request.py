@@ -209,7 +209,7 @@ async def test_version_that_cannot_be_pushed_is_refused_with_the_reason() -> Non
         worker = node.worker("a")
         await node.publish(ONE)
         await node.publish(TWO)
-        with pytest.raises(MisuseError, match=r"m@r#1 is retained, and this release cannot roll back to it"):
+        with pytest.raises(MisuseError, match=r"m@r#1 is retained: `cpe rollback m@r --to 1` brings it back into all"):
             await push(node, n=1)
         with pytest.raises(MisuseError, match=r"no version of m is staged or live here; there is: m@r#1 \(retained\)"):
             await push(node, n=9)

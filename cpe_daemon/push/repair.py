@@ -1,0 +1,72 @@
+"""What follows a round that not all engines came through well: each gets a version whole again, or stays paused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+
+from cpe_daemon.core.lifecycle import EngineEvent, VersionState
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.push.participant import Participant
+from cpe_daemon.push.rounds import Rounds
+from cpe_daemon.versions import Catalogue, Version
+
+log = structlog.get_logger(__name__)
+
+
+class Repair:
+    """Gives engines what they held before. Belongs to the event loop.
+
+    Args:
+        catalogue: asked for versions.
+        rounds: runs them.
+        attempts: for every engine, before it is quarantined.
+    """
+
+    def __init__(self, catalogue: Catalogue, rounds: Rounds, *, attempts: int) -> None:
+        self._catalogue = catalogue
+        self._rounds = rounds
+        self._attempts = attempts
+
+    async def restore(self, failed: Sequence[Participant], taken: VersionId | None = None) -> None:
+        """Give engines that a round left in doubt what they held before, else what is live; else quarantine them.
+
+        Those that answered when they were dropped come first, those of one version together: they have been paused for
+        long enough, and shall not wait for one that hangs. Engines that hold ``taken``
+        are given what they held as well.
+        """
+        groups: dict[tuple[bool, VersionId | None, str], list[Participant]] = {}
+        for dropped in sorted(failed, key=_hangs):
+            groups.setdefault((_hangs(dropped), dropped.held, dropped.engine.serves), []).append(dropped)
+        for group in groups.values():
+            for _ in range(self._attempts):
+                engines = [dropped.engine for dropped in group if _is_due(dropped.engine, taken)]
+                version = self.before(group[0])
+                if version is not None:
+                    await self._rounds.run(version, engines)
+        for dropped in failed:
+            engine = dropped.engine
+            if engine.in_doubt:
+                error = dropped.error or engine.error
+                engine.change(EngineEvent.GIVE_UP, error=error)
+                log.error("engine.quarantined", engine=engine.name, error=str(error))
+            elif _is_due(engine, taken):
+                log.error("engine.not_taken_back", engine=engine.name, holds=str(taken), error=str(engine.error))
+
+    def before(self, participant: Participant) -> Version | None:
+        """What an engine held before a round, or else what is live, if its bytes can be pushed again."""
+        held = self._catalogue.find(participant.held) if participant.held is not None else None
+        if held is not None and held.state in (VersionState.LIVE, VersionState.RETAINED):
+            return held
+        return self._catalogue.live(participant.engine.serves)
+
+
+def _hangs(dropped: Participant) -> bool:
+    return not (dropped.alive or dropped.let_go)
+
+
+def _is_due(engine: Engine, taken: VersionId | None) -> bool:
+    """Whether an engine is to be given what it held: it is in doubt, or holds what is taken back."""
+    return engine.in_doubt or (taken is not None and engine.ready and engine.content == taken)
