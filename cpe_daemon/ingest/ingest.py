@@ -31,7 +31,8 @@ from cpe_daemon.errors import (
 )
 from cpe_daemon.ingest.copier import Copier, Job
 from cpe_daemon.ingest.folding import extent_fold
-from cpe_daemon.ingest.news import missing, status_of
+from cpe_daemon.ingest.news import FINAL, missing, status_of
+from cpe_daemon.ingest.repeats import Repeats
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.ingest.trainers import Trainers
@@ -59,7 +60,6 @@ _MAX_REASON_CHARS: Final = 256
 _MAX_STREAMS: Final = 4
 _BATCHES: Final = 4
 """Credits come back in so many batches: the trainer fills one while others are copied."""
-_FINAL: Final = (VersionState.FAILED, VersionState.EVICTED)
 
 
 class Ingest:
@@ -98,6 +98,7 @@ class Ingest:
         self._clock = clock
         self.received = {transport: Tally(clock) for transport in ("landing", "inline")}
         """Chunks copied into the arena and digested, by the way they came."""
+        self._repeats = Repeats(trainers, clock)
         self._progress: dict[VersionId, float] = {}
         self._waiting: set[Stream] = set()
         """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
@@ -108,14 +109,13 @@ class Ingest:
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
-        return {
-            OpenVersion: self._on_open,
+        streams: dict[type[Message], Handler] = {
             ManifestPart: self._on_part,
             Chunk: self._on_chunk,
             Seal: self._on_seal,
             Abandon: self._on_abandon,
-            Watch: self._on_watch,
         }
+        return {OpenVersion: self._on_open, Watch: self._on_watch, **self._repeats.before(streams)}
 
     def stop(self, reason: str) -> None:
         """Take no new version; those that are being received fail."""
@@ -135,15 +135,17 @@ class Ingest:
         session.last_stream = opened.stream  # even if it is refused: what follows for it is not wanted, and no mistake
         if self._stopped_because:
             raise BusyError(f"{self._stopped_because}, and takes no more versions; publish again when another runs")
-        if len(session.streams) >= _MAX_STREAMS:
-            raise BusyError(f"{session.name} has {len(session.streams)} publishes in flight")
+        if (in_flight := len(session.streams) + len(session.repeats)) >= _MAX_STREAMS:
+            raise BusyError(f"{session.name} has {in_flight} publishes in flight")
         if not 0 <= opened.tensors <= self._config.ingest.max_tensors or opened.nbytes < 0:
             raise ManifestError(f"{opened.tensors} tensors; ingest.max_tensors is {self._config.ingest.max_tensors}")
-        if any(
-            (s.version.id, s.rank) == (version, hello.rank) for link in self._trainers for s in link.streams.values()
-        ):
-            raise BusyError(f"rank {hello.rank} is contributing to {version} already")
         record = self._catalogue.open(version, hello.world_size, force=opened.force)
+        if record.held:
+            self._repeats.open(session, opened, record)
+            return
+        streams = (stream for link in self._trainers for stream in link.streams.values())
+        if hello.rank in record.contributions or any((s.version, s.rank) == (record, hello.rank) for s in streams):
+            raise BusyError(f"rank {hello.rank} is contributing to {version} already")
         stream = session.streams[opened.stream] = Stream(opened, record, hello.rank)
         session.watching.add(version)
         self._touch(record)
@@ -292,7 +294,7 @@ class Ingest:
             error = ErrorInfo(PeerLostError.code, f"this daemon knows no version {watch.version}")
             self._trainers.send(session, VersionStatus(watch.version, VersionState.FAILED, error))
             return
-        if known.state not in _FINAL:
+        if known.state not in FINAL:
             session.watching.add(watch.version)
         self._trainers.send(session, status_of(known))
 
@@ -321,7 +323,7 @@ class Ingest:
                     del session.streams[stream.id]
             if version.id in session.watching:
                 self._trainers.send(session, status_of(version))
-                if version.state in _FINAL:
+                if version.state in FINAL:
                     session.watching.discard(version.id)
 
     # --- deadlines ---------------------------------------------------------------------------------------------------
@@ -333,6 +335,7 @@ class Ingest:
     def fail_stalled(self) -> None:
         """Fail every version that no rank has moved for too long, or that takes too long in all."""
         now, deadlines = self._clock(), self._config.deadlines
+        self._repeats.drop_late(deadlines.receive_total_seconds)
         for stream in self._waiting:
             self._touch(stream.version)
         for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:

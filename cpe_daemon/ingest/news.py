@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Final
 
+from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.messages import VersionStatus
 from cpe_daemon.wire.reports import ErrorInfo
 
+FINAL: Final = (VersionState.FAILED, VersionState.EVICTED)
+"""The states after which there is no news."""
 _NAMED: Final = 16
 
 
-def status_of(version: Version) -> VersionStatus:
-    """Its state, with the reason if it failed and the report if it is live."""
+def status_of(version: Version, stream: int = 0) -> VersionStatus:
+    """Its state, with the reason if it failed and the report if it is live; ``stream`` if this answers its seal."""
     error = ErrorInfo(version.error.code, version.error.message) if version.error else None
-    return VersionStatus(version.id, version.state, error, version.report)
+    return VersionStatus(version.id, version.state, error, version.report, stream)
 
 
 def missing(version: Version) -> str:

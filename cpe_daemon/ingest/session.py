@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.memory import SharedMemory, address_of
 from cpe_daemon.errors import ProtocolError
+from cpe_daemon.ingest.repeat import Repeat
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.wire.codec import only_frame
 from cpe_daemon.wire.messages import Chunk, TrainerHello
@@ -30,6 +31,8 @@ class Session:
     landed: bool = False
     busy_places: set[int] = field(default_factory=set)
     streams: dict[int, Stream] = field(default_factory=dict)
+    repeats: dict[int, Repeat] = field(default_factory=dict)
+    """Streams of versions that are held here already."""
     last_stream: int = 0
     watching: set[VersionId] = field(default_factory=set)
     gone: bool = False

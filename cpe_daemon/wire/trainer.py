@@ -124,9 +124,14 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
 
 
 class VersionOpened(Message, frozen=True, tag="version_opened"):
-    """The daemon holds the whole manifest and has the room: bytes may come."""
+    """The daemon holds the whole manifest and has the room: bytes may come.
+
+    ``held``: it holds the version already, of these very shards. No bytes are wanted, only the `Seal`; a `VersionStatus`
+    of this stream answers it if the digests are equal, an `ErrorReply` otherwise.
+    """
 
     stream: int
+    held: bool = False
 
 
 class ChunkDone(Message, frozen=True, tag="chunk_done"):
@@ -137,9 +142,13 @@ class ChunkDone(Message, frozen=True, tag="chunk_done"):
 
 
 class VersionStatus(Message, frozen=True, tag="version_status"):
-    """A version changed its state on this node."""
+    """A version changed its state on this node.
+
+    ``stream`` is that of a contribution to a version that was held, whose digests are equal: this answers its `Seal`.
+    """
 
     version: VersionId
     state: str
     error: ErrorInfo | None = None
     report: VersionReport | None = None
+    stream: int = 0
