@@ -21,3 +21,8 @@ def content_digest(shards: Sequence[Sequence[Shard]], digests: Sequence[Sequence
         digests: by rank and shard, xxh3_128 of its bytes.
     """
     return xxh3_128(msgspec.msgpack.encode((shards, digests))).digest()
+
+
+def may_be_same(digest: bytes, other: bytes) -> bool:
+    """Whether two digests may be of one content; ``b""`` is one that nobody knows, and may be any."""
+    return not digest or not other or digest == other
