@@ -23,7 +23,8 @@ from typing import Final
 from benchmarks import kimi, report
 from benchmarks.plan_check import Checker, WrongPlanError
 from cpe_daemon.core.manifest import Manifest, layout, merge
-from cpe_daemon.core.plan import HERE, Base, Gpu, Plan, Region, Topology, assign, cut
+from cpe_daemon.core.plan import HERE, Base, Gpu, Plan, Topology, assign, cut
+from cpe_daemon.core.stripes import stripes
 from cpe_daemon.core.types import VersionId
 
 _MIB: Final = 1 << 20
@@ -88,17 +89,16 @@ def make_case(layers: int, ranks: int, spread: str, slot_bytes: int, numa_nodes:
     for shards in contributions:
         bases.append(Base(HERE, end))
         end += layout(shards).nbytes
-    return Case(manifest, bases, slot_bytes, _topology(ranks, numa_nodes, end))
+    return Case(manifest, bases, slot_bytes, _topology(ranks, numa_nodes, end, slot_bytes))
 
 
-def _topology(gpus: int, numa_nodes: int, arena_bytes: int) -> Topology:
-    """GPUs that reach one another; with several NUMA nodes, equal numbers of them and parts of the arena on each."""
+def _topology(gpus: int, numa_nodes: int, arena_bytes: int, slot_bytes: int) -> Topology:
+    """GPUs that reach one another; with several NUMA nodes, equal numbers of them, and the arena's stripes, on each."""
     if numa_nodes == 1:
         return Topology(tuple(Gpu(f"GPU-{gpu}") for gpu in range(gpus)), peer_access=True)
-    near = -(-arena_bytes // numa_nodes)
-    regions = [Region(node * near, min(near, arena_bytes - node * near), node) for node in range(numa_nodes)]
-    placed = tuple(Gpu(f"GPU-{gpu}", gpu * numa_nodes // gpus) for gpu in range(gpus))
-    return Topology(placed, peer_access=True, regions=tuple(regions))
+    nodes = [gpu * numa_nodes // gpus for gpu in range(gpus)]
+    placed = tuple(Gpu(f"GPU-{gpu}", node) for gpu, node in enumerate(nodes))
+    return Topology(placed, peer_access=True, regions=stripes(arena_bytes, nodes, slot_bytes))
 
 
 def measure(case: Case, runs: int) -> Figures:
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=16, help="trainer ranks, and GPUs to plan for (default: 16)")
     parser.add_argument("--spread", choices=sorted(kimi.SPREADS), default="experts", help="who contributes what; below")
     parser.add_argument("--slot-mib", type=int, default=256, help="size of a slot in MiB (default: 256)")
-    parser.add_argument("--numa-nodes", type=int, default=1, help="parts of the arena near to some GPUs (default: 1)")
+    parser.add_argument("--numa-nodes", type=int, default=1, help="over which GPUs and arena are spread (default: 1)")
     parser.add_argument("--runs", type=int, help="how many plans are made (default: 7)")
     parser.add_argument("--quick", action="store_true", help="two runs of three layers: no figures to believe")
     return parser

@@ -7,13 +7,17 @@ long, the catalogue (`cpe_daemon.versions`) knows. No trainer ever maps the regi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cpe_daemon.core.extents import Extent, ExtentAllocator
+from cpe_daemon.core.topology import Region
 from cpe_daemon.core.types import align
+from cpe_daemon.devices import numa
 from cpe_daemon.devices.capacity import require_bytes
 from cpe_daemon.devices.memory import PREFAULT_BYTES, SharedMemory
+from cpe_daemon.errors import ResourceError
 
 
 class Arena:
@@ -28,6 +32,11 @@ class Arena:
         self._extents = ExtentAllocator(nbytes)
         self.nbytes = nbytes
         self.prefaulted_bytes = 0
+        self.regions: tuple[Region, ...] = ()
+        """On which NUMA node which bytes lie, by ascending offset; empty where nobody chose."""
+        self.unplaced = ""
+        """Why nobody chose."""
+        self._populated = True
 
     @property
     def address(self) -> int:
@@ -49,6 +58,14 @@ class Arena:
         """Bytes of the largest free run, the largest extent that fits."""
         return self._extents.largest_free_bytes
 
+    @property
+    def node_bytes(self) -> dict[int, int]:
+        """By NUMA node, how many bytes lie there; empty where nobody chose."""
+        found: dict[int, int] = {}
+        for region in self.regions:
+            found[region.numa_node] = found.get(region.numa_node, 0) + region.nbytes
+        return found
+
     def largest_free_without(self, extents: Collection[Extent]) -> int:
         """Bytes of the largest extent that would fit if these were released."""
         largest = end = 0
@@ -57,6 +74,42 @@ class Arena:
                 largest = max(largest, extent.offset - end)
                 end = align(extent.end)
         return max(largest, self._extents.capacity_bytes - end)
+
+    def place(self, regions: Sequence[Region]) -> None:
+        """Have each region's pages come from its node's memory, as far as there is some; before `prefault`.
+
+        Args:
+            regions: cover the arena, in ascending order.
+
+        Raises:
+            ResourceError: the kernel refuses; pages then come from wherever it likes.
+        """
+        try:
+            for region in regions:
+                numa.prefer(self.address + region.offset, region.nbytes, region.numa_node)
+        except ResourceError:
+            with contextlib.suppress(ResourceError):  # the first refusal is the one to tell
+                numa.forget(self.address, self.nbytes)
+            raise
+        self.regions = tuple(regions)
+
+    def settle(self) -> int:
+        """After `prefault`: look where the first page of each region lies, and have ``regions`` say so. Blocking.
+
+        Returns:
+            Bytes of regions that lie elsewhere than `place` was told, since memory was short there.
+        """
+        with contextlib.suppress(ResourceError):  # what cannot be asked is believed
+            found = [numa.node_of(self.address + region.offset) for region in self.regions]
+            there = tuple(
+                Region(region.offset, region.nbytes, node) for region, node in zip(self.regions, found, strict=True)
+            )
+            strayed = [region for region, was in zip(there, self.regions, strict=True) if region != was]
+            self.regions = there
+            if self._populated:  # nothing is left to place, and one mapping is easier to page-lock than thousands
+                numa.forget(self.address, self.nbytes)
+            return sum(region.nbytes for region in strayed)
+        return 0
 
     async def prefault(self, threads: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Have the kernel provide every page, several ranges at a time, off the loop.
@@ -76,7 +129,8 @@ class Arena:
         async def fault() -> None:
             for offset in offsets:  # shared: each takes the next one that nobody has
                 nbytes = min(PREFAULT_BYTES, self.nbytes - offset)
-                await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
+                there = await loop.run_in_executor(pool, self._memory.prefault, offset, nbytes)
+                self._populated &= there
                 self.prefaulted_bytes += nbytes
                 progress(self.prefaulted_bytes, self.nbytes)
 

@@ -24,6 +24,10 @@ def arena_status(arena: Arena) -> dict[str, Any]:
         "free_bytes": arena.free_bytes,
         "largest_free_bytes": arena.largest_free_bytes,
         "prefaulted": arena.prefaulted_bytes == arena.nbytes,
+        "numa": {
+            "node_bytes": {str(node): nbytes for node, nbytes in sorted(arena.node_bytes.items())},
+            "reason": arena.unplaced,
+        },
     }
 
 

@@ -42,7 +42,8 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
     Keys of the JSON object (sizes in bytes, times in seconds):
       daemon     version, node, pid, generation, uptime_seconds, protocol, endpoints
       readiness  ready, reasons: [code, engine, message], warnings: [code, message]
-      arena      size_bytes, free_bytes, largest_free_bytes, prefaulted
+      arena      size_bytes, free_bytes, largest_free_bytes, prefaulted,
+                 numa: node_bytes by NUMA node, or the reason why nobody placed it
       device     kind, gpus: [uuid, slots, slot_bytes]
       versions   [model, run, number, state, nbytes, tensors, ranks_sealed, world_size,
                  age_seconds, error]

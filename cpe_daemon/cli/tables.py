@@ -84,7 +84,7 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
         (
             "arena",
             f"{bytes_text(arena.get('free_bytes'))} free of {bytes_text(arena.get('size_bytes'))}"
-            f" (largest run {bytes_text(arena.get('largest_free_bytes'))}){prefault}",
+            f" (largest run {bytes_text(arena.get('largest_free_bytes'))}){prefault}{_numa_text(arena)}",
         ),
         ("push", push_text(status)),
         ("device", f"{plain_text(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
@@ -93,6 +93,11 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
     ):
         grid.add_row(Text(name, style="bold"), Text(value))
     return grid
+
+
+def _numa_text(arena: Mapping[str, Any]) -> str:
+    nodes = [plain_text(node) for node in section(section(arena, "numa"), "node_bytes")]
+    return f", striped over NUMA nodes {', '.join(nodes)}" if nodes else ""
 
 
 def table(title: str, rows: Iterable[Mapping[str, Any]], columns: Columns, *, fold: bool = True) -> RenderableType:

@@ -47,6 +47,11 @@ def _slots(value: object) -> object:
 
 
 class ArenaConfig(Section):
+def _off(value: object) -> object:
+    """Take what YAML makes of a bare off for the word."""
+    return "off" if value is False else value
+
+
     """The arena: the host memory that holds every version on this node."""
 
     size_bytes: Bytes = Field(
@@ -65,6 +70,12 @@ class ArenaConfig(Section):
     )
 
     @property
+    numa: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
+        default="auto",
+        description="cuda: auto stripes the arena over the NUMA nodes that GPUs are beside, if there are several, so "
+        "that each pulls its part of a version from memory near to it. off: pages lie wherever the kernel puts them.",
+    )
+
     def prefault_thread_count(self) -> int:
         """Threads to start: ``prefault_threads``, with 0 resolved for this process's cores."""
         return self.prefault_threads or min(8, len(os.sched_getaffinity(0)))

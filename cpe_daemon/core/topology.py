@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -84,9 +84,8 @@ class Topology:
         if at >= 0 and end <= self._offsets[at] + self.regions[at].nbytes:
             return [(address, self.regions[at].numa_node)]
         found: list[tuple[int, int | None]] = []
-        for offset, region_bytes, node in self.regions[max(0, at) :]:
-            if offset >= end:
-                break
+        for index in range(max(0, at), bisect_left(self._offsets, end)):
+            offset, region_bytes, node = self.regions[index]
             if offset > address:
                 found.append((address, None))
                 address = offset
@@ -168,8 +167,8 @@ def _blocks(nbytes: int, sources: Iterable[Source]) -> Iterator[tuple[int, int, 
 def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
     """Join neighbours of one GPU."""
     joined: list[Share] = []
-    for start, end, gpu in shares:
-        if joined and joined[-1].gpu == gpu:
-            start = joined.pop().start
-        joined.append(Share(start, end, gpu))
+    for share in shares:
+        if joined and joined[-1].gpu == share.gpu:
+            share = Share(joined.pop().start, share.end, share.gpu)
+        joined.append(share)
     return tuple(joined)

@@ -26,6 +26,7 @@ from cpe_daemon.daemon.drain import Drain
 from cpe_daemon.daemon.front import Front, io_threads
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
+from cpe_daemon.daemon.striping import place, settle
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.cuda.device import CudaDevice
 from cpe_daemon.devices.device import Device
@@ -168,7 +169,10 @@ class Daemon:
         """
         await self._front.load_keys()
         self._listen()
-        await self.arena.prefault(self._config.arena.prefault_thread_count, partial(progress, "prefaulting the arena"))
+        settings = self._config.arena
+        await asyncio.to_thread(place, settings.numa, self.arena, self.device)
+        await self.arena.prefault(settings.prefault_thread_count, partial(progress, "prefaulting the arena"))
+        await asyncio.to_thread(settle, self.arena, self.device)
         await self.device.open(partial(progress, "pinning the arena"))
         self.trainers.connect(self._front)
         self.operations.connect(self._front)

@@ -104,8 +104,11 @@ class SharedMemory:
         except OSError as error:
             raise ConfigError(f"cannot keep other processes from writing to shared memory: {error}") from None
 
-    def prefault(self, offset: int, nbytes: int) -> None:
+    def prefault(self, offset: int, nbytes: int) -> bool:
         """Have the kernel provide the pages of a range now: a first touch later costs ten times a warm copy. Blocking.
+
+        Returns:
+            Whether they are there; on a kernel before 5.14 they come at first touch.
 
         Raises:
             ResourceError: there is not enough memory.
@@ -113,8 +116,10 @@ class SharedMemory:
         start = ctypes.c_void_p(self.address + offset)
         if nbytes and _libc.madvise(start, ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE) != 0:
             code = ctypes.get_errno()
-            if code != errno.EINVAL:  # a kernel before 5.14: pages come at first touch
+            if code != errno.EINVAL:
                 raise ResourceError(f"cannot provide {nbytes} bytes of memory: {os.strerror(code)}")
+            return False
+        return True
 
     def close(self) -> None:
         """Unmap and close, once. Views that others still hold keep the mapping until they are gone."""

@@ -159,7 +159,7 @@ class ShmDevice:
             copy(base + item.slot_offset, self._slot(item.gpu, slot) + item.slot_offset, item.nbytes)
 
 
-async def _run(executor: Executor, work: Callable[..., None], *arguments: object) -> None:
+async def _run(executor: Executor, work: Callable[..., object], *arguments: object) -> None:
     """Run copies in a thread. When cancelled, end only once they have: their slot may be filled anew after that."""
     copying = executor.submit(work, *arguments)
     copied = asyncio.wrap_future(copying)
