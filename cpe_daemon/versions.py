@@ -109,12 +109,16 @@ class Catalogue:
         clock: seconds, monotonic.
         automatic: whether a staged version is pushed by itself. Otherwise it waits to be asked for, until a newer one
             of its model is staged and waits in its place.
+        supersede: whether one that is to be pushed by itself, and has not been yet, is given up for a newer one too.
     """
 
-    def __init__(self, arena: Arena, *, retain: int, clock: Callable[[], float], automatic: bool = True) -> None:
+    def __init__(
+        self, arena: Arena, *, retain: int, clock: Callable[[], float], automatic: bool = True, supersede: bool = False
+    ) -> None:
         self._arena = arena
         self._retain = retain
         self._automatic = automatic
+        self._supersede = supersede
         self._clock = clock
         self._versions: dict[VersionId, Version] = {}
         self._gone: list[Version] = []
@@ -256,14 +260,15 @@ class Catalogue:
         self._supersede_waiting(version.id.model)
 
     def _supersede_waiting(self, model: str) -> None:
-        """Give up all versions that wait to be asked for but the newest: nobody would ask for them any more."""
-        if self._automatic:
+        """Give up all versions that wait but the newest, unless each is to be pushed in its turn."""
+        if self._automatic and not self._supersede:
             return
         waiting = [v for v in self._versions.values() if v.id.model == model and v.state is VersionState.STAGED]
         *older, newest = sorted(waiting, key=lambda version: version.staged_at)
         for version in older:
             with self._changing(version, VersionEvent.SUPERSEDE):
-                version.error = PublishError(f"{version.id} was superseded by {newest.id} before anybody pushed it")
+                before = "its turn came (push.newer: supersede)" if self._automatic else "anybody pushed it"
+                version.error = PublishError(f"{version.id} was superseded by {newest.id} before {before}")
 
     def go_live(self, version: Version, report: VersionReport) -> None:
         """The engines serve it; the version that was live is retained as far as the policy says.

@@ -13,10 +13,12 @@ from cpe_daemon.cli.failures import FailingGroup, debug_option
 from cpe_daemon.cli.keys import keys_command
 from cpe_daemon.cli.publish import publish_command
 from cpe_daemon.cli.push import push_command
+from cpe_daemon.cli.rollback import rollback_command
 from cpe_daemon.cli.serve import serve_command
 from cpe_daemon.cli.settings import config_command
 from cpe_daemon.cli.status import status_command
 from cpe_daemon.cli.version import version_command
+from cpe_daemon.cli.wait import wait_command
 
 _EPILOG = """\b
 Try it, without a GPU:
@@ -30,6 +32,8 @@ On an inference node:
   cpe serve --config cpe.yaml
   cpe status --watch
   cpe push policy                      a version that waits, or the live one again
+  cpe rollback policy                  the version that was live before
+  cpe wait policy --version 12         until it is live
 
 \b
 From a trainer's side:
@@ -76,6 +80,8 @@ for command in (
     doctor_command,
     publish_command,
     push_command,
+    rollback_command,
+    wait_command,
     status_command,
     engine_command,
     keys_command,

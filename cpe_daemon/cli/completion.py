@@ -86,6 +86,24 @@ def _versions(context: click.Context) -> Iterable[str]:
     return [*models, *(f"{version['model']}@{version['run']}#{version['number']}" for version in held)]
 
 
+def _retained(context: click.Context) -> Iterable[Mapping[str, Any]]:
+    return (version for version in _status(context)["versions"] if version["state"] == "retained")
+
+
+def _retained_models(context: click.Context) -> Iterable[str]:
+    retained = list(_retained(context))
+    return [*(str(version["model"]) for version in retained), *(f"{v['model']}@{v['run']}" for v in retained)]
+
+
+def _retained_numbers(context: click.Context) -> Iterable[str]:
+    model = str(context.params.get("model") or next(iter(context.args), ""))  # before an option without a value: there
+    return (
+        str(version["number"])
+        for version in _retained(context)
+        if model in ("", version["model"], f"{version['model']}@{version['run']}")
+    )
+
+
 def _kinds(_context: click.Context) -> Iterable[str]:
     from importlib.metadata import entry_points
 
@@ -102,6 +120,12 @@ complete_models: Final = _completing(_models)
 
 complete_versions: Final = _completing(_versions)
 """The versions that could be pushed, and their models."""
+
+complete_retained_models: Final = _completing(_retained_models)
+"""The models that could be rolled back, and their runs."""
+
+complete_retained_numbers: Final = _completing(_retained_numbers)
+"""The versions of the model that was named which could be rolled back to."""
 
 complete_kinds: Final = _completing(_kinds)
 """The kinds of engines that have a plugin here."""

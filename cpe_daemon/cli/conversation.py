@@ -31,27 +31,35 @@ class DaemonAddress:
     credentials: Credentials | None = None
 
 
+def daemon_options_by(endpoint_option: str) -> Callable[[F], F]:
+    """Give a command the options of `daemon_options`, with another name for the one that takes an endpoint."""
+
+    def give(command: F) -> F:
+        @click.option(endpoint_option, "to", metavar="ENDPOINT", help="Talk to the daemon at this endpoint.")
+        @LOCAL_DAEMON
+        @KEY
+        @SERVER_KEY
+        @functools.wraps(command)
+        def with_daemon(
+            *arguments: Any,
+            to: str | None,
+            runtime_dir: Path | None,
+            key: Path | None,
+            server_key: str | None,
+            **options: Any,
+        ) -> Any:
+            endpoint = to or front_endpoint(runtime_dir)
+            address = DaemonAddress(endpoint, credentials_for(endpoint, key, server_key))
+            return command(*arguments, daemon=address, **options)
+
+        return cast("F", with_daemon)
+
+    return give
+
+
 def daemon_options(command: F) -> F:
     """Give a command --to, --runtime-dir and keys, and with them the argument ``daemon``, a `DaemonAddress`."""
-
-    @click.option("--to", metavar="ENDPOINT", help="Talk to the daemon at this endpoint.")
-    @LOCAL_DAEMON
-    @KEY
-    @SERVER_KEY
-    @functools.wraps(command)
-    def with_daemon(
-        *arguments: Any,
-        to: str | None,
-        runtime_dir: Path | None,
-        key: Path | None,
-        server_key: str | None,
-        **options: Any,
-    ) -> Any:
-        endpoint = to or front_endpoint(runtime_dir)
-        address = DaemonAddress(endpoint, credentials_for(endpoint, key, server_key))
-        return command(*arguments, daemon=address, **options)
-
-    return cast("F", with_daemon)
+    return daemon_options_by("--to")(command)
 
 
 def timeout_option(default: float, what: str) -> Callable[[F], F]:

@@ -17,7 +17,7 @@ from cpe_daemon.cli.failures import debug_option
 from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
 
 if TYPE_CHECKING:
-    from cpe_daemon.wire.messages import PushRequest
+    from cpe_daemon.wire.messages import PushRequest, RollbackRequest
     from cpe_daemon.wire.reports import VersionReport
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -61,13 +61,14 @@ def push_command(version: str, engines: tuple[str, ...], daemon: DaemonAddress, 
       updated   serves the version              failed   in doubt, and paused
       current   held it already                 lost     a worker of it ended
       kept      serves what it held before      absent   workers of it are not attached
+      taken back  serves what it held before, for others had failed (push.partial: rollback)
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.wire.messages import PushRequest
 
     request = PushRequest(*_parsed(version), engines)
-    with Conversation(daemon) as conversation, _spinner() as show:
+    with Conversation(daemon) as conversation, spinner() as show:
         report = await_report(conversation, request, timeout, show)
-    _print(report, as_json=as_json)
+    print_report(report, as_json=as_json)
 
 
 def _parsed(version: str) -> tuple[str, str, int]:
@@ -80,7 +81,9 @@ def _parsed(version: str) -> tuple[str, str, int]:
     return found["model"], found["run"] or "", int(found["number"] or -1)
 
 
-def await_report(conversation: Conversation, request: PushRequest, timeout: float, show: Show) -> VersionReport:
+def await_report(
+    conversation: Conversation, request: PushRequest | RollbackRequest, timeout: float, show: Show
+) -> VersionReport:
     """Ask for a push, and return what came of it. Meanwhile ``show`` is told how far it is.
 
     Raises:
@@ -113,7 +116,7 @@ def await_report(conversation: Conversation, request: PushRequest, timeout: floa
 
 
 @contextlib.contextmanager
-def _spinner() -> Iterator[Show]:
+def spinner() -> Iterator[Show]:
     """Show how far the daemon is on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.text import Text
@@ -128,7 +131,12 @@ def _spinner() -> Iterator[Show]:
         yield lambda status: line.update(Text(push_text(status)))
 
 
-def _print(report: VersionReport, *, as_json: bool) -> None:
+def print_report(report: VersionReport, *, as_json: bool) -> None:
+    """Print what a push did.
+
+    Raises:
+        EngineError: the version is not in every engine; names those, and why.
+    """
     from cpe_daemon.cli.text import plain_struct, plain_text
     from cpe_daemon.wire.reports import engine_lines, size_text
 
@@ -141,7 +149,9 @@ def _print(report: VersionReport, *, as_json: bool) -> None:
         )
         for line in engine_lines(report.engines):
             click.echo(plain_text(line))
-    if not report.engines:
+    if report.note:
+        click.echo(f"note: {report.note}", err=True)
+    elif not report.engines:
         model = report.version.model
         click.echo(f"note: no engine of {model} is attached; the first that attaches gets it", err=True)
     if behind:

@@ -28,6 +28,7 @@ from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.daemon.striping import place, settle
 from cpe_daemon.devices.copypool import CopyPool
+from cpe_daemon.daemon.waiting import Waiting
 from cpe_daemon.devices.cuda.device import CudaDevice
 from cpe_daemon.devices.device import Device
 from cpe_daemon.devices.shm import ShmDevice
@@ -71,7 +72,11 @@ class Daemon:
         runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
         self.arena = Arena(config.arena.size_bytes)
         self.catalogue = Catalogue(
-            self.arena, retain=config.retention.versions, clock=time.monotonic, automatic=config.push.automatic
+            self.arena,
+            retain=config.retention.versions,
+            clock=time.monotonic,
+            automatic=config.push.automatic,
+            supersede=config.push.newer == "supersede",
         )
         self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
         self.device = _device(config.device, self.arena, self.handoff)
@@ -120,7 +125,12 @@ class Daemon:
             metrics=self.metrics,
             clock=time.monotonic,
         )
-        self.operations = Operations(pusher=self.pusher, registry=self.registry, tasks=tasks)
+        self.recovery.connect(self.catalogue, self.registry, self.pusher)
+        self.ingest.examine = self.pusher.compatibility.examine
+        self.operations = Operations(
+            pusher=self.pusher, registry=self.registry, tasks=tasks, session=self.trainers.session
+        )
+        self.waiting = Waiting(self.catalogue, session=self.trainers.session, automatic=config.push.automatic)
         self.accounts = Accounts(
             config=config,
             generation=self.generation,
@@ -140,7 +150,12 @@ class Daemon:
         self._front = Front(
             config,
             self._context,
-            handlers={**self.trainers.handlers(), **self.ingest.handlers(), **self.operations.handlers()},
+            handlers={
+                **self.trainers.handlers(),
+                **self.ingest.handlers(),
+                **self.operations.handlers(),
+                **self.waiting.handlers(),
+            },
             status=self.accounts.status,
             trainers=self.trainers,
             operations=self.operations,
@@ -180,6 +195,7 @@ class Daemon:
         runtime = self._config.runtime_dir
         self.accounts.endpoints += self._front.open(self._spawn)
         self.accounts.routers = (*self._front.routers, self._engines)
+        self.waiting.connect(self._front)
         self.accounts.endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
         self.handoff.start()
         self._front.start()
@@ -230,6 +246,7 @@ class Daemon:
         await asyncio.to_thread(self._context.term)
         self.handoff.close()  # after the last messages: a client that sees its tether cut listens no more
         await asyncio.to_thread(self._pool.shutdown)
+        self.waiting.close()
         await self.device.close()
         await asyncio.to_thread(self.arena.close)  # minutes, for some terabytes
         log.info("daemon.stopped")

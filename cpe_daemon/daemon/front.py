@@ -24,7 +24,7 @@ from cpe_daemon.links.curve import Curve
 from cpe_daemon.links.identity import is_keyed
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES, encode
-from cpe_daemon.wire.messages import FrontMessage, Message, PushRequest, StatusReply, StatusRequest, TrainerHello
+from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusRequest, TrainerHello
 
 log = structlog.get_logger(__name__)
 
@@ -192,9 +192,9 @@ class Front:
                 reason = "its key was revoked, or is no trainer's any more"
                 for peer in self._trainers.drop(lambda peer: not curve.access.may(peer, TrainerHello), reason):
                     self._router_of(peer).refuse(peer, AccessError(f"this trainer's session has ended: {reason}"))
-                for peer in self._operations.drop_pushes(lambda peer: not curve.access.may(peer, PushRequest)):
+                for peer in self._operations.drop_pushes(curve.access.may):
                     error = AccessError(
-                        "this push is not waited for: its key was revoked, or is no operator's any more"
+                        "this push is not waited for: its key was revoked, or lacks the role for it by now"
                     )
                     self._router_of(peer).refuse(peer, error)
 

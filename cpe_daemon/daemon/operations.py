@@ -1,4 +1,6 @@
-"""What operators ask the daemon to do: push a version, expect an engine, forget one.
+"""What operators ask the daemon to do: push a version, roll one back, expect an engine, forget one.
+
+Trainers may have their own model rolled back.
 
 Each request is carried out by a task of its own and answered when it is done. How many there may be at a time is
 bounded: a script in a loop must not fill the daemon with work that nobody waits for.
@@ -15,9 +17,11 @@ from structlog.typing import FilteringBoundLogger as BoundLogger
 
 from cpe_daemon.engines.expected import check_fit
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import BusyError, CpeError, MisuseError
+from cpe_daemon.errors import BusyError, CpeError, MisuseError, ProtocolError
+from cpe_daemon.ingest.session import Session
 from cpe_daemon.links.router import Handler
 from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.push.rollback import Rollback
 from cpe_daemon.wire.messages import (
     Done,
     EngineAdd,
@@ -26,12 +30,16 @@ from cpe_daemon.wire.messages import (
     Message,
     PushReply,
     PushRequest,
+    RollbackRequest,
+    TrainerRollback,
 )
-from cpe_daemon.wire.reports import ErrorInfo
+from cpe_daemon.wire.reports import ErrorInfo, VersionReport
 
 log = structlog.get_logger(__name__)
 
-R = TypeVar("R", PushRequest, EngineAdd, EngineRemove)
+R = TypeVar("R", PushRequest, RollbackRequest, TrainerRollback, EngineAdd, EngineRemove)
+
+_PUSHES: Final = (PushRequest, RollbackRequest, TrainerRollback)
 
 MAX_REQUESTS: Final = 8
 """At a time."""
@@ -58,10 +66,19 @@ class Operations:
         pusher: carries out pushes, in turn with those that nobody asked for.
         registry: of the engines, those that are expected included.
         tasks: owns the requests.
+        session: a trainer's link, by its routing id; raises if there is none.
     """
 
-    def __init__(self, *, pusher: Pusher, registry: Registry, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self,
+        *,
+        pusher: Pusher,
+        registry: Registry,
+        tasks: asyncio.TaskGroup,
+        session: Callable[[bytes], Session] | None = None,
+    ) -> None:
         self._pusher = pusher
+        self._session = session or _nobody
         self._registry = registry
         self._tasks = tasks
         self._running: dict[asyncio.Task[None], tuple[bytes, type[Message]]] = {}
@@ -69,7 +86,13 @@ class Operations:
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
-        return {PushRequest: self._on_push, EngineAdd: self._on_add, EngineRemove: self._on_remove}
+        return {
+            PushRequest: self._on_push,
+            RollbackRequest: self._on_rollback,
+            TrainerRollback: self._on_trainer_rollback,
+            EngineAdd: self._on_add,
+            EngineRemove: self._on_remove,
+        }
 
     def connect(self, sender: Sender) -> None:
         """Answer through ``sender`` from now on."""
@@ -80,13 +103,17 @@ class Operations:
         for task in self._running:
             task.cancel()
 
-    def drop_pushes(self, gone: Callable[[bytes], bool]) -> list[bytes]:
-        """Carry out no more pushes of operators who are ``gone``, and return these; a push in flight goes on."""
-        found = {task: peer for task, (peer, kind) in self._running.items() if kind is PushRequest and gone(peer)}
-        for task, peer in found.items():
-            log.warning("operator.dropped", client=self._client(peer), request=PushRequest.__name__)
+    def drop_pushes(self, may: Callable[[bytes, type[Message]], bool]) -> list[bytes]:
+        """Carry out no more pushes of those who may not ask for them now, and return these; one in flight goes on."""
+        found = {
+            task: (peer, kind)
+            for task, (peer, kind) in self._running.items()
+            if kind in _PUSHES and not may(peer, kind)
+        }
+        for task, (peer, kind) in found.items():
+            log.warning("operator.dropped", client=self._client(peer), request=kind.__name__)
             task.cancel()
-        return list(found.values())
+        return [peer for peer, _ in found.values()]
 
     def _client(self, peer: bytes) -> str:
         return self._sender.client(peer) if self._sender is not None else ""
@@ -95,6 +122,18 @@ class Operations:
         if len(request.engines) > _MAX_NAMES:
             raise MisuseError(f"{len(request.engines)} engines are named; at most {_MAX_NAMES} are taken")
         self._begin(peer, request, self._push)
+
+    def _on_rollback(self, peer: bytes, request: RollbackRequest, _: object) -> None:
+        self._begin(peer, request, self._roll_back)
+
+    def _on_trainer_rollback(self, peer: bytes, request: TrainerRollback, _: object) -> None:
+        model = self._session(peer).hello.model
+
+        async def roll_back(request: TrainerRollback, client: str) -> PushReply:
+            wanted = Rollback(model, request.run, request.number, "trainer")
+            return PushReply(await self._rolled_back(wanted, client), request.stream)
+
+        self._begin(peer, request, roll_back)
 
     def _on_add(self, peer: bytes, request: EngineAdd, _: object) -> None:
         self._begin(peer, request, self._expect)
@@ -116,24 +155,25 @@ class Operations:
             )
         client, kind = self._client(peer), type(request)
         said = log.bind(client=client, request=kind.__name__)
-        task = self._tasks.create_task(self._carry_out(peer, said, work(request, client)))
+        stream = getattr(request, "stream", 0)
+        task = self._tasks.create_task(self._carry_out(peer, stream, said, work(request, client)))
         self._running[task] = peer, kind
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
 
-    async def _carry_out(self, peer: bytes, said: BoundLogger, work: Coroutine[Any, Any, Message]) -> None:
+    async def _carry_out(self, peer: bytes, stream: int, said: BoundLogger, work: Coroutine[Any, Any, Message]) -> None:
         answer: Message
         try:
             answer = await work
         except CpeError as error:
             said.info("operator.refused", code=error.code, error=error.message)
-            answer = ErrorReply(ErrorInfo(error.code, error.message))
+            answer = ErrorReply(ErrorInfo(error.code, error.message), stream)
         except Exception as error:  # task boundary: what one operator asks for must not end the daemon
             said.exception("operator.failed")
             reason = f"{type(error).__name__} in the daemon, whose log has more"
-            answer = ErrorReply(ErrorInfo(CpeError.code, reason))
+            answer = ErrorReply(ErrorInfo(CpeError.code, reason), stream)
         if (task := asyncio.current_task()) is not None:
             self._ended(task)  # before it is answered: whoever reads that may ask the next thing
         if self._sender is None or not self._sender.send(peer, answer):
@@ -149,6 +189,20 @@ class Operations:
             engines=request.engines,
         )
         return PushReply(await self._pusher.request(request))
+
+    async def _roll_back(self, request: RollbackRequest, client: str) -> PushReply:
+        return PushReply(await self._rolled_back(Rollback(request.model, request.run, request.number), client))
+
+    async def _rolled_back(self, wanted: Rollback, client: str) -> VersionReport:
+        log.info(
+            "operator.rollback",
+            client=client,
+            model=wanted.model,
+            run=wanted.run,
+            number=wanted.number,
+            cause=wanted.cause,
+        )
+        return await self._pusher.request(wanted)
 
     async def _expect(self, request: EngineAdd, client: str) -> Done:
         """Count on an engine from now on, after a restart too.
@@ -193,3 +247,12 @@ class Operations:
         if self._registry.find(name) is not None:
             return Done(f"engine {name!r} is expected no longer; it is attached, and gets versions until it is stopped")
         return Done(f"engine {name!r} is forgotten")
+
+
+def _nobody(_: bytes) -> Session:
+    """No trainer is known.
+
+    Raises:
+        ProtocolError: always.
+    """
+    raise ProtocolError("say hello first")

@@ -297,7 +297,13 @@ class FakeNode:
         self.device = StillDevice(gpus)
         self.ties = Ties()
         self.metrics = Metrics()
-        self.catalogue = Catalogue(self.arena, retain=retain, clock=self.clock, automatic=automatic)
+        self.catalogue = Catalogue(
+            self.arena,
+            retain=retain,
+            clock=self.clock,
+            automatic=automatic,
+            supersede=self.config.push.newer == "supersede",
+        )
         self.workers: dict[bytes, FakeWorker] = {}
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
         push: dict[str, str] | None = None,
