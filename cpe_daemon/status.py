@@ -91,7 +91,7 @@ def states(registry: Registry) -> dict[str, int]:
     """How many engines are in each state; of one that is expected and not here, nothing is known."""
     counts: dict[str, int] = {EngineState.UNKNOWN: len(registry.absent)}
     for engine in registry:
-        counts[engine.state] = counts.get(engine.state, 0) + 1
+        counts[engine.condition] = counts.get(engine.condition, 0) + 1
     return counts
 
 
@@ -101,7 +101,7 @@ def _engine_status(engine: Engine, spec: EngineSpec | None) -> dict[str, Any]:
         "engine": engine.name,
         "model": engine.serves,
         "kind": engine.kind,
-        "state": str(engine.state),
+        "state": engine.condition,
         "ready": engine.ready,
         "expected": spec is not None,
         "url": spec.url if spec is not None else "",

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import structs
@@ -31,13 +31,18 @@ from cpe_daemon.wire.messages import (
     Resume,
     StepDone,
     StepFailed,
+    Wake,
     WorkerBye,
     WorkerCommand,
     WorkerHello,
+    WorkerState,
     WorkerWelcome,
 )
 from cpe_daemon.wire.reports import ErrorInfo
-from inference_plugins.steps import Answer, Loader, Step, Steps
+from inference_plugins.errands import Errands
+from inference_plugins.holding import Holding
+from inference_plugins.loader import Loader
+from inference_plugins.steps import Answer, Step, Steps
 
 log: Final = logging.getLogger(__name__)
 
@@ -68,8 +73,8 @@ class Receiver:
         """By which either side learns at once that the other is gone."""
         self._welcome: WorkerWelcome | None = None
         self._steps = Steps(loader)
-        self._held = False
-        """Whether the daemon said that what the engine holds must not be served, and has not resumed it since."""
+        self._holding = Holding(loader)
+        self._errands = Errands(self.wake)
         self._heard = 0.0
         self._unanswered = 0
         """Pongs that the daemon owes."""
@@ -99,6 +104,8 @@ class Receiver:
     def run(self, stopped: threading.Event) -> None:
         """Serve the daemon until ``stopped`` is set and `wake` was called; attach anew whenever it was restarted."""
         while not stopped.is_set():
+            if not self._steps.under_way:
+                self._errands.run()
             if not self.attached:
                 self._say_hello(_HELLO_EVERY_SECONDS)
                 continue
@@ -107,6 +114,8 @@ class Receiver:
                 self._dealer.send(Ping(), timeout=interval)
                 self._unanswered += 1
                 self._listen(interval)
+                if not self._steps.under_way:
+                    self._holding.keep(interval)
             except CpeError as error:
                 self._lose(str(error))
             if self._cut:
@@ -117,6 +126,22 @@ class Receiver:
     def wake(self) -> None:
         """Make `run` look at its stop event; callable from any thread."""
         self._dealer.wake()
+
+    def sleep(self, seconds: float) -> None:
+        """Have the engine sleep: it serves no more, has no slots open, and says so. From any other thread than `run`'s.
+
+        Raises:
+            DeadlineError: a round or a forward pass did not end within ``seconds``; it is awake.
+        """
+        self._errands.do(self._fall_asleep, seconds)
+
+    def wake_up(self, seconds: float, *, kept: bool) -> None:
+        """The engine has its memory again, ``kept``: with its weights. It serves when the daemon has seen to that.
+
+        Raises:
+            DeadlineError: the receiver's thread did not get to it within ``seconds``.
+        """
+        self._errands.do(lambda _: self._be_awake(kept=kept), seconds)
 
     def close(self) -> None:
         """Detach for good; the engine keeps the weights that it has."""
@@ -133,7 +158,9 @@ class Receiver:
         All that time is spent on waiting, whatever comes: hellos in quick succession overtake one another's welcomes,
         each of which the next one makes void.
         """
-        hello = structs.replace(self._hello, content=self._loader.content, touched=self._loader.touched)
+        loader = self._loader
+        hello = structs.replace(self._hello, content=loader.content, touched=loader.touched, asleep=loader.asleep)
+        hello = structs.replace(hello, digest=self._steps.digest)
         deadline = time.monotonic() + seconds
         refused: CpeError | None = None
         try:
@@ -173,27 +200,47 @@ class Receiver:
         fd, self._tether = claim(welcome.handoff, welcome.tether)
         os.close(fd)
         self._welcome = welcome
-        self._steps = Steps(self._loader)  # rounds are counted anew by each daemon
+        self._steps = Steps(self._loader, self._steps.loaded)  # rounds are counted anew by each daemon
         self._unanswered = 0
-        self._held = welcome.hold
+        self._holding.held = welcome.hold or self._loader.asleep
         if welcome.hold:
-            self._try("pause", lambda: self._loader.pause(_HELLO_EVERY_SECONDS))  # an update comes with its own pause
-        elif not self._loader.touched and self._hello.world_size == 1:
-            self._try("resume", self._loader.resume)  # several ranks are resumed when they all are here, and agree
+            self._holding.begin(_HELLO_EVERY_SECONDS)
+        elif self._hello.world_size == 1:  # several ranks are resumed when they all are here, and agree
+            self._holding.let_serve()
         log.info(
             "attached to the daemon at %s%s",
             self.endpoint,
             ", awaiting the live version" if welcome.hold else "",
         )
 
-    def _try(self, what: str, work: Callable[[], None]) -> None:
-        """Have the engine do something that the daemon does not await an answer to."""
+    # --- sleep -------------------------------------------------------------------------------------------------------
+
+    def _fall_asleep(self, seconds: float) -> None:
+        if not self._loader.asleep:
+            self._loader.sleep(seconds)
+            self._holding.held = True
+            self._close_slots()
+            self._say_state()
+
+    def _be_awake(self, *, kept: bool) -> None:
+        if self._loader.asleep:
+            self._loader.wake_up(kept=kept)
+            self._say_state()
+
+    def _say_state(self) -> None:
+        """Tell the daemon; one that is away hears it in the next hello."""
+        if not self.attached:
+            return
         try:
-            work()
-        except CpeError as error:
-            log.warning("the engine did not %s: %s", what, error)
-        except Exception:  # task boundary: what the engine raises must not end the link, its only way back
-            log.exception("the engine could not %s", what)
+            loader = self._loader
+            self._dealer.send(WorkerState(loader.asleep, loader.content, loader.touched, self._steps.digest))
+        except PeerLostError as error:
+            self._lose(str(error))
+
+    def _wake(self) -> None:
+        if self._loader.asleep:
+            self._loader.rouse()
+            self._be_awake(kept=False)
 
     def _lose(self, reason: str) -> None:
         """The daemon is gone: an engine that was serving serves on, unless it is touched.
@@ -214,14 +261,16 @@ class Receiver:
     def _let_go(self) -> None:
         self._welcome = None
         self._steps.forget()
+        self._steps.under_way = False
         self._close_link()
-        if not self._loader.touched and not self._held:
-            self._try("resume", self._loader.resume)
+        self._holding.let_serve()
 
     def _listen(self, seconds: float) -> None:
-        """Carry out what the daemon asks for, for ``seconds``."""
+        """Carry out what the daemon asks for, for ``seconds``, or until there is an errand and no round."""
         deadline = time.monotonic() + seconds
         while self.attached and (left := deadline - time.monotonic()) > 0:
+            if self._errands.due and not self._steps.under_way:
+                return
             message = self._receive(0.0 if self._steps.loading else left)
             if message is None and self._steps.loading:
                 self._answer(self._steps.settle(1))
@@ -274,12 +323,12 @@ class Receiver:
     def _carry_out(self, step: Message) -> None:
         """Do a step, and answer, to buckets that have been loaded meanwhile as well."""
         answers: list[Answer] = []
-        if isinstance(step, OpenSlots | CloseSlots):
-            answers = [*self._steps.settle_all(), self._change_slots(step)]
+        if isinstance(step, OpenSlots | CloseSlots | Wake):
+            answers = [*self._steps.settle_all(), self._do(step)]
         elif isinstance(step, Step):
             answers = self._steps.carry_out(step, self._slots)
         if isinstance(step, Resume) and isinstance(answers[-1], StepDone):
-            self._held = False
+            self._holding.held = False
         self._answer(answers)
 
     def _answer(self, answers: Sequence[Answer]) -> None:
@@ -288,18 +337,27 @@ class Receiver:
         for answer in answers:
             self._dealer.send(answer)
 
-    def _change_slots(self, step: OpenSlots | CloseSlots) -> Answer:
-        """Close the slots that are open, and open others if there are to be some."""
+    def _do(self, step: OpenSlots | CloseSlots | Wake) -> Answer:
+        """Do a step that is not of a round."""
         name, began = str(step.__struct_config__.tag), time.monotonic()
         try:
-            self._close_slots()
-            if isinstance(step, OpenSlots) and self._welcome is not None:
-                self._slots = open_slots(step.slots, self._welcome.handoff)
-                if step.folds:
-                    self._steps.warm_up(self._slots)
+            if isinstance(step, Wake):
+                self._wake()
+            else:
+                self._change_slots(step)
         except CpeError as error:
             return StepFailed(step.round, name, ErrorInfo(error.code, error.message))
         except Exception as error:  # task boundary: a GPU's failure is told, and does not end the link
             log.exception("%s failed", name)
             return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"))
         return StepDone(step.round, name, seconds=time.monotonic() - began)
+
+    def _change_slots(self, step: OpenSlots | CloseSlots) -> None:
+        """Close the slots that are open, and open others if there are to be some."""
+        self._close_slots()
+        if isinstance(step, OpenSlots) and self._welcome is not None:
+            if self._loader.asleep:
+                raise EngineError("it is asleep")
+            self._slots = open_slots(step.slots, self._welcome.handoff)
+            if step.folds:
+                self._steps.warm_up(self._slots)

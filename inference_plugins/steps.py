@@ -1,4 +1,4 @@
-"""A worker's part in a round, step by step: buckets out of slots into a `Loader`, which is what a plugin implements.
+"""A worker's part in a round, step by step: buckets out of slots into an engine's `Loader`.
 
 Whatever the engine raises becomes the answer to the step; nothing is raised across the link. A GPU may still load one
 bucket while the next is issued: each is answered when its slot may be overwritten.
@@ -10,81 +10,43 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Mark, Slots
 from cpe_daemon.errors import CpeError, EngineError, VerificationError
-from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    Check,
+    Expect,
+    Finish,
+    Halt,
+    Load,
+    Pause,
+    Resume,
+    StepDone,
+    StepFailed,
+)
 from cpe_daemon.wire.reports import ErrorInfo
-from inference_plugins.assembly import Assembly, Place
+from inference_plugins.assembly import Assembly
 from inference_plugins.fold import Folder
+from inference_plugins.loader import Loader
 
 log: Final = logging.getLogger(__name__)
 
 _WARM_BYTES: Final = 4096
 _WARM_ROWS: Final = 16
+_ASLEEP: Final = "it is asleep"
+_PAUSE_AGAIN_SECONDS: Final = 5.0
+"""How long an engine that serves already is given to stop, when its round fails in the end."""
 
-Step = Pause | Begin | Load | Finish | Abort | Resume
-"""What the daemon asks for in a round."""
+Step = Check | Halt | Pause | Begin | Load | Finish | Abort | Resume
+"""What the daemon asks for in a round, and `Check` outside of one too."""
 
 Answer = StepDone | StepFailed
-
-
-class Loader(Protocol):
-    """What an engine's plugin implements; called from the receiver's thread, in the order of the methods."""
-
-    content: VersionId | None
-    """The version that the weights are, whole; None before the first."""
-
-    touched: bool
-    """Whether the weights may be a mixture: true from the first write of an update until `finish` has returned."""
-
-    def pause(self, seconds: float) -> None:
-        """Keep the engine from serving, from between two forward passes on. Does nothing if it is paused already.
-
-        Raises:
-            DeadlineError: it did not come to rest within ``seconds``.
-        """
-        ...
-
-    def expect(self, tensors: Sequence[TensorSpec]) -> None:
-        """Raise if a version of these tensors cannot be loaded; called while the engine may serve, changes nothing.
-
-        Raises:
-            ManifestError: says which tensors are missing, unknown, or of another dtype or shape.
-        """
-        ...
-
-    def begin(self) -> None:
-        """Make ready for the tensors of a version; forget an update that was not finished."""
-        ...
-
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
-        """Say where in the memory of ``device`` the bytes of each of these belong.
-
-        They are about to be copied there, and count as loaded. The receiver copies them itself, by address, a tensor
-        that comes in several parts as these come. None: the tensor cannot be written in this way, and is given to
-        `load`, whole.
-        """
-        ...
-
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Load whole tensors. They are views of memory that is reused soon after this has returned.
-
-        On a GPU that is when what was issued on torch's current stream has been done.
-        """
-        ...
-
-    def finish(self, version: VersionId) -> None:
-        """Every tensor has been given: post-process, and raise unless each one that was expected came."""
-        ...
-
-    def resume(self) -> None:
-        """Let the engine serve. Does nothing if it does."""
-        ...
 
 
 class _Loading(NamedTuple):
@@ -102,20 +64,33 @@ class Steps:
 
     Args:
         loader: the engine.
+        loaded: the version that it loaded last, and that one's digest.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, loaded: tuple[VersionId | None, bytes] = (None, b"")) -> None:
         self._loader = loader
+        self.loaded = loaded
+        """The version that was last loaded whole, and its digest, for the steps of another daemon's rounds."""
         self._update: Begin | None = None
-        self._before: tuple[int, VersionId | None] | None = None
+        self._before: tuple[int, VersionId | None, bytes] | None = None
         """The last round that was begun here, and what the engine held before it."""
         self._expected: list[TensorSpec] = []
-        self._misfit: tuple[int, CpeError] | None = None
-        """The last round whose version does not fit this engine, and why."""
+        self._compared: tuple[int, CpeError | None] | None = None
+        """What was last compared with this engine, by its number, and why it does not fit, if so."""
+        self._resumed = 0
+        """The last round after which the engine was let serve."""
+        self.under_way = False
+        """Whether the engine was paused for a round, and neither resumed nor told to forget it."""
         self._assembly = Assembly()
         self._folder = Folder()
         self._loaded = 0
         self._loading: deque[_Loading] = deque()
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of the version that the engine holds; ``b""`` if nobody said it."""
+        version, digest = self.loaded
+        return digest if version == self._loader.content else b""
 
     def expect(self, message: Expect) -> None:
         """Compare what is to come with what the engine holds, as soon as all of it is announced."""
@@ -124,14 +99,21 @@ class Steps:
         self._expected += message.tensors
         if len(self._expected) < message.total:
             return
-        expected, self._expected, self._misfit = self._expected, [], None
+        expected, self._expected = self._expected, []
+        self._compared = message.round, self._misfit(expected)
+
+    def _misfit(self, tensors: Sequence[TensorSpec]) -> CpeError | None:
+        """Why a version of these tensors cannot be loaded."""
+        if self._update is not None or self._loader.asleep:
+            return EngineError(f"round {self._update.round} is being loaded here" if self._update else _ASLEEP)
         try:
-            self._loader.expect(expected)
+            self._loader.expect(tensors)
         except CpeError as error:
-            self._misfit = (message.round, error)
+            return error
         except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
             log.exception("expect failed in the engine")
-            self._misfit = (message.round, EngineError(f"{type(error).__name__}: {error}"))
+            return EngineError(f"{type(error).__name__}: {error}")
+        return None
 
     def carry_out(self, step: Step, slots: Slots | None) -> list[Answer]:
         """Do one step, and return what is to be answered by now, whatever happens.
@@ -147,9 +129,11 @@ class Steps:
             failed = self._attempt(step, lambda: self._loading.append(self._load(step, slots, began)))
             return self.settle() if failed is None else [*self.settle_all(), failed]
         answers = self.settle_all()
-        failed = self._attempt(step, lambda: self._do(step))
+        passes = list[int]()
+        failed = self._attempt(step, lambda: passes.append(self._do(step)))
         touched = isinstance(step, Abort) and self._changed(step.round)
-        done = StepDone(step.round, _name(step), seconds=time.monotonic() - began, touched=touched)
+        seconds = time.monotonic() - began
+        done = StepDone(step.round, _name(step), seconds=seconds, touched=touched, passes=sum(passes))
         return [*answers, failed or done]
 
     @property
@@ -200,31 +184,57 @@ class Steps:
             return StepFailed(step.round, _name(step), info, getattr(step, "seq", 0))
         return None
 
-    def _do(self, step: Step) -> None:
+    def _do(self, step: Step) -> int:
+        """Carry a step out; returns the forward passes that `Halt` asks for, and 0 for all others."""
+        if self._loader.asleep and not isinstance(step, Abort):
+            raise EngineError(_ASLEEP)
         match step:
+            case Check():
+                self._check(step.round)
+            case Halt():
+                self.under_way = True
+                return self._loader.halt()
             case Pause():
-                self._loader.pause(step.deadline_seconds)
+                self.under_way = True
+                self._loader.pause(step.deadline_seconds, step.passes)
             case Begin():
                 self.forget()
-                if self._misfit is not None and self._misfit[0] == step.round:
-                    raise self._misfit[1]
+                self._check(step.round, announced=False)
                 self._loader.begin()
-                self._update, self._before = step, (step.round, self._loader.content)
+                self._update, self._before = step, (step.round, self._loader.content, self.digest)
             case Finish():
                 self._finish(step)
             case Abort():
-                self.forget()
+                self._abort(step)
             case Resume():
                 self._resume(step)
+        return 0
+
+    def _check(self, number: int, *, announced: bool = True) -> None:
+        """Raise if the version that was announced by a number does not fit, or, if one must have been, none was."""
+        compared, misfit = self._compared or (0, None)
+        if compared == number and misfit is not None:
+            raise misfit
+        if compared != number and announced:
+            raise EngineError(f"nothing was announced here as {number}")
+
+    def _abort(self, abort: Abort) -> None:
+        """Forget the round; a worker that serves already stops again, for others of its engine may not follow."""
+        self.forget()
+        self.under_way = False
+        if self._resumed == abort.round:
+            self._loader.pause(_PAUSE_AGAIN_SECONDS)
 
     def _changed(self, round: int) -> bool:
         """Whether the weights are no longer what they were before a round: a mixture, or its version whole."""
-        begun, held = self._before or (0, None)
-        return self._loader.touched or (begun == round and held != self._loader.content)
+        begun, *held = self._before or (0, None, b"")
+        return self._loader.touched or (begun == round and held != [self._loader.content, self.digest])
 
     def _load(self, load: Load, slots: Slots | None, began: float) -> _Loading:
         if self._update is None or load.round != self._update.round:
             raise EngineError(f"a bucket of round {load.round}, which was not begun here")
+        if self._loader.asleep:
+            raise EngineError(_ASLEEP)
         if slots is None:
             raise EngineError(f"a bucket of round {load.round}, and no slots are open here")
         begun = [TensorSpec(part.name, part.dtype, part.shape) for part in load.parts if part.tensor_offset == 0]
@@ -249,6 +259,7 @@ class Steps:
                 f" {begun.fold:016x}); it must not be served"
             )
         self._loader.finish(begun.version)
+        self.loaded = begun.version, begun.digest
         self.forget()
 
     def _resume(self, resume: Resume) -> None:
@@ -258,6 +269,7 @@ class Steps:
             held, named = self._loader.content or "no version", resume.content or "no version"
             raise EngineError(f"the weights are {held}, not {named}; not resuming")
         self._loader.resume()
+        self._resumed, self.under_way = resume.round, False
 
 
 def _name(step: Step) -> str:

@@ -32,6 +32,17 @@ class DeadlinesConfig(Section):
         description="A version is received whole, from the first rank's manifest to the last seal.",
     )
     reserve_seconds: Deadline = Field(default=60.0, description="The arena makes room for a rank's contribution.")
+    check_seconds: Deadline = Field(
+        default=30.0, description="An engine that serves says whether it could load a version."
+    )
+    journal_seconds: Deadline = Field(
+        default=2.0,
+        description="What is about to be done is on the disk of state_dir, before engines pause. Then it is done all "
+        "the same, and told.",
+    )
+    wake_seconds: Deadline = Field(
+        default=60.0, description="An engine that is asleep wakes up for a version (push.asleep: wake)."
+    )
     pause_seconds: Deadline = Field(default=60.0, description="An engine stops serving.")
     begin_seconds: Deadline = Field(default=30.0, description="An engine's workers are ready for the first bucket.")
     bucket_seconds: Deadline = Field(default=60.0, description="Every worker loads one bucket.")

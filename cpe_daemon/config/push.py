@@ -27,3 +27,9 @@ class PushConfig(Section):
         description="What becomes of a version that some engines took and others failed to take. keep: it is live, and "
         "the others get what they held. rollback: it is taken back from those that took it, and has failed.",
     )
+    asleep: Literal["defer", "refuse", "wake"] = Field(
+        default="defer",
+        description="What a push does about an engine that is asleep, its GPU's memory lent to others. defer: it is "
+        "passed over, and gets the live version when it wakes up, before it serves. refuse: it counts as failed. wake: "
+        "it is told to wake up first.",
+    )

@@ -15,21 +15,33 @@ from cpe_daemon.core.types import VersionId
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a round is about to load: its number, the version, how much is to come, and its fold, if workers verify."""
+    """What a round is about to load: its number, the version, how much is to come, and its fold, if workers verify.
+
+    ``digest`` is the version's (`cpe_daemon.core.identity`); ``b""``: not known.
+    """
 
     round: int
     version: VersionId
     tensors: int
     nbytes: int
     fold: int | None = None
+    digest: bytes = b""
 
 
 class Steps(Protocol):
     """The steps of a round for one engine, in their order. Each raises `CpeError` if it fails or passes its deadline.
 
-    Between `begin` and `finish` buckets are loaded by the workers directly. `abort` may come after any step, and leaves
-    the engine paused; `resume` then follows only when it holds a whole version.
+    Between `begin` and `finish` buckets are loaded by the workers directly. `abort` may come after any step from `pause`
+    on, and leaves the engine paused; `resume` then follows only when it holds a whole version.
     """
+
+    async def check(self, round: int, seconds: float) -> None:
+        """Say whether a version whose tensors the workers were told under this number fits; the engine serves on.
+
+        Raises:
+            ManifestError: it does not; names the differences. A number below 0 is no round's.
+        """
+        ...
 
     async def pause(self, round: int, seconds: float) -> None:
         """Stop serving between two forward passes."""
@@ -51,9 +63,53 @@ class Steps(Protocol):
         """Serve again; the engine holds ``content`` (None: what it started with)."""
         ...
 
+    async def wake(self, seconds: float) -> None:
+        """Have an engine that sleeps wake up; it may have lost its weights, and does not serve before `resume`."""
+        ...
 
-class Workers(Steps, Protocol):
+
+class Workers(Protocol):
     """The steps, as messages to all workers of an engine at once."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        ...
+
+    async def check(self, round: int, seconds: float) -> None:
+        """As `Steps.check`."""
+        ...
+
+    async def halt(self, round: int, seconds: float) -> int | None:
+        """Let no worker begin a further forward pass; return how many any of them has begun since the last update.
+
+        None: their numbers cannot be compared.
+        """
+        ...
+
+    async def pause(self, round: int, seconds: float, passes: int | None = None) -> None:
+        """As `Steps.pause`; after ``passes`` forward passes as `halt` counts them, or (None) as soon as may be."""
+        ...
+
+    async def begin(self, update: Update, seconds: float) -> None:
+        """As `Steps.begin`."""
+        ...
+
+    async def finish(self, round: int, seconds: float) -> None:
+        """As `Steps.finish`."""
+        ...
+
+    async def abort(self, round: int, reason: str, seconds: float) -> bool:
+        """As `Steps.abort`."""
+        ...
+
+    async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
+        """As `Steps.resume`."""
+        ...
+
+    async def wake(self, seconds: float) -> None:
+        """As `Steps.wake`."""
+        ...
 
 
 class Driver(Steps, Protocol):

@@ -9,14 +9,27 @@ from typing import Final
 import structlog
 
 from cpe_daemon.core.driver import Driver, Update
+from cpe_daemon.core.identity import may_be_same
 from cpe_daemon.core.lifecycle import ENGINE_TABLE, EngineEvent, EngineState, advance
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.worker import Step, Worker
 from cpe_daemon.errors import CpeError, PeerLostError
-from cpe_daemon.wire.messages import Abort, Begin, Finish, Pause, Resume, StepDone, WorkerHello
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    Check,
+    Finish,
+    Halt,
+    Pause,
+    Resume,
+    StepDone,
+    Wake,
+    WorkerHello,
+)
 
 log = structlog.get_logger(__name__)
 
+ASLEEP: Final = "asleep"
 _ANSWER_SECONDS: Final = 0.5
 
 
@@ -38,12 +51,16 @@ class Engine:
         self.workers: dict[int, Worker] = {}
         self.state = EngineState.UNKNOWN
         self.content: VersionId | None = None
+        self.taking = b""
+        """The digest of the version that it was last told to load."""
         self.error: CpeError | None = None
         self.last_push_seconds = 0.0
         self.starved = True
         """Whether it waited for buckets, mostly, in its last round; what is supposed before the first."""
         self.incomplete_since: float | None = None
         """Since when some of its workers are missing; None if they are not, or if that was complained of."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called after every change of its state."""
         self.driver: Driver = make_driver(self.name, EngineWorkers(self))
 
     @property
@@ -59,12 +76,38 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether it serves a version whole (or, before the first, what it started with)."""
-        return self.complete and self.state is EngineState.CURRENT
+        return self.complete and self.state is EngineState.CURRENT and not self.asleep
+
+    @property
+    def asleep(self) -> bool:
+        """Whether any of its workers sleeps: it serves nobody, and its weights may be gone."""
+        return any(worker.asleep for worker in self.workers.values())
+
+    @property
+    def condition(self) -> str:
+        """What people are told of it: its state, or that it is asleep."""
+        return ASLEEP if self.asleep else self.state.value
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is complete, awake, and nothing is done to it: it can be asked something."""
+        busy = self.state is EngineState.UPDATING or any(worker.busy for worker in self.workers.values())
+        return self.complete and not self.asleep and not busy
 
     @property
     def in_doubt(self) -> bool:
         """Whether all its workers are here and may hold a mixture: it needs a version to serve again."""
-        return self.complete and self.state is EngineState.UNKNOWN
+        return self.complete and self.state is EngineState.UNKNOWN and not self.asleep
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of what it holds; ``b""`` if its workers do not know, or do not agree."""
+        digests = {worker.digest for worker in self.workers.values()} - {b""}
+        return digests.pop() if len(digests) == 1 else b""
+
+    def holds(self, version: VersionId, digest: bytes) -> bool:
+        """Whether it is known to hold this version, and not another by its name."""
+        return self.content == version and all(may_be_same(worker.digest, digest) for worker in self.workers.values())
 
     def takes(self, model: str) -> bool:
         """Whether a model's versions are meant for it."""
@@ -84,6 +127,8 @@ class Engine:
             self.content = content
             self.serves = self.serves or (content.model if content else "")
             self._mark(touched=False)
+            if event is EngineEvent.COMPLETE:
+                self._note_digest()
         else:
             self.content = None
         log.info(
@@ -93,6 +138,12 @@ class Engine:
             content=str(self.content) if self.content else None,
             error=error.message if error else None,
         )
+        self.changed()
+
+    def _note_digest(self) -> None:
+        """All its workers hold what they were told to load."""
+        for worker in self.workers.values():
+            worker.digest = self.taking
 
     def _mark(self, *, touched: bool) -> None:
         """Note on every worker what is known of its weights now."""
@@ -107,14 +158,34 @@ class EngineWorkers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._woken = 0
 
-    async def pause(self, round: int, seconds: float) -> None:
+    @property
+    def world_size(self) -> int:
+        """How many there are to be."""
+        return self._engine.world_size
+
+    async def check(self, round: int, seconds: float) -> None:
+        """Say whether what was announced fits."""
+        await self._all(Check(round), seconds)
+
+    async def halt(self, round: int, seconds: float) -> int | None:
+        """Begin no further forward pass; the largest number that any worker has begun.
+
+        None if they do not hold the same: they have not been serving together since they took it.
+        """
+        passes = [done.passes for done in await self._all(Halt(round), seconds)]
+        return max(passes) if len({worker.content for worker in self._engine.workers.values()}) == 1 else None
+
+    async def pause(self, round: int, seconds: float, passes: int | None = None) -> None:
         """Stop serving. A worker that cannot says why when its time is over, for which its answer gets a moment."""
-        await self._all(Pause(round, seconds), seconds + _ANSWER_SECONDS)
+        await self._all(Pause(round, seconds, passes), seconds + _ANSWER_SECONDS)
 
     async def begin(self, update: Update, seconds: float) -> None:
         """Make ready to load."""
-        await self._all(Begin(update.round, update.version, update.tensors, update.nbytes, update.fold), seconds)
+        self._engine.taking = update.digest
+        begin = Begin(update.round, update.version, update.tensors, update.nbytes, update.fold, update.digest)
+        await self._all(begin, seconds)
 
     async def finish(self, round: int, seconds: float) -> None:
         """Post-process and check."""
@@ -127,6 +198,11 @@ class EngineWorkers:
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
         """Serve again."""
         await self._all(Resume(round, content), seconds)
+
+    async def wake(self, seconds: float) -> None:
+        """Wake up. Those that are awake say so."""
+        self._woken += 1
+        await self._all(Wake(self._woken, seconds), seconds + _ANSWER_SECONDS)
 
     async def _all(self, step: Step, seconds: float) -> list[StepDone]:
         """Have every worker do it; every answer is awaited before the first error is raised."""

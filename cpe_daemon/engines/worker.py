@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 from cpe_daemon.core.types import TensorSpec
-from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
+    Check,
     CloseSlots,
     Finish,
+    Halt,
     Load,
     OpenSlots,
     Pause,
@@ -22,14 +24,15 @@ from cpe_daemon.wire.messages import (
     SlotSet,
     StepDone,
     StepFailed,
+    Wake,
     WorkerHello,
 )
 
-Step = OpenSlots | CloseSlots | Pause | Begin | Load | Finish | Abort | Resume
+Step = OpenSlots | CloseSlots | Check | Wake | Halt | Pause | Begin | Load | Finish | Abort | Resume
 """A command that a worker answers by `StepDone` or `StepFailed`."""
 
 
-def step_name(step: Step) -> str:
+def step_name(step: Step | type[Step]) -> str:
     """The name by which the answer refers to a step: its tag on the wire."""
     return str(step.__struct_config__.tag)
 
@@ -84,8 +87,14 @@ class Worker:
         self.seen_at = seen_at
         self.content = hello.content
         """The version that it holds whole, if any."""
+        self.digest = hello.digest
+        """That version's, as far as it is known (`cpe_daemon.core.identity`)."""
         self.touched = hello.touched
         """Whether its weights may be a mixture."""
+        self.asleep = hello.asleep
+        """Whether the memory of its weights may belong to others now."""
+        self.naps = 0
+        """How often it has gone to sleep in this attachment."""
         self.loaded: Sequence[TensorSpec] | None = None
         """The tensors of the version that it loaded last in this attachment."""
         self.gone: PeerLostError | None = None
@@ -161,8 +170,13 @@ class Worker:
         """Take a failure."""
         future = self._waiting.get((message.round, message.step, message.seq))
         if future is not None and not future.done():
-            error = f"{self.name} could not {message.step}: {message.error.message}"
-            future.set_exception(EngineError(error))
+            future.set_exception(self._failure(message))
+
+    def _failure(self, message: StepFailed) -> CpeError:
+        """What a worker's failure is called: one that cannot take a version is not at fault."""
+        if message.step == step_name(Check) and message.error.code == ManifestError.code:
+            return ManifestError(f"{self.name} cannot take it: {message.error.message}")
+        return EngineError(f"{self.name} could not {message.step}: {message.error.message}")
 
     def lose(self, reason: str) -> None:
         """Everything that waits for this worker fails now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from cpe_daemon.arena import Arena
@@ -31,7 +31,7 @@ from cpe_daemon.errors import (
 )
 from cpe_daemon.ingest.copier import Copier, Job
 from cpe_daemon.ingest.folding import extent_fold
-from cpe_daemon.ingest.news import FINAL, missing, status_of
+from cpe_daemon.ingest.news import FINAL, missing, nobody_to_ask, status_of
 from cpe_daemon.ingest.repeats import Repeats
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
@@ -104,6 +104,7 @@ class Ingest:
         """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
         self._changed = asyncio.Event()
         self._stopped_because = ""
+        self.examine: Callable[[Version], Awaitable[None]] = nobody_to_ask  # raises what a version has to fail with
         catalogue.watch(self._on_version)
         trainers.on_lost(self._on_lost)
 
@@ -175,20 +176,20 @@ class Ingest:
             raise DeadlineError(f"no room for {plan.nbytes} bytes of {stream.version.id} came free in time") from None
         finally:
             self._waiting.discard(stream)
-        extent = stream.contribution.extent
-        view = self._arena.view[extent.offset : extent.offset + plan.nbytes]
-        address = self._arena.address + extent.offset
+        offset = stream.contribution.extent.offset
+        view = self._arena.view[offset : offset + plan.nbytes]
         verifies = self._config.device.verifies
         fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if verifies else None
         threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
         stream.writer = ExtentWriter(
-            address, view, stream.shards, plan, session.chunk_bytes, piece_bytes(threads), fold
+            self._arena.address + offset, view, stream.shards, plan, session.chunk_bytes, piece_bytes(threads), fold
         )
         copied = functools.partial(self._copied, session, stream)
         batch = max(1, session.credits // (_BATCHES * threads))
         stream.copier = Copier(stream.writer, self._pool, threads, batch, copied)
         self._touch(stream.version)
         self._trainers.send(session, VersionOpened(stream.id))
+        await self.examine(stream.version)
 
     async def _reserve(self, stream: Stream, nbytes: int) -> Contribution:
         while True:

@@ -14,6 +14,10 @@ FINAL: Final = (VersionState.FAILED, VersionState.EVICTED)
 _NAMED: Final = 16
 
 
+async def nobody_to_ask(version: Version) -> None:
+    """Examine a version whose manifest is complete: where no engine can be asked, any will do."""
+
+
 def status_of(version: Version, stream: int = 0) -> VersionStatus:
     """Its state, with the reason if it failed and the report if it is live; ``stream`` if this answers its seal."""
     error = ErrorInfo(version.error.code, version.error.message) if version.error else None

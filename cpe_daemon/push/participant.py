@@ -52,6 +52,9 @@ class Participant:
         self.let_go = False
         """Whether it is dropped and has forgotten the round: it answers, and a version can be tried again."""
         self._was_current = engine.state is EngineState.CURRENT
+        self._paused = False
+        """Whether it was asked to pause, and may have."""
+        self._naps = [worker.naps for worker in self.workers]
         self._round = round
         self._deadlines = deadlines
         self._clock = clock
@@ -81,7 +84,7 @@ class Participant:
         """
         began = self._clock()
         if phase == "pause":
-            self._stopped_at = began
+            self._stopped_at, self._paused = began, True
         try:
             async with asyncio.timeout(seconds + _MARGIN_SECONDS):
                 await work
@@ -97,14 +100,17 @@ class Participant:
             self.phases[phase] = self._clock() - began
 
     def _check_attached(self) -> None:
-        """A worker that was lost, even if it is back already, ends the engine's part in the round.
+        """A worker that was lost or fell asleep, even if it is back already, ends the engine's part in the round.
 
         Raises:
             PeerLostError: names the worker.
+            EngineError: one has gone to sleep.
         """
-        for worker in self.workers:
+        for worker, naps in zip(self.workers, self._naps, strict=True):
             if worker.gone is not None:
                 raise worker.gone
+            if worker.naps != naps:
+                raise EngineError(f"{worker.name} has gone to sleep")
 
     def knows(self, specs: Sequence[TensorSpec]) -> bool:
         """Whether all its workers have loaded a version of these very tensors."""
@@ -153,6 +159,7 @@ class Participant:
         """Take a dropped engine out: untouched, it serves again what it held; otherwise its content is unknown."""
         if self.engine.state is not EngineState.UPDATING:
             await self._tell_survivors()
+            self._take_back()
             return
         error = self.error or CpeError("dropped")
         if await self._undone(error.message) and self.engine.state is EngineState.UPDATING:
@@ -161,7 +168,13 @@ class Participant:
             self.engine.change(EngineEvent.FAULT, error=error)
 
     async def _undone(self, reason: str) -> bool:
-        """Abort; True if no weight had been touched and the engine serves again."""
+        """Abort; True if no weight had been touched and the engine serves again, or sleeps.
+
+        One that was not asked to pause yet serves on, and need not be told anything.
+        """
+        if not self._paused:
+            self.let_go = True
+            return self._was_current
         seconds, resume_seconds = self._deadlines.abort_seconds, self._deadlines.resume_seconds
         try:
             async with asyncio.timeout(seconds + resume_seconds):
@@ -169,11 +182,22 @@ class Participant:
                 self.let_go = True
                 if touched or not self._was_current:
                     return False
+                if self.engine.asleep:
+                    return True
                 await self.engine.driver.resume(self._round, self.held, resume_seconds)
         except Exception as error:  # task boundary: whatever a plugin raises, the engine's content is unknown then
             log.warning("engine.abort_failed", engine=self.engine.name, round=self._round, error=repr(error))
             return False
         return True
+
+    def _take_back(self) -> None:
+        """The lost worker is back already, and all hold what they held before: the engine is as it was, but paused.
+
+        Whoever takes it in anew lets it serve; nothing else could, if no version is there to be given to it.
+        """
+        whole = {(worker.content, worker.touched) for worker in self.engine.workers.values()} == {(self.held, False)}
+        if self._was_current and self.engine.in_doubt and whole:
+            self.engine.change(EngineEvent.REPORT, content=self.held, error=self.error)
 
     async def _tell_survivors(self) -> None:
         """The engine lost a worker: have the others forget the round, and note what they hold, for its return."""
@@ -190,7 +214,7 @@ class Participant:
         """How the round ended for the engine: updated, kept (what it held, untouched), failed (in doubt), or lost."""
         if self.alive:
             return "updated"
-        if self.engine.state is EngineState.CURRENT:
+        if self.engine.state is EngineState.CURRENT and not self.engine.asleep:
             return "kept"
         return "failed" if self.engine.complete else "lost"
 

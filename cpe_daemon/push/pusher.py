@@ -20,12 +20,13 @@ from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.push.compatibility import Compatibility
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.repair import Repair
 from cpe_daemon.push.request import Request, choose_version, only_model
 from cpe_daemon.push.rollback import Rollback, already_live, choose_retained
 from cpe_daemon.push.round import Round
-from cpe_daemon.push.rounds import Rounds
+from cpe_daemon.push.rounds import Decisions, Rounds
 from cpe_daemon.push.targets import Targets, without
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.versions import Catalogue, Version
@@ -65,6 +66,8 @@ class Pusher:
         self._rounds = Rounds(
             config=config, catalogue=catalogue, registry=registry, device=device, metrics=metrics, clock=clock
         )
+        self.compatibility = Compatibility(registry, config.deadlines)
+        """Asks engines whether a version fits them."""
         self._repair = Repair(catalogue, self._rounds, attempts=config.deadlines.restore_attempts)
         self._metrics = metrics
         self._clock = clock
@@ -78,6 +81,10 @@ class Pusher:
         catalogue.watch(self._on_version)
         registry.on_joined(self._on_joined)
 
+    def write_down(self, decisions: Decisions) -> None:
+        """Have every round written down before it is carried out."""
+        self._rounds.decisions = decisions
+
     async def run(self) -> None:
         """Carry out what is due, until cancelled."""
         while True:
@@ -88,7 +95,7 @@ class Pusher:
                 if self._due:
                     version = self._due.popleft()
                     if version.state is VersionState.STAGED:  # it may have been superseded while it waited
-                        await self._push(version, Targets(self._registry, version))
+                        await self._push(version, self._targets(version))
                 elif self._asked:
                     await self._serve(self._asked.popleft())
                 else:
@@ -171,10 +178,16 @@ class Pusher:
                 request.finish(await self._roll_back(wanted))
                 return
             version = choose_version(self._catalogue, wanted)
-            targets = Targets(self._registry, version, wanted.engines)
-            request.finish(await self._push(version, targets, asked=True))
+            if wanted.dry_run:
+                targets = Targets(self._registry, version, wanted.engines)
+                request.finish(await self.compatibility.report(version, targets))
+            else:
+                request.finish(await self._push(version, self._targets(version, wanted.engines), asked=True))
         except CpeError as error:
             request.fail(error)
+
+    def _targets(self, version: Version, names: Sequence[str] = ()) -> Targets:
+        return Targets(self._registry, version, names, defer=self._config.push.asleep == "defer")
 
     async def _roll_back(self, wanted: Rollback) -> VersionReport:
         """Push a retained version into all engines of its model.
@@ -190,7 +203,7 @@ class Pusher:
             return already_live(version, self._registry)
         live = self._catalogue.live(model)
         log.info("version.rolling_back", version=str(version.id), live=str(live.id) if live else None)
-        report = await self._push(version, Targets(self._registry, version), asked=True)
+        report = await self._push(version, self._targets(version), asked=True)
         if self._catalogue.live(model) is not version:
             stays = f"{live.id} stays live" if live else "no version is live"
             raise EngineError(f"{version.id} was not rolled back to: {_failures(report)}; {stays}")
@@ -249,7 +262,7 @@ class Pusher:
         stays what it is.
         """
         if verdict is Verdict.LIVE:
-            if not participants:
+            if not participants and not any(one.outcome == "current" for one in report.engines.values()):
                 log.warning("version.live_without_engines", version=str(version.id))
             self._catalogue.go_live(version, report)
             return
@@ -267,9 +280,12 @@ class Pusher:
 
     async def _bring_up(self, engine: Engine) -> None:
         """Give an engine that has just become complete the live version, unless it holds that already."""
+        if engine.asleep:
+            await self._rounds.slots.give_back_unused()
+            return
         await self._rounds.slots.provide(engine.workers.values(), 0)  # now, for a push would have to wait for them
         live = self._catalogue.live(engine.serves)
-        if engine.ready and (live is None or engine.content == live.id):
+        if engine.ready and (live is None or engine.holds(live.id, live.digest)):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
             await self._repair.restore(

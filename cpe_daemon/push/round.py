@@ -1,13 +1,14 @@
 """One push of one version over engines of this node: prefetch, pause, stream, finish, resume, with its undo.
 
-The slots fill while the engines serve; then all pause together, load together, and resume. An engine that fails is
-dropped and the others go on. A round owns the slots of its GPUs: the pusher runs one at a time.
+The slots fill while the engines serve, and say whether the version fits them; then all pause together, load together,
+and resume. An engine that fails is dropped and the others go on. A round owns the slots of its GPUs: the pusher runs
+one at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final
 
 import structlog
@@ -19,15 +20,15 @@ from cpe_daemon.core.plan import Bucket, Plan
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.push.compatibility import announced
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.pipeline import Pipeline
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.wire.codec import encode
-from cpe_daemon.wire.messages import Expect, Load, TensorPart
+from cpe_daemon.wire.messages import Load, TensorPart
 
 log = structlog.get_logger(__name__)
 
-_SPECS_A_MESSAGE: Final = 4096
 _FILLED_MEANWHILE: Final = 2
 
 
@@ -46,6 +47,8 @@ class Round:
         clock: seconds, monotonic.
         traffic: is told what each stage moves; None if nobody wants to know.
         fold: of the version's bytes, that every worker is to find; None if none is to look.
+        digest: of the version (`cpe_daemon.core.identity`), for the workers to keep beside its name.
+        write_down: awaited before any engine is paused, while slots fill; never raises. None: nobody writes down.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Round:
         clock: Callable[[], float],
         traffic: Traffic | None = None,
         fold: int | None = None,
+        digest: bytes = b"",
+        write_down: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> None:
         self.state = RoundState.PREFETCHING
         self.participants = participants
@@ -69,6 +74,8 @@ class Round:
         self.number = number
         self.version = version
         self._fold = fold
+        self._digest = digest
+        self._write_down = write_down
         self._specs = specs
         self.nbytes = plan.nbytes
         self.began_at = clock()
@@ -133,9 +140,13 @@ class Round:
         began = self._clock()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._pipeline.run())
+            checked = tasks.create_task(self._ask_whether_it_fits())
+            written = tasks.create_task(self._write_down()) if self._write_down is not None else None
             await self._pipeline.primed()
             prefetched = self._clock() - began
-            self._announce()
+            await checked
+            if written is not None:
+                await written
             self._change(RoundEvent.SLOTS_FULL)
             limits = self._deadlines
             await self._each(
@@ -143,7 +154,7 @@ class Round:
                 lambda p: p.engine.driver.pause(self.number, limits.pause_seconds),
                 limits.pause_seconds,
             )
-            update = Update(self.number, self.version, len(self._specs), self.nbytes, self._fold)
+            update = Update(self.number, self.version, len(self._specs), self.nbytes, self._fold, self._digest)
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
             )
@@ -167,16 +178,17 @@ class Round:
         await asyncio.gather(*(participant.resume(self.version, self._specs) for participant in self.alive))
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
 
-    def _announce(self) -> None:
-        """Tell the workers that have not loaded such a version before what it will bring, while they serve."""
-        waiting = [participant for participant in self.alive if not participant.knows(self._specs)]
-        if not waiting:
-            return
-        for first in range(0, len(self._specs), _SPECS_A_MESSAGE):
-            part = list(self._specs[first : first + _SPECS_A_MESSAGE])
-            header = encode(Expect(self.number, first, len(self._specs), part))
-            for participant in waiting:
+    async def _ask_whether_it_fits(self) -> None:
+        """Drop the engines that cannot take such a version, while they serve; those that loaded one are not asked."""
+        asked = [participant for participant in self.alive if not participant.knows(self._specs)]
+        seconds = self._deadlines.check_seconds
+        for header in announced(self.number, self._specs):
+            for participant in asked:
                 participant.tell(header)
+        await asyncio.gather(
+            *(p.step("check", p.engine.driver.check(self.number, seconds), seconds) for p in asked),
+        )
+        self._check()
 
     async def _each(self, phase: str, work: Callable[[Participant], Awaitable[object]], seconds: float) -> None:
         """One phase for all engines at once; the next begins when the last has done it or was dropped."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from cpe_daemon.config import Config
+from cpe_daemon.core.journal import Identity, RoundEntry
 from cpe_daemon.core.plan import Plan
-from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
@@ -21,7 +23,24 @@ from cpe_daemon.push.planner import Planner
 from cpe_daemon.push.round import Round
 from cpe_daemon.push.slots import SlotKeeper
 from cpe_daemon.push.traffic import Traffic
+from cpe_daemon.push.waking import rouse
 from cpe_daemon.versions import Catalogue, Version
+
+
+class Decisions(Protocol):
+    """Where a round is written down before it is carried out, so that the next daemon knows of it after a crash."""
+
+    def identity(self, version: VersionId | None) -> Identity | None:
+        """A version with its digest."""
+        ...
+
+    async def decide(self, entry: RoundEntry) -> None:
+        """Write a round down. Never raises, and returns within a deadline."""
+        ...
+
+    def over(self) -> None:
+        """The round is over, however it ended."""
+        ...
 
 
 class _Planned(NamedTuple):
@@ -65,6 +84,7 @@ class Rounds:
         """The round in flight."""
         self.number = 0
         """Of the last round."""
+        self.decisions: Decisions | None = None
         self.undoing: CpeError | None = None
         """Why what is undoable is given up from now on."""
         self._undoable = False
@@ -85,10 +105,13 @@ class Rounds:
         if not engines:
             return []
         self.number += 1
+        wake_seconds = self._config.deadlines.wake_seconds if self._config.push.asleep == "wake" else None
+        asleep = await rouse(engines, wake_seconds)
         with self._catalogue.lease(version):
             planned = await self._plan(version, engines)
-            workers = [worker for engine in engines for worker in engine.workers.values()]
+            workers = [w for engine in engines if engine not in asleep for w in engine.workers.values()]
             refused = await self.slots.provide(workers, len(planned.plan.buckets))
+            refused |= {worker: error for engine, error in asleep.items() for worker in engine.workers.values()}
             fit = [engine for engine in engines if not refused.keys() & {*engine.workers.values()}]
             if refused and fit:
                 planned = await self._plan(version, fit)
@@ -139,6 +162,8 @@ class Rounds:
             clock=self._clock,
             traffic=self.traffic,
             fold=version.fold,
+            digest=version.digest,
+            write_down=partial(self._write_down, version, participants),
         )
         self._undoable = undoable
         if undoable and self.undoing is not None:
@@ -147,6 +172,13 @@ class Rounds:
             await self.current.run()
         finally:
             self.current = None
+            if self.decisions is not None:
+                self.decisions.over()
+
+    async def _write_down(self, version: Version, participants: Sequence[Participant]) -> None:
+        if self.decisions is not None:
+            held = {p.engine.name: self.decisions.identity(p.held) for p in participants}
+            await self.decisions.decide(RoundEntry(Identity(version.id, version.digest), held))
 
     def _observe(self, version: Version, participant: Participant, seconds: float) -> None:
         participant.engine.last_push_seconds = seconds

@@ -11,7 +11,7 @@ from cpe_daemon.config import DeadlinesConfig, DeviceConfig
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.engines.worker import Worker
-from cpe_daemon.errors import CpeError, DeadlineError
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError
 from cpe_daemon.wire.messages import CloseSlots, OpenSlots
 
 log = structlog.get_logger(__name__)
@@ -77,6 +77,14 @@ class SlotKeeper:
             if await self._vacate(gpu):
                 log.info("slots.given_back", gpu=self._device.topology.gpus[gpu].uuid)
 
+    async def give_back_unused(self) -> None:
+        """Free the slots of GPUs whose engines are all asleep: the memory is wanted by others."""
+        for gpu in list(self._held()):
+            workers = [w for engine in self._registry for w in engine.workers.values() if w.gpu == gpu]
+            if any(worker.asleep for worker in workers) and not self._lingering(gpu):
+                await self._device.release(gpu)
+                log.info("slots.given_back", gpu=self._device.topology.gpus[gpu].uuid)
+
     def _held(self) -> Iterator[int]:
         return (gpu for gpu in range(len(self._device.topology.gpus)) if self._device.slots(gpu))
 
@@ -95,6 +103,8 @@ class SlotKeeper:
         return None
 
     async def _open(self, worker: Worker) -> CpeError | None:
+        if worker.asleep:
+            return EngineError(f"{worker.name} is asleep")
         slots = worker.slots = self._device.export(worker.gpu)
         try:
             await worker.step(OpenSlots(self._number(), slots, self._config.verifies), self._deadlines.begin_seconds)

@@ -26,15 +26,19 @@ class Targets:
         registry: of the engines.
         version: staged, live or retained.
         names: only these.
+        defer: pass over those that are asleep.
 
     Raises:
         MisuseError: a name is not known, or is that of an engine of another model.
         EngineError: none of those that are named can be pushed to.
     """
 
-    def __init__(self, registry: Registry, version: Version, names: Iterable[str] = ()) -> None:
+    def __init__(self, registry: Registry, version: Version, names: Iterable[str] = (), *, defer: bool = True) -> None:
         self._version = version
         self._model = version.id.model
+        self._defer = defer
+        self._was_live = version.state in (VersionState.LIVE, VersionState.RETAINED)
+        """If not, an engine may hold it from a daemon before this one; then it has to know the digest."""
         self.engines: list[Engine] = []
         """Those that a round can take."""
         self._others: dict[str, EngineReport] = {}
@@ -79,8 +83,8 @@ class Targets:
             counted = engine.workers or registry.expected.get(engine.name)
             if not counted or not engine.takes(self._model):
                 continue
-            holds_it = engine.ready and engine.content == self._version.id
-            if holds_it and self._version.state in (VersionState.LIVE, VersionState.RETAINED):
+            holds_it = engine.ready and engine.holds(self._version.id, self._version.digest)
+            if holds_it and (self._was_live or engine.digest == self._version.digest != b""):
                 self._others[engine.name] = EngineReport("current")
             else:
                 self._add(engine)
@@ -89,10 +93,13 @@ class Targets:
                 self._others[spec.name] = _absent(registry.expected.why_absent(spec))
 
     def _add(self, engine: Engine) -> None:
-        if engine.complete:
-            self.engines.append(engine)
-        else:
+        if not engine.complete:
             self._others[engine.name] = _incomplete(engine)
+        elif engine.asleep and self._defer:
+            why = f"engine {engine.name!r} is asleep; it gets the live version when it wakes up"
+            self._others[engine.name] = EngineReport("asleep", error=ErrorInfo(EngineError.code, why))
+        else:
+            self.engines.append(engine)
 
 
 def without(report: VersionReport, version: VersionId, taken: Iterable[Engine]) -> VersionReport:

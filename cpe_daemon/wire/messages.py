@@ -43,9 +43,11 @@ from cpe_daemon.wire.trainer import (
 from cpe_daemon.wire.worker import (
     Abort,
     Begin,
+    Check,
     CloseSlots,
     Expect,
     Finish,
+    Halt,
     Load,
     OpenSlots,
     Pause,
@@ -54,8 +56,10 @@ from cpe_daemon.wire.worker import (
     StepDone,
     StepFailed,
     TensorPart,
+    Wake,
     WorkerBye,
     WorkerHello,
+    WorkerState,
     WorkerWelcome,
 )
 
@@ -65,6 +69,7 @@ __all__ = [
     "Abandon",
     "Abort",
     "Begin",
+    "Check",
     "Chunk",
     "ChunkDone",
     "CloseSlots",
@@ -78,6 +83,7 @@ __all__ = [
     "Finish",
     "FrontMessage",
     "FrontReply",
+    "Halt",
     "Load",
     "ManifestPart",
     "Message",
@@ -89,30 +95,31 @@ __all__ = [
     "PushReply",
     "PushRequest",
     "Resume",
+    "RollbackRequest",
     "Seal",
     "SlotSet",
     "StatusReply",
     "StatusRequest",
     "StepDone",
     "StepFailed",
-    "RollbackRequest",
     "TensorPart",
     "TrainerBye",
     "TrainerHello",
+    "TrainerRollback",
+    "TrainerWait",
     "TrainerWelcome",
     "VersionOpened",
     "VersionStatus",
-    "Watch",
-    "WorkerBye",
-    "WorkerCommand",
-    "TrainerRollback",
-    "TrainerWait",
-    "WorkerHello",
-    "WorkerMessage",
-    "WorkerWelcome",
     "WaitReply",
     "WaitRequest",
     "Wake",
+    "Watch",
+    "WorkerBye",
+    "WorkerCommand",
+    "WorkerHello",
+    "WorkerMessage",
+    "WorkerState",
+    "WorkerWelcome",
 ]
 
 FrontMessage = (
@@ -123,26 +130,27 @@ FrontMessage = (
     | Seal
     | Abandon
     | Watch
+    | TrainerRollback
+    | TrainerWait
     | TrainerBye
     | Ping
     | StatusRequest
     | PushRequest
+    | RollbackRequest
+    | WaitRequest
     | EngineAdd
     | EngineRemove
 )
-    | TrainerRollback
-    | TrainerWait
 """What the daemon's front door takes, from trainers and operators."""
 
 FrontReply = (
     TrainerWelcome
-    | RollbackRequest
-    | WaitRequest
     | VersionOpened
     | ChunkDone
     | VersionStatus
     | StatusReply
     | PushReply
+    | WaitReply
     | Done
     | Farewell
     | Pong
@@ -150,8 +158,7 @@ FrontReply = (
 )
 """What a trainer or an operator gets."""
 
-    | WaitReply
-WorkerMessage = WorkerHello | StepDone | StepFailed | WorkerBye | Ping
+WorkerMessage = WorkerHello | WorkerState | StepDone | StepFailed | WorkerBye | Ping
 """What engine workers send."""
 
 WorkerCommand = (
@@ -159,6 +166,9 @@ WorkerCommand = (
     | OpenSlots
     | CloseSlots
     | Expect
+    | Check
+    | Wake
+    | Halt
     | Pause
     | Begin
     | Load

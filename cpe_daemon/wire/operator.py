@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.wire.message import PROTOCOL, Message
 from cpe_daemon.wire.reports import VersionReport
 
@@ -27,15 +28,14 @@ class PushRequest(Message, frozen=True, tag="push_request"):
 
     Without ``run`` and ``number`` (-1): the newest that is staged and waits, else the live one. Without ``engines``:
     all that serve the model, but for those that hold it already. ``model`` "": the only one that there is.
+
+    ``dry_run``: push nothing, and pause nobody, but ask every engine whether it could load the version.
     """
 
     model: str
     run: str = ""
     number: int = -1
     engines: tuple[str, ...] = ()
-
-
-class PushReply(Message, frozen=True, tag="push_reply"):
     dry_run: bool = False
 
 
@@ -48,12 +48,12 @@ class RollbackRequest(Message, frozen=True, tag="rollback_request"):
     model: str = ""
     run: str = ""
     number: int = -1
+
+
+class PushReply(Message, frozen=True, tag="push_reply"):
     """What a push or a rollback that somebody asked for did; ``stream`` is the trainer's, 0 for an operator."""
 
     report: VersionReport
-
-
-class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     stream: int = 0
 
 
@@ -81,6 +81,9 @@ class WaitReply(Message, frozen=True, tag="wait_reply"):
 WAIT_AGAIN_SECONDS: Final = 5.0
 WAIT_FORGOTTEN_SECONDS: Final = 20.0
 """An operator who waits says so that often, and is forgotten after so long without: clients have no goodbye."""
+
+
+class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """An engine that an operator expects on this node. Empty and 0: whatever it says itself.
 
     ``url`` is for engines that are driven by their own HTTP API.

@@ -14,8 +14,8 @@ from cpe_daemon.wire.reports import ErrorInfo
 class WorkerHello(Message, frozen=True, tag="worker_hello"):
     """An engine worker introduces itself.
 
-    ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any;
-    ``touched`` says that it may hold a mixture. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
+    ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any, and
+    ``digest`` that version's as its `Begin` said; ``touched`` says that it may hold a mixture. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
     """
 
     protocol: int
@@ -31,12 +31,29 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
     pid: int = 0
     content: VersionId | None = None
     touched: bool = False
+    asleep: bool = False
+    digest: bytes = b""
+
+
+class WorkerState(Message, frozen=True, tag="worker_state"):
+    """A worker goes to sleep, or has woken up, by itself or because of `Wake`. Not answered.
+
+    While it is ``asleep`` the memory of its weights may belong to others: it has let its slots go, serves nobody, and
+    refuses every step that would touch weights. Awake it says what its weights are by then, as in `WorkerHello`, and
+    serves after the next `Resume`.
+    """
+
+    asleep: bool
+    content: VersionId | None = None
+    touched: bool = False
+    digest: bytes = b""
 
 
 class StepDone(Message, frozen=True, tag="step_done"):
     """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
 
-    ``touched`` answers an `Abort`: the worker's weights may be others than before the round.
+    ``touched`` answers an `Abort`: the worker's weights may be others than before the round. ``passes`` answers a
+    `Halt`.
     """
 
     round: int
@@ -44,6 +61,7 @@ class StepDone(Message, frozen=True, tag="step_done"):
     seq: int = 0
     seconds: float = 0.0
     touched: bool = False
+    passes: int = 0
 
 
 class StepFailed(Message, frozen=True, tag="step_failed"):
@@ -108,18 +126,32 @@ class CloseSlots(Message, frozen=True, tag="close_slots"):
     round: int
 
 
+class Halt(Message, frozen=True, tag="halt"):
+    """Let no further forward pass begin until `Pause`, and say how many were begun since the last update.
+
+    Sent to the workers of an engine that has several, whose forward passes wait for one another: each is told by
+    `Pause` to end with the last one that any of them has begun.
+    """
+
+    round: int
+
+
 class Pause(Message, frozen=True, tag="pause"):
-    """Stop serving between two forward passes, within ``deadline_seconds``."""
+    """Stop serving between two forward passes, within ``deadline_seconds``.
+
+    ``passes``: when so many were begun, as `Halt` counts them, and no later. None: as soon as may be.
+    """
 
     round: int
     deadline_seconds: float
+    passes: int | None = None
 
 
 class Expect(Message, frozen=True, tag="expect"):
-    """What the round's version brings: tensors ``first`` onwards of ``total``. Sent before the pause, not answered.
+    """What a version brings: tensors ``first`` onwards of ``total``. Sent before the pause, not answered.
 
-    A worker compares it with what it holds while it still serves; `Begin` then fails if they differ, and no weight has
-    been touched. Left out when the worker has loaded a version of these very tensors before.
+    A worker compares it with what it holds while it still serves, and `Check` asks for the outcome. Left out when the
+    worker has loaded a version of these very tensors before. A ``round`` below 0 is a question outside of any round.
     """
 
     round: int
@@ -128,11 +160,24 @@ class Expect(Message, frozen=True, tag="expect"):
     tensors: list[TensorSpec]
 
 
+class Check(Message, frozen=True, tag="check"):
+    """Say whether a version of the tensors that `Expect` brought under this ``round`` can be loaded."""
+
+    round: int
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """Wake up, within ``deadline_seconds``. ``round`` counts such requests to one engine, and is no round's."""
+
+    round: int
+    deadline_seconds: float
+
+
 class Begin(Message, frozen=True, tag="begin"):
     """A version's buckets are about to come: ``tensors`` tensors of ``nbytes`` in all.
 
     ``fold`` is that of all their bytes (`cpe_daemon.core.fold`): `Finish` fails unless what came has it. None: nobody
-    is to look.
+    is to look. ``digest`` is the version's (`cpe_daemon.core.identity`): a worker keeps it beside the version's name.
     """
 
     round: int
@@ -140,6 +185,7 @@ class Begin(Message, frozen=True, tag="begin"):
     tensors: int
     nbytes: int
     fold: int | None = None
+    digest: bytes = b""
 
 
 class TensorPart(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -7,7 +7,7 @@ import os
 import socket as sockets
 import threading
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -68,6 +68,42 @@ class Attachment:
             if not self._changed.wait_for(lambda: self._loader.serving, timeout):
                 raise DeadlineError(f"the engine was not ready after {timeout:g} s: {self.lock.shut_because}")
 
+    def sleep(self, timeout: float = 60.0) -> None:
+        """Have the daemon leave the weights alone, so that their memory can be given to others.
+
+        Returns when forward passes have ended, `lock` is shut, and this worker has let go of its slots; the daemon then
+        gives these back too, if nobody else uses them. After that it sends nothing that touches weights, even if it is
+        restarted. Versions go live without this engine, or wake it up first, as ``push.asleep`` says. Call it in every
+        worker of the engine, and not from a thread that holds the lock. Does nothing to one that sleeps.
+
+        Raises:
+            DeadlineError: an update or a forward pass did not end within ``timeout`` seconds; it is awake.
+            MisuseError: called by ``on_wake``.
+        """
+        self._check_thread()
+        self._receiver.sleep(timeout)
+
+    def wake_up(self, *, kept: bool = False, timeout: float = 60.0) -> None:
+        """Say that the weights have their memory again, at the same places or others.
+
+        The engine serves when all its workers are awake and the daemon has given it the live version, unless it holds
+        that: see `ready`. Without a daemon it waits for one. Does nothing to a worker that is awake.
+
+        Args:
+            kept: the weights are what they were when it went to sleep. Otherwise they count as lost.
+            timeout: seconds to wait for the receiver's thread.
+
+        Raises:
+            DeadlineError: the receiver's thread was busy all that time.
+            MisuseError: called by ``on_wake``, which need not say it.
+        """
+        self._check_thread()
+        self._receiver.wake_up(timeout, kept=kept)
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise MisuseError("on_wake need only make the memory ready; the engine counts as awake when it returns")
+
     def close(self) -> None:
         """Detach; the engine keeps its weights, and the lock stays as it is. Never blocks for more than seconds."""
         if self._stopped.is_set():
@@ -108,6 +144,7 @@ def attach(
     model: str = "",
     gpu: str = "",
     ignore: Collection[str] = (),
+    on_wake: Callable[[], object] | None = None,
     connect_timeout: float = 30.0,
     lock_timeout: float = 600.0,
 ) -> Attachment:
@@ -130,6 +167,9 @@ def attach(
         gpu: UUID of this worker's GPU, whose slots it loads from; "" takes the GPU that the target's tensors are on,
             or, for a function, the current one if this process uses CUDA. On a CPU host the name of a set of slots.
         ignore: names that a version may hold and this target has no place for.
+        on_wake: called in the receiver's thread when this worker sleeps (`Attachment.sleep`) and the daemon is told to
+            wake engines up for a new version (``push.asleep: wake``). When it returns the weights have their memory
+            again; what is in it is not used.
         connect_timeout: seconds to wait for the daemon.
         lock_timeout: seconds that ``with attachment.lock`` waits while the engine is paused.
 
@@ -144,7 +184,7 @@ def attach(
     lock = ServingLock(lock_timeout)
     made = make_target(target, Slicer(slicing, rank, world_size), ignore)
     gpu = gpu or gpu_of(made.gpus())
-    loader = TorchLoader(made, lock, changed)
+    loader = TorchLoader(made, lock, changed, on_wake)
     hello = WorkerHello(
         protocol=PROTOCOL,
         engine=engine,

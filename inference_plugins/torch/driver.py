@@ -13,9 +13,18 @@ class TorchDriver:
         self.engine = engine
         self._workers = workers
 
+    async def check(self, round: int, seconds: float) -> None:
+        """Have every worker compare a version's tensors with its own."""
+        await self._workers.check(round, seconds)
+
     async def pause(self, round: int, seconds: float) -> None:
-        """Have every worker close its serving lock."""
-        await self._workers.pause(round, seconds)
+        """Have every worker close its serving lock, all after the same forward pass.
+
+        One that stopped a pass before the others would leave them waiting in that pass, for its part of what they
+        compute together.
+        """
+        passes = await self._workers.halt(round, seconds) if self._workers.world_size > 1 else None
+        await self._workers.pause(round, seconds, passes)
 
     async def begin(self, update: Update, seconds: float) -> None:
         """Have every worker make ready."""
@@ -32,3 +41,7 @@ class TorchDriver:
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
         """Have every worker open its serving lock."""
         await self._workers.resume(round, content, seconds)
+
+    async def wake(self, seconds: float) -> None:
+        """Have every worker call what was given to `attach` for that."""
+        await self._workers.wake(seconds)

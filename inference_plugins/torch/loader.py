@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -31,11 +31,20 @@ class TorchLoader:
         target: what is written to.
         lock: shut while it is.
         changed: notified when ``serving`` changes, which is read under it.
+        on_wake: has the engine take its memory back when it sleeps; None if it wakes up only by itself.
     """
 
-    def __init__(self, target: Target, lock: ServingLock, changed: threading.Condition) -> None:
+    def __init__(
+        self,
+        target: Target,
+        lock: ServingLock,
+        changed: threading.Condition,
+        on_wake: Callable[[], object] | None = None,
+    ) -> None:
         self.content: VersionId | None = None
         self.touched = False
+        self.asleep = False
+        self._on_wake = on_wake
         self.serving = False
         self._target = target
         self._lock = lock
@@ -43,11 +52,15 @@ class TorchLoader:
         self._trouble: str | None = None
         """Why the last update failed, for whoever waits for the lock."""
 
-    def pause(self, seconds: float) -> None:
+    def halt(self) -> int:
+        """Shut the lock for newcomers, and say how many forward passes were begun."""
+        return self._lock.halt(self._reason())
+
+    def pause(self, seconds: float, passes: int | None = None) -> None:
         """Shut the lock, and wait until the forward passes that were issued under it have run."""
         deadline = time.monotonic() + seconds
         was_open = self._lock.shut_because is None
-        self._lock.shut(self._reason(), seconds)
+        self._lock.shut(self._reason(), seconds, None if self.touched else passes)
         try:
             come_to_rest(self._target.gpus(), deadline - time.monotonic())
         except CpeError:
@@ -64,6 +77,7 @@ class TorchLoader:
 
     def begin(self) -> None:
         """Look the target's tensors up; GPUs that they have come to since the last time have to be at rest too."""
+        self._lock.recount()  # all workers of the engine have come to rest at the same forward pass
         with self._explaining():
             self._target.begin()
             come_to_rest(self._target.gpus(), _REST_SECONDS)
@@ -102,6 +116,28 @@ class TorchLoader:
         self._lock.open()
         self._tell(serving=True)
 
+    def sleep(self, seconds: float) -> None:
+        """Shut the lock as for an update; it stays shut until the engine is awake, and the daemon has resumed it."""
+        self.asleep = True
+        try:
+            self.pause(seconds)
+        except CpeError:
+            self.asleep = False
+            raise
+
+    def rouse(self) -> None:
+        """Call ``on_wake``."""
+        if self._on_wake is None:
+            raise EngineError("it is asleep, and was attached without on_wake")
+        self._on_wake()
+
+    def wake_up(self, *, kept: bool) -> None:
+        """Weights that were not kept are as good as a mixture."""
+        self.asleep = False
+        if not kept:
+            self.touched, self._trouble = True, "it slept, and its weights were not kept"
+        self._lock.explain(self._reason())
+
     def _touch(self) -> None:
         """Weights change from now on."""
         if not self.touched:
@@ -109,6 +145,8 @@ class TorchLoader:
             self._lock.explain(self._reason())
 
     def _reason(self) -> str:
+        if self.asleep:
+            return "it is asleep"
         reason = _MIXED if self.touched else "its weights are being updated, or it awaits the live version"
         return f"{reason}; last failure: {self._trouble}" if self._trouble else reason
 

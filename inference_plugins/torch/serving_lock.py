@@ -24,6 +24,10 @@ class ServingLock:
         self._changed = threading.Condition()
         self._holders: dict[int, int] = {}
         self._reason: str | None = "it is not attached to a daemon yet"
+        self._passes = 0
+        """Forward passes that were begun since the last `recount`."""
+        self._last: int | None = None
+        """While it is being shut: forward passes up to this one may begin still."""
 
     @property
     def shut_because(self) -> str | None:
@@ -42,8 +46,12 @@ class ServingLock:
         limit = self._timeout if timeout is None else timeout
         me = threading.get_ident()
         with self._changed:
-            if me not in self._holders and not self._changed.wait_for(lambda: self._reason is None, limit):
-                raise EngineError(f"not serving for {limit:g} s: {self._reason}")
+            if me not in self._holders:
+                if not self._changed.wait_for(self._may_begin, limit):
+                    raise EngineError(f"not serving for {limit:g} s: {self._reason}")
+                self._passes += 1
+                if self._passes == self._last:
+                    self._changed.notify_all()
             self._holders[me] = self._holders.get(me, 0) + 1
 
     def release(self) -> None:
@@ -72,8 +80,29 @@ class ServingLock:
     ) -> None:
         self.release()
 
-    def shut(self, reason: str, timeout: float) -> None:
+    def _may_begin(self) -> bool:
+        return self._reason is None or (self._last is not None and self._passes < self._last)
+
+    def halt(self, reason: str) -> int:
+        """Keep newcomers out, wait for nobody, and return how many forward passes were begun since `recount`."""
+        with self._changed:
+            self._reason = self._reason or reason
+            return self._passes
+
+    def recount(self) -> None:
+        """Count forward passes from here on, as all workers of the engine do at the same forward pass."""
+        with self._changed:
+            self._passes = 0
+
+    def shut(self, reason: str, timeout: float, passes: int | None = None) -> None:
         """Keep newcomers out and wait until all holders have let go; on failure the lock is as it was before.
+
+        Args:
+            reason: told to newcomers.
+            timeout: seconds.
+            passes: let newcomers in until so many forward passes were begun, for half of that time at most: the other
+                workers of the engine have begun them, and wait there for this one. Where a worker was restarted, its
+                count is not theirs, and what does not come must not be waited for any longer.
 
         Raises:
             DeadlineError: somebody held it for ``timeout`` seconds.
@@ -81,7 +110,12 @@ class ServingLock:
         began = time.monotonic()
         with self._changed:
             before, self._reason = self._reason, reason
-            if not self._changed.wait_for(lambda: not self._holders, timeout):
+            if passes is not None:
+                self._last = passes
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._passes >= passes, timeout / 2)
+                self._last = None
+            if not self._changed.wait_for(lambda: not self._holders, began + timeout - time.monotonic()):
                 self._reason = before
                 self._changed.notify_all()
                 waited = time.monotonic() - began

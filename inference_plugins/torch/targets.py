@@ -122,8 +122,8 @@ class TensorTarget:
         """
         self._look_up()
         self._learn(tensors)
-        self._written = {self._memory[spec.name] for spec in tensors if spec.name in self._memory}
-        missing = self.missing()
+        brought = {self._memory[spec.name] for spec in tensors if spec.name in self._memory}
+        missing = [name for name, memory in self._memory.items() if memory not in brought]
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise ManifestError(f"the version brings nothing for {', '.join(missing[:_NAMED])}{more}")

@@ -15,6 +15,7 @@ from typing import Any
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.driver import Driver
+from cpe_daemon.core.journal import Identity, State
 from cpe_daemon.core.lifecycle import EngineState
 from cpe_daemon.core.manifest import layout, merge
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
@@ -30,8 +31,10 @@ from cpe_daemon.wire.codec import Codec
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
+    Check,
     CloseSlots,
     Finish,
+    Halt,
     Load,
     Message,
     OpenSlots,
@@ -42,9 +45,11 @@ from cpe_daemon.wire.messages import (
     SlotSet,
     StepDone,
     StepFailed,
+    Wake,
     WorkerBye,
     WorkerCommand,
     WorkerHello,
+    WorkerState,
     WorkerWelcome,
 )
 from cpe_daemon.wire.reports import ErrorInfo
@@ -185,6 +190,7 @@ class FakeWorker:
         """What it has open."""
         self.script: dict[str, Script] = {}
         self.takes_messages = True
+        self.asleep = self.hello.asleep
         self._node = node
         self._before: tuple[int, VersionId | None] | None = None
         self._loaded = 0
@@ -201,6 +207,17 @@ class FakeWorker:
     def die(self) -> None:
         """Its process ends: the kernel cuts its tether."""
         self._node.ties.on_gone[self.tether]()
+
+    def sleep(self) -> None:
+        """Have its memory taken by others."""
+        self.asleep = self.paused = True
+        self.slots = None
+        self.say(WorkerState(True))
+
+    def wake_up(self, *, kept: bool = False) -> None:
+        """Have its memory again, and what was in it if that was ``kept``; it stays paused."""
+        self.asleep, self.touched = False, self.touched or not kept
+        self.say(WorkerState(False, self.content, self.touched))
 
     @property
     def tether(self) -> int:
@@ -220,10 +237,12 @@ class FakeWorker:
 
     def receive(self, message: Message) -> None:
         self.commands.append(message)
+        if self.asleep and not isinstance(message, WorkerWelcome | Wake | Abort):
+            self.serving_wrong.append(f"told {message} while it sleeps")
         if isinstance(message, WorkerWelcome):
             self.welcome = message
             self.paused = message.hold or self.touched
-        elif isinstance(message, OpenSlots | CloseSlots):
+        elif isinstance(message, OpenSlots | CloseSlots | Check | Halt | Wake):
             asyncio.get_running_loop().call_soon(self._answer, str(message.__struct_config__.tag), message)
         elif isinstance(message, Pause | Begin | Load | Finish | Abort | Resume):
             name = str(message.__struct_config__.tag)
@@ -232,6 +251,8 @@ class FakeWorker:
 
     def _answer(self, name: str, step: Any) -> None:
         seq = getattr(step, "seq", 0)
+        if isinstance(step, Wake) and name not in self.script:
+            self.wake_up()
         answer: Answer = self.script[name](step) if name in self.script else self.do(step)
         if isinstance(answer, CpeError):
             answer = StepFailed(step.round, name, ErrorInfo(answer.code, answer.message), seq)
@@ -280,6 +301,7 @@ class FakeNode:
         retain: int = 1,
         deadlines: dict[str, float] | None = None,
         automatic: bool = True,
+        push: dict[str, str] | None = None,
         slots: int | str = SLOTS,
         state_dir: Path = Path("/nonexistent/cpe-fake-node"),
     ) -> None:
@@ -306,7 +328,6 @@ class FakeNode:
         )
         self.workers: dict[bytes, FakeWorker] = {}
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
-        push: dict[str, str] | None = None,
         self.expected = Expected(state_dir / "engines.json", self.drivers)
         self._codec = Codec(WorkerCommand)
         self.registry = Registry(
@@ -379,13 +400,13 @@ class FakeNode:
     def bye(self, worker: FakeWorker) -> None:
         worker.say(WorkerBye())
 
-    def stage(self, version: VersionId) -> Version:
+    def stage(self, version: VersionId, digest: bytes = b"") -> Version:
         """Put a version into the catalogue, whole."""
         shards = [Shard(f"layers.{index}.w", "uint8", (TENSOR_BYTES,)) for index in range(TENSORS)]
         record = self.catalogue.open(version, 1)
         part = self.catalogue.contribute(record, 0, shards, layout(shards).nbytes)
         part.digests = [bytes(16)] * TENSORS
-        self.catalogue.stage(record, merge(version, [shards], [part.digests]))
+        self.catalogue.stage(record, merge(version, [shards], [part.digests]), digest=digest)
         return record
 
     async def publish(self, version: VersionId) -> Version:
@@ -411,9 +432,9 @@ class FakeNode:
     def states(self) -> dict[str, tuple[str, VersionId | None]]:
         return {engine.name: (engine.state.value, engine.content) for engine in self.registry}
 
-    def _live(self, model: str) -> VersionId | None:
+    def _live(self, model: str) -> Identity | None:
         live = self.catalogue.live(model)
-        return live.id if live else None
+        return Identity(live.id, live.digest) if live else None
 
 
 CURRENT, UNKNOWN, QUARANTINED = (

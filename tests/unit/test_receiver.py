@@ -100,11 +100,15 @@ class FakeLoader:
     def __init__(self) -> None:
         self.content: VersionId | None = None
         self.touched = False
+        self.asleep = False
         self.serving = False
         self.broken: dict[str, BaseException] = {}
         """What to raise, by method."""
 
-    def pause(self, seconds: float) -> None:
+    def halt(self) -> int:
+        return 0
+
+    def pause(self, seconds: float, passes: int | None = None) -> None:
         self._maybe_break("pause")
         self.serving = False
 
@@ -129,6 +133,16 @@ class FakeLoader:
     def resume(self) -> None:
         self._maybe_break("resume")
         self.serving = True
+
+    def sleep(self, seconds: float) -> None:
+        self._maybe_break("sleep")
+        self.serving, self.asleep = False, True
+
+    def rouse(self) -> None:
+        self._maybe_break("rouse")
+
+    def wake_up(self, *, kept: bool) -> None:
+        self.asleep, self.touched = False, self.touched or not kept
 
     def _maybe_break(self, method: str) -> None:
         if method in self.broken:
@@ -551,6 +565,25 @@ def test_touched_engine_stays_paused_whatever_the_daemon_does(
     assert isinstance(failed, StepFailed)
     assert "mixture" in failed.error.message
     assert not loader.serving
+
+
+def test_next_daemon_is_told_the_digest_of_what_is_held(
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+) -> None:
+    hello = daemon.expect(WorkerHello)
+    assert isinstance(hello, WorkerHello)
+    assert (hello.content, hello.digest) == (None, b"")
+    daemon.welcome()
+    for step in (Pause(1, 1.0), Begin(1, NEW, 0, 0, digest=bytes(range(16))), Finish(1)):
+        daemon.say(step)
+        assert daemon.expect(StepDone)
+    for _ in range(2):
+        tethers[-1].cut = True
+        hello = daemon.expect(WorkerHello)
+        assert isinstance(hello, WorkerHello)
+        assert (hello.content, hello.digest) == (NEW, bytes(range(16)))
+        daemon.welcome()
+        assert daemon.expect(Ping)
 
 
 def test_round_of_the_daemon_before_is_forgotten(

@@ -16,11 +16,11 @@ from cpe_daemon.core.lifecycle import EngineState, RoundState
 from cpe_daemon.core.plan import assign, cut
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ResourceError
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError, ResourceError
 from cpe_daemon.push import participant as participant_module
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.round import Round, _prefill
-from cpe_daemon.wire.messages import Load, Resume, StepDone, StepFailed
+from cpe_daemon.wire.messages import Check, Expect, Load, Pause, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, WAIT_SECONDS, FakeNode, FakeWorker, number
@@ -162,7 +162,8 @@ async def test_report_tells_phases_and_bytes(node: FakeNode) -> None:
     assert report.outcome == "updated"
     assert report.error is None
     assert report.nbytes == 6 * 512
-    assert report.phases == {"prefetch": 0.0, "pause": 1.0, "begin": 1.0, "push": 3.0, "finish": 1.0, "resume": 1.0}
+    took = {"prefetch": 0.0, "check": 0.0, "pause": 1.0, "begin": 1.0, "push": 3.0, "finish": 1.0, "resume": 1.0}
+    assert report.phases == took
     assert report.gigabytes_per_second == pytest.approx(6 * 512 / 3.0 / 1e9)
 
 
@@ -239,6 +240,140 @@ async def test_round_notes_whether_engines_waited_for_buckets(
     node.engine("a").starved = slow
     assert await run(make_round(node, "a")) == {"a": None}
     assert node.engine("a").starved is not slow
+
+
+# --- before anybody is paused ----------------------------------------------------------------------------------------
+
+
+def misfit(worker: FakeWorker) -> None:
+    """Have a worker refuse the version as one does that has other tensors."""
+    worker.script["check"] = lambda _: ManifestError("no tensor here is called layers.0.w")
+
+
+async def test_engine_that_a_version_does_not_fit_is_never_paused(node: FakeNode) -> None:
+    bad = [node.worker("bad", rank=rank, world_size=2, content=OLD) for rank in range(2)]
+    good = node.worker("good", content=OLD)
+    misfit(bad[1])
+    round = make_round(node, "bad", "good")
+    errors = await run(round)
+    assert isinstance(errors["bad"], ManifestError)
+    reason = "engine 'bad' rank 1 (pid 0, GPU gpu-1) cannot take it: no tensor here is called layers.0.w"
+    assert str(errors["bad"]) == reason
+    assert [worker.steps for worker in bad] == [[], []]
+    assert states(node) == {"bad": (CURRENT, OLD), "good": (CURRENT, NEW)}
+    assert not any(worker.touched for worker in node.engine("bad").workers.values())
+    assert good.steps == WHOLE_ROUND
+    assert round.participants[0].outcome == "kept"
+
+
+async def test_version_that_fits_no_engine_pauses_none(node: FakeNode) -> None:
+    workers = [node.worker(name, content=OLD) for name in ("a", "b")]
+    for worker in workers:
+        misfit(worker)
+    round = make_round(node, "a", "b")
+    errors = await run(round)
+    assert all(isinstance(error, ManifestError) for error in errors.values())
+    assert round.state is RoundState.FAILED
+    assert [worker.steps for worker in workers] == [[], []]
+    assert states(node) == {"a": (CURRENT, OLD), "b": (CURRENT, OLD)}
+
+
+async def test_engine_that_does_not_say_whether_it_fits_goes_on_serving(node: FakeNode) -> None:
+    silent, good = node.worker("silent", content=OLD), node.worker("good", content=OLD)
+    silent.hang("check")
+    errors = await run(make_round(node, "silent", "good", check_seconds=SHORT))
+    assert str(errors["silent"]) == "engine 'silent' rank 0 (pid 0, GPU gpu-0) did not check within 0.02 s"
+    assert (silent.steps, silent.paused) == ([], False)
+    assert states(node) == {"silent": (CURRENT, OLD), "good": (CURRENT, NEW)}
+    assert good.steps == WHOLE_ROUND
+
+
+async def test_engine_in_doubt_that_a_version_does_not_fit_stays_in_doubt(node: FakeNode) -> None:
+    worker = node.worker("a", content=OLD, touched=True)
+    misfit(worker)
+    await run(make_round(node, "a"))
+    assert states(node) == {"a": (UNKNOWN, None)}
+    assert worker.paused
+
+
+async def test_engine_that_loaded_such_a_version_is_not_asked(node: FakeNode) -> None:
+    worker = node.worker("a", content=OLD)
+    round = make_round(node, "a")
+    for known in round.participants[0].workers:
+        known.loaded = round._specs
+    assert await run(round) == {"a": None}
+    assert not [command for command in worker.commands if isinstance(command, Expect | Check)]
+
+
+async def test_tensors_are_announced_before_the_question(node: FakeNode) -> None:
+    worker = node.worker("a", content=OLD)
+    await run(make_round(node, "a"))
+    asked = [command for command in worker.commands if isinstance(command, Expect | Check | Pause)]
+    assert [type(command) for command in asked] == [Expect, Check, Pause]
+    assert isinstance(asked[0], Expect)
+    assert [spec.name for spec in asked[0].tensors] == [f"layers.{i}.w" for i in range(6)]
+    assert asked[0].round == asked[1].round == 7
+
+
+async def test_engines_are_asked_while_slots_fill(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, filled, fetch = node.worker("a", content=OLD), asyncio.Event(), node.device.fetch
+
+    async def slowly(gpu: int, slot: int, copies: Sequence[Copy]) -> None:
+        await filled.wait()
+        await fetch(gpu, slot, copies)
+
+    monkeypatch.setattr(node.device, "fetch", slowly)
+    running = asyncio.create_task(run(make_round(node, "a")))
+    await node.until(lambda: any(isinstance(command, Check) for command in worker.commands))
+    assert worker.steps == []
+    filled.set()
+    assert await running == {"a": None}
+
+
+async def test_engine_that_falls_asleep_before_the_pause_is_let_be(node: FakeNode) -> None:
+    worker, good = node.worker("a", content=OLD), node.worker("good", content=OLD)
+
+    def nods_off(step: Any) -> StepDone:
+        worker.sleep()
+        return worker.do(step)
+
+    worker.script["check"] = nods_off
+    errors = await run(make_round(node, "a", "good"))
+    assert str(errors["a"]) == "engine 'a' rank 0 (pid 0, GPU gpu-0) has gone to sleep"
+    assert worker.steps == []
+    assert good.steps == WHOLE_ROUND
+
+
+async def test_engine_that_falls_asleep_as_it_is_paused_is_not_resumed(node: FakeNode) -> None:
+    worker = node.worker("a", content=OLD)
+
+    def nods_off(step: Any) -> CpeError:
+        worker.sleep()
+        return CpeError("it is asleep")
+
+    worker.script["pause"] = nods_off
+    round = make_round(node, "a")
+    await run(round)
+    assert worker.steps == ["pause", "abort"]
+    assert states(node) == {"a": (CURRENT, OLD)}
+    assert round.participants[0].outcome == "failed"
+
+
+@pytest.mark.parametrize("naps", [1, 2])
+async def test_engine_that_slept_and_woke_in_a_round_has_no_part_in_it(naps: int, node: FakeNode) -> None:
+    worker = node.worker("a", content=OLD)
+
+    def naps_shortly(step: Any) -> StepDone:
+        for _ in range(naps):
+            worker.sleep()
+            worker.wake_up(kept=True)
+        return worker.do(step)
+
+    worker.script["check"] = naps_shortly
+    errors = await run(make_round(node, "a"))
+    assert str(errors["a"]).endswith("has gone to sleep")
+    assert worker.content == OLD
+    assert states(node) == {"a": (CURRENT, OLD)}
 
 
 # --- one engine fails ------------------------------------------------------------------------------------------------
@@ -401,6 +536,34 @@ async def test_survivor_that_no_bucket_had_reached_still_holds_what_it_held(node
     assert survivor.steps == ["pause", "abort"]
     node.worker("a", rank=1, world_size=2, content=OLD)
     assert states(node) == {"a": (CURRENT, OLD)}
+
+
+async def test_worker_that_is_back_before_its_engine_s_first_round_ends_leaves_it_as_it_was(node: FakeNode) -> None:
+    """Nothing could be restored to it, so it would stay paused for ever."""
+    survivor, dying = (node.worker("a", rank=rank, world_size=2) for rank in range(2))
+
+    def restart(step: Any) -> None:
+        dying.die()
+        node.worker("a", rank=1, world_size=2, incarnation="a/1/again")
+
+    dying.script["pause"] = restart
+    errors = await run(make_round(node, "a"))
+    assert isinstance(errors["a"], PeerLostError)
+    assert survivor.steps == ["pause", "abort"]
+    assert states(node) == {"a": (CURRENT, None)}
+    assert node.engine("a").error is errors["a"]
+
+
+async def test_worker_that_is_back_does_not_vouch_for_a_survivor_that_was_touched(node: FakeNode) -> None:
+    _, dying = (node.worker("a", rank=rank, world_size=2) for rank in range(2))
+
+    def restart(step: Any) -> None:
+        dying.die()
+        node.worker("a", rank=1, world_size=2, incarnation="a/1/again")
+
+    dying.script["load"] = restart
+    await run(make_round(node, "a"))
+    assert states(node) == {"a": (UNKNOWN, None)}
 
 
 async def test_worker_whose_queue_is_full_is_dropped(node: FakeNode) -> None:

@@ -19,6 +19,7 @@ from inference_plugins.assembly import Place
 from inference_plugins.steps import Answer, Step, Steps
 
 OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
+DIGEST = bytes([1]) * 16
 LOAD = Load(7, 0, 0, [TensorPart("w", "float32", (2,), 0, 8, 0)])
 
 
@@ -28,6 +29,7 @@ class FakeLoader:
     def __init__(self) -> None:
         self.content: VersionId | None = OLD
         self.touched = False
+        self.asleep = False
         self.calls: list[str] = []
         self.error: Exception | None = None
         self.misfit: Exception | None = None
@@ -36,7 +38,11 @@ class FakeLoader:
         self.devices: set[str] = set()
         """On which they were to be."""
 
-    def pause(self, seconds: float) -> None:
+    def halt(self) -> int:
+        self.calls.append("halt")
+        return 41
+
+    def pause(self, seconds: float, passes: int | None = None) -> None:
         self.calls.append("pause")
         if seconds == 0:
             raise DeadlineError("busy")
@@ -69,6 +75,15 @@ class FakeLoader:
 
     def resume(self) -> None:
         self.calls.append("resume")
+
+    def sleep(self, seconds: float) -> None:
+        self.asleep = True
+
+    def rouse(self) -> None:
+        raise NotImplementedError
+
+    def wake_up(self, *, kept: bool) -> None:
+        self.asleep = False
 
 
 class FakeSlots:
@@ -340,6 +355,17 @@ def test_version_is_not_resumed_under_another_s_name(steps: Steps, loader: FakeL
     assert loader.calls == ["resume"]
 
 
+def test_digest_is_that_of_the_version_that_was_loaded_last(steps: Steps, loader: FakeLoader) -> None:
+    assert steps.digest == b""
+    do(steps, Begin(7, NEW, 1, 8, digest=DIGEST), LOAD)
+    assert steps.digest == b""
+    do(steps, Finish(7))
+    assert (loader.content, steps.digest, steps.loaded) == (NEW, DIGEST, (NEW, DIGEST))
+    assert Steps(loader, steps.loaded).digest == DIGEST
+    loader.content = OLD
+    assert steps.digest == Steps(loader, steps.loaded).digest == b""
+
+
 @pytest.mark.parametrize(
     ("before", "changed"),
     [
@@ -350,6 +376,9 @@ def test_version_is_not_resumed_under_another_s_name(steps: Steps, loader: FakeL
         # The daemon may not know that it has finished: the answer came too late, or a sibling failed.
         pytest.param([Begin(7, NEW, 1, 8), LOAD, Finish(7)], True, id="finished"),
         pytest.param([Begin(7, OLD, 1, 8), LOAD, Finish(7)], False, id="finished-with-the-same"),
+        pytest.param(
+            [Begin(7, OLD, 1, 8, digest=DIGEST), LOAD, Finish(7)], True, id="finished-with-another-by-its-name"
+        ),
         pytest.param([Begin(6, NEW, 0, 0), Finish(6), Pause(7, 1.0)], False, id="finished-an-earlier-round"),
     ],
 )

@@ -40,8 +40,12 @@ class FakeLoader:
     def __init__(self) -> None:
         self.content: VersionId | None = OLD
         self.touched = False
+        self.asleep = False
 
-    def pause(self, seconds: float) -> None: ...
+    def halt(self) -> int:
+        return 0
+
+    def pause(self, seconds: float, passes: int | None = None) -> None: ...
 
     def expect(self, tensors: Sequence[TensorSpec]) -> None: ...
 
@@ -57,6 +61,12 @@ class FakeLoader:
         self.content, self.touched = version, False
 
     def resume(self) -> None: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def rouse(self) -> None: ...
+
+    def wake_up(self, *, kept: bool) -> None: ...
 
 
 class OneSlot:

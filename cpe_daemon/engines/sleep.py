@@ -1,0 +1,32 @@
+"""What becomes of an engine whose workers go to sleep and wake up."""
+
+from __future__ import annotations
+
+import structlog
+
+from cpe_daemon.core.lifecycle import EngineEvent
+from cpe_daemon.devices.device import Device
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.worker import Worker
+from cpe_daemon.wire.messages import WorkerState
+
+log = structlog.get_logger(__name__)
+
+
+def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Device) -> None:
+    """Note what a worker says of its sleep.
+
+    One that sleeps has let its slots go. What an engine holds is not known any more when its last worker wakes up: it
+    has to be looked at anew, as one that has just attached.
+    """
+    log.info("worker.asleep" if state.asleep else "worker.awake", worker=worker.name, touched=state.touched)
+    worker.naps += state.asleep
+    worker.asleep = state.asleep
+    if state.asleep:
+        if worker.slots is not None:
+            device.withdraw(worker.slots)
+        worker.slots, worker.has_slots = None, False
+        return
+    if not engine.asleep:
+        engine.change(EngineEvent.LOSE)
+    worker.content, worker.digest, worker.touched = state.content, state.digest, state.touched

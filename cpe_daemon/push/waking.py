@@ -1,0 +1,43 @@
+"""Engines that are asleep when a version is pushed: passed over, refused, or woken up, as push.asleep says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import structlog
+
+from cpe_daemon.engines.engine import Engine
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError
+
+log = structlog.get_logger(__name__)
+
+_MARGIN_SECONDS = 1.0
+
+
+async def rouse(engines: Iterable[Engine], seconds: float | None) -> dict[Engine, CpeError]:
+    """Wake up those that sleep; return the ones that sleep on, each with the reason.
+
+    Args:
+        engines: those that a version is about to be pushed into.
+        seconds: how long each may take; None: they are not to be woken up.
+    """
+    asleep = [engine for engine in engines if engine.asleep]
+    if seconds is None:
+        return {engine: EngineError(f"engine {engine.name!r} is asleep") for engine in asleep}
+    errors = await asyncio.gather(*(_wake(engine, seconds) for engine in asleep))
+    return {engine: error for engine, error in zip(asleep, errors, strict=True) if error is not None}
+
+
+async def _wake(engine: Engine, seconds: float) -> CpeError | None:
+    try:
+        async with asyncio.timeout(seconds + _MARGIN_SECONDS):
+            await engine.driver.wake(seconds)
+    except CpeError as error:  # before TimeoutError: a DeadlineError is one too, and names the worker
+        return error
+    except TimeoutError:
+        return DeadlineError(f"engine {engine.name!r} did not wake up within {seconds:g} s")
+    except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
+        log.exception("engine.driver_failed", engine=engine.name, phase="wake")
+        return EngineError(f"engine {engine.name!r} could not wake up: {type(error).__name__}: {error}")
+    return EngineError(f"engine {engine.name!r} is asleep still") if engine.asleep else None
