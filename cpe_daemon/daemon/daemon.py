@@ -180,7 +180,8 @@ class Daemon:
             progress: called with what is being done, and the bytes that are done and in all.
 
         Raises:
-            ConfigError: the keys, the memory or an endpoint cannot be had.
+            ConfigError: the keys or an endpoint cannot be had.
+            ResourceError: the memory or a GPU cannot be had now.
         """
         await self._front.load_keys()
         self._listen()
@@ -290,7 +291,8 @@ def _device(config: DeviceConfig, arena: Arena, handoff: HandoffServer) -> Devic
     """The device that the settings name.
 
     Raises:
-        ConfigError: this host does not have it.
+        ConfigError: no host could have it.
+        ResourceError: this host does not have it now.
     """
     if config.kind == "shm":
         return ShmDevice(gpus=config.gpus, slot_bytes=config.slot_bytes, source=arena.address, handoff=handoff)

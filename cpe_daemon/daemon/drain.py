@@ -32,6 +32,9 @@ _RELEASED_BYTES_PER_SECOND: Final = 2 << 30
 """So much of the arena the kernel takes back in a second at least: half of what it did in a virtual machine."""
 
 _REASON: Final = "the daemon stops"
+_UNPINNED_BYTES_PER_SECOND: Final = 4 << 30
+"""So much of an arena that GPUs copy from is unpinned in a second at least, before the kernel takes it back."""
+
 
 _WITHOUT_ERROR: Final = {
     EngineState.UNKNOWN: "it waited for the live version",
@@ -41,15 +44,16 @@ _WITHOUT_ERROR: Final = {
 """Why nobody knows what an engine holds, where no error tells."""
 
 
-def longest_close_seconds(arena_bytes: int) -> float:
-    """How long it takes at most to close everything and to give the memory back."""
-    return CLOSE_SECONDS + arena_bytes / _RELEASED_BYTES_PER_SECOND
+def longest_close_seconds(arena_bytes: int, *, pinned: bool) -> float:
+    """How long it takes at most to close everything and to give the memory back, which may be ``pinned`` for GPUs."""
+    unpinning = arena_bytes / _UNPINNED_BYTES_PER_SECOND if pinned else 0.0
+    return CLOSE_SECONDS + unpinning + arena_bytes / _RELEASED_BYTES_PER_SECOND
 
 
-def longest_stop_seconds(deadlines: DeadlinesConfig, arena_bytes: int) -> float:
+def longest_stop_seconds(deadlines: DeadlinesConfig, arena_bytes: int, *, pinned: bool) -> float:
     """How long it takes a daemon to stop at most; whoever runs it gives it somewhat more."""
     drained = deadlines.drain_seconds + deadlines.undo_seconds + FAREWELL_SECONDS
-    return drained + longest_close_seconds(arena_bytes)
+    return drained + longest_close_seconds(arena_bytes, pinned=pinned)
 
 
 async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

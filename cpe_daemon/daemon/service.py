@@ -62,6 +62,7 @@ class _Life:
     def __init__(self, config: Config, notifier: Notifier, daemon: Daemon) -> None:
         self._config = config
         self._daemon = daemon
+        self._pinned = config.device.kind == "cuda"
         self._notifier = notifier
         self._supervision = Supervision(notifier)
         self._stopping = asyncio.Event()
@@ -85,7 +86,7 @@ class _Life:
 
     async def end(self) -> None:
         """Close everything, also where nobody asked for it, but some part of the daemon has failed."""
-        seconds = longest_close_seconds(self._config.arena.size_bytes)
+        seconds = longest_close_seconds(self._config.arena.size_bytes, pinned=self._pinned)
         self._last_resort.arm(seconds)
         self._notifier.extend_timeout(seconds)
         await self._daemon.close()
@@ -98,7 +99,7 @@ class _Life:
         if self._stopping.is_set():
             self._hurried.set()
             return
-        seconds = longest_stop_seconds(self._config.deadlines, self._config.arena.size_bytes)
+        seconds = longest_stop_seconds(self._config.deadlines, self._config.arena.size_bytes, pinned=self._pinned)
         log.info("daemon.stopping", at_most_seconds=round(seconds, 3))
         self._last_resort.arm(seconds)
         self._supervision.stopping(seconds)

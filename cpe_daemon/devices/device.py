@@ -45,7 +45,7 @@ class Device(Protocol):
             progress: called on the loop with (bytes done, bytes in all).
 
         Raises:
-            ConfigError: it cannot be; says what to do.
+            ResourceError: it cannot be, now; says what to do.
         """
         ...
 

@@ -175,7 +175,7 @@ async def test_arena_that_cannot_be_pinned_is_refused_with_what_to_do(made: Made
         driver.pins[address] = nbytes
 
     driver.register = refuse  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="LimitMEMLOCK"):
+    with pytest.raises(ResourceError, match="LimitMEMLOCK"):
         async with made(driver):
             pytest.fail("opened")
     assert (driver.allocated, driver.pins, driver.retained) == ({}, {}, [])
@@ -234,9 +234,42 @@ async def test_only_the_gpus_that_are_named_are_taken(made: Made) -> None:
     async with made(driver, uuids=("GPU-00000002",)) as device:
         assert [gpu.uuid for gpu in device.topology.gpus] == ["GPU-00000002"]
         assert driver.retained == [2]
-    with pytest.raises(ConfigError, match="GPU-7"):
-        async with made(driver, uuids=("GPU-7",)):
+
+
+@pytest.mark.parametrize("gpus", [0, 3])
+async def test_gpu_that_is_not_here_may_be_here_later(gpus: int, made: Made) -> None:
+    """It has failed, or its driver is being replaced: whoever started the daemon tries again."""
+    with pytest.raises(ResourceError, match="GPU-7, and the driver shows" if gpus else "no GPU to this process"):
+        async with made(FakeDriver(gpus), uuids=("GPU-7",)):
             pytest.fail("opened")
+
+
+@pytest.mark.parametrize("name", ["0", "gpu-7", "MIG-1234", "GPU-x", "NVIDIA H200"])
+async def test_name_that_no_gpu_can_have_is_a_setting_to_mend(name: str, made: Made) -> None:
+    with pytest.raises(ConfigError, match="not how a GPU's UUID begins"):
+        async with made(FakeDriver(1), uuids=(name,)):
+            pytest.fail("opened")
+
+
+async def test_gpu_that_cannot_be_used_now_may_be_used_later(made: Made) -> None:
+    driver = FakeDriver(1)
+
+    def refuse(device: int) -> int:
+        raise bindings.CudaError("cuDevicePrimaryCtxRetain", 2, "out of memory (2)")
+
+    driver.retain = refuse  # type: ignore[method-assign]
+    with pytest.raises(ResourceError, match=r"a GPU cannot be used: .*out of memory.*nvidia-smi"):
+        async with made(driver):
+            pytest.fail("opened")
+
+
+async def test_driver_that_is_not_there_now_may_be_there_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> FakeDriver:
+        raise ResourceError("no NVIDIA driver here")
+
+    monkeypatch.setattr(module, "driver", missing)
+    with pytest.raises(ResourceError, match="no NVIDIA driver here"):
+        CudaDevice(uuids=(), slot_bytes=SLOT_BYTES, source=0, source_bytes=ARENA_BYTES)
 
 
 def test_host_without_a_driver_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

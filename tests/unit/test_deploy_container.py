@@ -135,9 +135,9 @@ def test_daemon_is_given_what_its_configuration_names(config: Config) -> None:
 
 
 def test_daemon_is_killed_later_than_it_stops(config: Config) -> None:
-    longest = longest_stop_seconds(config.deadlines, config.arena.size_bytes)
+    longest = longest_stop_seconds(config.deadlines, config.arena.size_bytes, pinned=config.device.kind == "cuda")
     assert daemon_pod()["terminationGracePeriodSeconds"] >= longest + 10
-    by_default = longest_stop_seconds(DeadlinesConfig(), ArenaConfig().size_bytes)
+    by_default = longest_stop_seconds(DeadlinesConfig(), ArenaConfig().size_bytes, pinned=False)
     assert by_default + 10 <= 75
     assert "--stop-timeout 75" in (FOLDER / "README.md").read_text()
     assert f"{by_default:g} s by default" in OPERATIONS.read_text()

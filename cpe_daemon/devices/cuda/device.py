@@ -14,7 +14,7 @@ from cpe_daemon.core.plan import Copy, PeerCopy, Topology
 from cpe_daemon.devices.cuda.driver import CudaError, Driver, driver
 from cpe_daemon.devices.cuda.gpus import Found, exchanges, find
 from cpe_daemon.devices.cuda.lane import Copying, Lane
-from cpe_daemon.errors import ConfigError, CpeError, ResourceError
+from cpe_daemon.errors import CpeError, ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
 log = structlog.get_logger(__name__)
@@ -35,16 +35,14 @@ class CudaDevice:
         source_bytes: size of the arena.
 
     Raises:
-        ConfigError: there is no driver, no GPU, or not one that was named.
+        ConfigError: no GPU could ever have a name that was given.
+        ResourceError: there is no driver, no GPU, or not one that was named, now.
     """
 
     kind = KIND
 
     def __init__(self, *, uuids: Sequence[str], slot_bytes: int, source: int, source_bytes: int) -> None:
-        try:
-            self._driver = driver()
-        except ResourceError as error:
-            raise ConfigError(error.message) from None
+        self._driver = driver()
         self._found = find(self._driver, uuids)
         self.topology = Topology(
             gpus=tuple(found.gpu for found in self._found), peer_access=exchanges(self._driver, self._found)
@@ -75,7 +73,7 @@ class CudaDevice:
             progress: called on the loop with (bytes pinned, bytes in all).
 
         Raises:
-            ConfigError: a GPU cannot be used, or the arena cannot be pinned; says what to do.
+            ResourceError: a GPU cannot be used, or the arena cannot be pinned, now; says what to do.
         """
         try:
             for found in self._found:
@@ -83,7 +81,7 @@ class CudaDevice:
             if self.topology.peer_access:
                 await asyncio.to_thread(self._link)
         except CudaError as error:
-            raise ConfigError(f"a GPU cannot be used: {error}; see nvidia-smi, and device.uuids") from None
+            raise ResourceError(f"a GPU cannot be used: {error}; see nvidia-smi, and device.uuids") from None
         for start in range(0, self._source_bytes, PIN_BYTES):
             nbytes = min(PIN_BYTES, self._source_bytes - start)
             await asyncio.to_thread(self._pin, self._source + start, nbytes)
@@ -205,7 +203,7 @@ class CudaDevice:
         try:
             self._driver.register(address, nbytes)
         except CudaError as error:
-            raise ConfigError(
+            raise ResourceError(
                 f"cannot pin the arena: {error}; is the memlock limit high enough (LimitMEMLOCK=infinity), and is"
                 " arena.size_bytes well below the host's memory?"
             ) from None

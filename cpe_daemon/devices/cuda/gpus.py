@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Final
 
 from cpe_daemon.core.plan import Gpu
 from cpe_daemon.devices.cuda.driver import Driver
-from cpe_daemon.errors import ConfigError
+from cpe_daemon.errors import ConfigError, ResourceError
 
 _PCI: Final = Path("/sys/bus/pci/devices")
+_UUID: Final = re.compile("GPU-[0-9a-f-]{0,36}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,14 @@ def find(driver: Driver, wanted: Sequence[str] = ()) -> list[Found]:
         wanted: UUIDs of those to take, in full or from their beginning on; empty: all.
 
     Raises:
-        ConfigError: one that is wanted is not here, or there is none at all.
+        ConfigError: no GPU could ever have a name that is wanted.
+        ResourceError: one that is wanted is not here now, or there is none at all.
     """
+    if misnamed := [name for name in wanted if not _UUID.fullmatch(name)]:
+        raise ConfigError(
+            f"device.uuids names {', '.join(misnamed)}, which is not how a GPU's UUID begins: GPU-, then hexadecimal"
+            " digits, as `nvidia-smi -L` prints it"
+        )
     here = [
         Found(
             device,
@@ -44,13 +52,15 @@ def find(driver: Driver, wanted: Sequence[str] = ()) -> list[Found]:
         for device in driver.devices()
     ]
     if not here:
-        raise ConfigError(
+        raise ResourceError(
             "the driver shows no GPU to this process; see CUDA_VISIBLE_DEVICES and the container's devices"
         )
     missing = [name for name in wanted if not any(found.gpu.uuid.startswith(name) for found in here)]
     if missing:
-        raise ConfigError(
-            f"device.uuids names {', '.join(missing)}; this host has {', '.join(found.gpu.uuid for found in here)}"
+        shown = ", ".join(found.gpu.uuid for found in here)
+        raise ResourceError(
+            f"device.uuids names {', '.join(missing)}, and the driver shows {shown}; see nvidia-smi whether that GPU"
+            " has failed, and correct device.uuids if it was never here"
         )
     return [found for found in here if not wanted or any(found.gpu.uuid.startswith(name) for name in wanted)]
 
