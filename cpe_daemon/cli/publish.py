@@ -17,7 +17,6 @@ from cpe_daemon.cli.text import plain_struct
 from cpe_daemon.errors import DeadlineError, EngineError
 
 if TYPE_CHECKING:
-    from cpe_daemon.core.types import VersionId
     from cpe_daemon.publisher import Handle, PublishReport
 
 Progress = Callable[[int, int], None]
@@ -105,7 +104,7 @@ def publish_command(
             if wait != "none" or handle.state == "failed":
                 handle.staged(timeout=timeout)
         report = _live(handle, timeout) if wait == "live" else None
-    _show(report, handle.version, wait, as_json=as_json)
+    _show(report, handle, wait, as_json=as_json)
 
 
 def _live(handle: Handle, timeout: float) -> PublishReport:
@@ -145,15 +144,20 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(report: PublishReport | None, version: VersionId, wait: str, *, as_json: bool) -> None:
-    reached = "sent" if wait == "none" else wait
+def _show(report: PublishReport | None, handle: Handle, wait: str, *, as_json: bool) -> None:
+    version, reached = handle.version, "sent" if wait == "none" else wait
     if as_json:
-        nodes = {} if report is None else report.nodes
+        nodes = plain_struct({} if report is None else report.nodes)
         click.echo(
-            json.dumps({"version": plain_struct(version), "state": reached, "nodes": plain_struct(nodes)}, indent=2)
+            json.dumps(
+                {"version": plain_struct(version), "state": reached, "held": handle.held, "nodes": nodes}, indent=2
+            )
         )
     else:
         click.echo(str(report or f"{version} is {reached}"))
+    if handle.held:
+        where = ", ".join(handle.held)
+        click.echo(f"note: {where} held {version} already, with the same bytes: nothing was sent", err=True)
     if report is not None and not report.engines:
         click.echo(f"note: no engine of {version.model} is attached; the first that attaches gets it", err=True)
     if report is not None and report.behind:

@@ -14,6 +14,7 @@ from cpe_daemon.wire.messages import VersionStatus
 from cpe_daemon.wire.reports import VersionReport
 
 STAGED_OR_LATER = frozenset({"staged", "pushing", "live", "retained", "evicted"})
+REPLACED = frozenset({"retained", "evicted"})
 LIVE_OR_LATER = frozenset({"live", "retained", "evicted"})
 """By the daemon's transition table only a version that went live is ever retained. One that is evicted was live too,
 unless the daemon says an error: then a newer one took its place while it waited to be pushed."""
@@ -41,8 +42,9 @@ class Bell:
 class Delivery:
     """What is known of one version at one daemon.
 
-    ``state`` is the daemon's word for it; before the first status "opening", then "receiving". ``delivered``: the
-    daemon has every byte and the digests. ``error`` is set once, and ends the delivery.
+    ``state`` is the daemon's word for it; before the first status "opening", then "receiving", or "comparing" where the
+    version is ``held`` already. ``delivered``: the daemon has every byte and the digests. ``error`` is set once, and
+    ends the delivery.
     """
 
     endpoint: str
@@ -52,6 +54,8 @@ class Delivery:
     bell: Bell
     state: str = "opening"
     opened: bool = False
+    held: bool = False
+    """Whether the daemon held the version before, and no bytes are sent."""
     sent_bytes: int = 0
     delivered: bool = False
     staged: bool = False
@@ -69,12 +73,17 @@ class Delivery:
         """Whether nothing more is to be learnt."""
         return self.live or self.error is not None
 
-    def mark_opened(self) -> None:
-        """The daemon has room, and waits for the bytes."""
+    @property
+    def comparing(self) -> bool:
+        """Whether the daemon has yet to say that this is the version that it held before."""
+        return self.held and not self.delivered
+
+    def mark_opened(self, *, held: bool = False) -> None:
+        """The daemon has room, and waits for the bytes; if it ``held`` the version before, for the digests alone."""
         with self.bell.lock:
-            self.opened = True
+            self.opened, self.held = True, held
             if self.state == "opening":
-                self.state = "receiving"
+                self.state = "comparing" if held else "receiving"
             self.bell.ring()
 
     def mark_sent(self, nbytes: int) -> None:
@@ -96,6 +105,23 @@ class Delivery:
                 self.error = error
                 self.state = "failed"
                 self.bell.ring()
+
+    def confirm(self, status: VersionStatus) -> None:
+        """The version is the one that the daemon held before: believe what it says of it, from now on.
+
+        One that a newer version has replaced was live once, and is not served now: that is an error to whoever waits
+        until it is live.
+        """
+        with self.bell.lock:
+            self.staged = self.delivered = True
+            if self.error is None and status.error is None and status.state in REPLACED:
+                self.state = status.state
+                self.error = PublishError(
+                    f"{self.version} is {status.state} at {self.endpoint}: it was live there before, and another"
+                    " version took its place; `cpe rollback` lets engines serve a retained version again"
+                )
+            self.bell.ring()
+        self.take(status)
 
     def take(self, status: VersionStatus) -> None:
         """Believe the daemon; a later state implies the earlier ones, should their news be lost."""

@@ -11,7 +11,7 @@ from cpe_daemon.errors import CpeError, DeadlineError, PublishError, from_code
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.report import PublishReport
 
-_ORDER: Final = ("failed", "opening", "receiving", "staged", "pushing", "live")
+_ORDER: Final = ("failed", "opening", "comparing", "receiving", "staged", "pushing", "live")
 _LONGEST_WAIT_SECONDS: Final = 3600.0  # of one wait: an infinite timeout is a float, but not one that waits take
 
 
@@ -23,7 +23,7 @@ class EndpointsFailedError(PublishError):
         self.failures = dict(failures)
 
 
-def raise_failures(version: VersionId, failures: Mapping[str, CpeError], endpoints: int) -> None:
+def raise_failures(version: VersionId | str, failures: Mapping[str, CpeError], endpoints: int) -> None:
     """Raise what went wrong, if anything did.
 
     Raises:
@@ -51,16 +51,24 @@ class Handle:
     def state(self) -> str:
         """The state at the daemon that is behind all others: "opening", "receiving", "staged", "pushing", "live".
 
-        "failed" if it failed at any.
+        "failed" if it failed at any. "comparing" while a daemon that held the version before finds out whether this is
+        the same; "retained" or "evicted" if it is, and another version has taken its place.
         """
         with self._bell.lock:
             states = ["live" if d.live else d.state for d in self._deliveries]
         return min(states, key=lambda state: _ORDER.index(state) if state in _ORDER else len(_ORDER))
 
+    @property
+    def held(self) -> list[str]:
+        """The endpoints of the daemons that held this very version before it was published here: no bytes were sent."""
+        with self._bell.lock:
+            return [d.endpoint for d in self._deliveries if d.held and d.delivered]
+
     def staged(self, timeout: float = 600.0) -> None:
         """Wait until every daemon holds the whole version, verified; up to ``timeout`` seconds.
 
-        With several daemons it waits for all of them, even if one fails before.
+        With several daemons it waits for all of them, even if one fails before. A daemon that held it before has found
+        the digests of all tensors equal by then.
 
         Raises:
             CpeError: what made it fail, rebuilt from the daemon's code: `DigestError` names the tensor.
@@ -72,14 +80,20 @@ class Handle:
     def live(self, timeout: float = 600.0) -> PublishReport:
         """Wait until the engines of every daemon serve the version; up to ``timeout`` seconds.
 
+        Where a daemon held the version before, and it is live, this returns at once with the report of the push that
+        made it so. If it was live before and another has taken its place (it is retained), no engine serves it and
+        publishing it again has not changed that: this raises, and does not wait for a rollback.
+
         Raises:
             CpeError: what made it fail, as for `staged`.
-            PublishError: it failed at some of several daemons; names them.
+            PublishError: it failed at some of several daemons; names them. Or it was live before, and is not any more.
             DeadlineError: the time is over; names daemon, version and state.
         """
         self._wait(lambda delivery: delivery.live, "live", timeout)
+        held = self.held
         with self._bell.lock:
-            return PublishReport(self.version, {d.endpoint: d.report for d in self._deliveries if d.report is not None})
+            reports = {d.endpoint: d.report for d in self._deliveries if d.report is not None}
+        return PublishReport(self.version, reports, tuple(held))
 
     def _wait(self, reached: Callable[[Delivery], bool], goal: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout

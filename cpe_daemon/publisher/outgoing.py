@@ -6,7 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cpe_daemon.core.types import Shard
@@ -16,7 +16,7 @@ from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.sending import Sending, Stream
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution
-from cpe_daemon.publisher.stream import Pouring, pour
+from cpe_daemon.publisher.stream import Pouring, digest, pour
 from cpe_daemon.publisher.window import Window
 
 BATCHES: Final = 4
@@ -137,24 +137,45 @@ def stream_into_rings(
 ) -> None:
     """Write a contribution into the landing rings of all ``lanes``, which have the same chunk size; then seal it.
 
-    Returns when the last chunk is written, or every daemon has failed. What the source or ``progress`` raises is
-    raised, and the version is given up.
+    Daemons that hold the version already are sent nothing but the seal. Returns when the last chunk is written, or
+    every daemon has failed. What the source or ``progress`` raises is raised, and the version is given up.
     """
-    sink = RingSink(lanes, pouring.threads)
     complete = False
     try:
         _await_opened(lanes, timeout, bell)
-        digests = pour(contribution, sink, lanes[0].session.welcome.chunk_bytes, pouring)
+        digests = _digests_of(contribution, lanes, pouring)
         for lane in lanes:
             lane.seal(digests)
         complete = True
     except NobodyLeftError:
         complete = True
     finally:
-        sink.refund()
         if not complete:
             for lane in lanes:
                 lane.abandon(PublishError(f"{lane.delivery.version} was interrupted while its tensors were read"))
+
+
+def _digests_of(contribution: Contribution, lanes: Sequence[Lane], pouring: Pouring) -> bytes:
+    """Send the bytes to whom they are new, and return their digests.
+
+    Raises:
+        NobodyLeftError: every daemon has failed.
+    """
+    new = [lane for lane in lanes if not lane.delivery.held and lane.delivery.error is None]
+    held = [lane for lane in lanes if lane.delivery.comparing and lane.delivery.error is None]
+    if new:
+        sink = RingSink(new, pouring.threads)
+        try:
+            return pour(contribution, sink, new[0].session.welcome.chunk_bytes, pouring)
+        except NobodyLeftError:
+            if not held:
+                raise
+            pouring = replace(pouring, progress=lambda nbytes: None)  # it was told of these bytes
+        finally:
+            sink.refund()
+    if not held:
+        raise NobodyLeftError
+    return digest(contribution, pouring)
 
 
 def _await_opened(lanes: Sequence[Lane], timeout: float, bell: Bell) -> None:

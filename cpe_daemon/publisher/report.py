@@ -11,10 +11,14 @@ from cpe_daemon.wire.reports import EngineReport, VersionReport, engine_lines, s
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """A version that went live; ``nodes`` has each daemon's own report by its endpoint. ``str()`` is a table."""
+    """A version that went live; ``nodes`` has each daemon's own report by its endpoint. ``str()`` is a table.
+
+    ``held`` names those that held it already when it was published: their reports are of the push before.
+    """
 
     version: VersionId
     nodes: Mapping[str, VersionReport]
+    held: tuple[str, ...] = ()
 
     @property
     def engines(self) -> dict[str, EngineReport]:
@@ -53,6 +57,7 @@ class PublishReport:
         lines = [
             f"{self.version} live at {endpoint}: {node.tensors} tensors, {size_text(node.nbytes)},"
             f" staged in {node.stage_seconds:.3f} s, pushed in {node.push_seconds:.3f} s"
+            + (" (held there already: nothing was sent)" if endpoint in self.held else "")
             for endpoint, node in self.nodes.items()
         ]
         return "\n".join([*lines, *engine_lines(self.engines)])

@@ -14,12 +14,13 @@ from typing import Final, Protocol
 
 import zmq
 
-from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import SharedMemory, address_of, copy
 from cpe_daemon.errors import CpeError, DeadlineError, from_code
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.pagelock import PageLock
+from cpe_daemon.publisher.watching import Watching
 from cpe_daemon.publisher.window import Window
 from cpe_daemon.wire.messages import (
     Abandon,
@@ -69,7 +70,7 @@ class Stream:
     @property
     def waiting(self) -> bool:
         """Whether the daemon owes an answer."""
-        return not self.opened or self.unacked > 0
+        return not self.opened or self.unacked > 0 or (self.sealed and self.delivery.comparing)
 
 
 class Sending:
@@ -109,8 +110,7 @@ class Sending:
         self._begun: dict[int, Stream] = {}  # not opened yet; guarded by the bell's lock, as is the next
         self._over: CpeError | None = None
         self._streams: dict[int, Stream] = {}
-        self._watched: dict[VersionId, Stream] = {}
-        self._stale: set[VersionId] = set()  # given up here, and the daemon has not said yet that they failed
+        self._watching = Watching()
 
     # --- any thread --------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Sending:
                 return
         stream.moved_at = self._clock()
         self._streams[stream.number] = stream
-        self._watched[delivery.version] = stream
+        self._watching.add(delivery)
         self._send(OpenVersion(stream.number, delivery.version, len(shards), delivery.nbytes, force))
         for first in range(0, len(shards), SHARDS_A_PART):
             self._send(ManifestPart(stream.number, first, shards[first : first + SHARDS_A_PART]))
@@ -216,6 +216,9 @@ class Sending:
             staged = stream.staged
             if staged is None or not stream.opened:
                 continue
+            if stream.delivery.held:
+                stream.staged = None  # it is only compared
+                continue
             while nbytes := self._sendable(stream, len(staged)):
                 with self._bell.lock:
                     at = self._credits.take(stream.number)
@@ -231,22 +234,23 @@ class Sending:
         elif isinstance(message, VersionOpened) and (stream := self._streams.get(message.stream)):
             stream.opened = True
             stream.moved_at = self._clock()
-            self._stale.discard(stream.delivery.version)
-            stream.delivery.mark_opened()
+            self._watching.opened(stream.delivery.version)
+            stream.delivery.mark_opened(held=message.held)
             self._finish(stream)  # if there are no bytes, nothing else will
         elif isinstance(message, VersionStatus):
             self._on_status(message)
         elif isinstance(message, ErrorReply) and (stream := self._streams.get(message.stream)):
-            if stream.opened:
-                self._stale.add(stream.delivery.version)
+            if stream.opened and not stream.delivery.held:
+                self._watching.given_up(stream.delivery.version)
             self._drop(stream, stream.delivery.reported(message.error.code, message.error.message))
 
     def give_up_stalled(self) -> None:
         """Fail the streams to which the daemon has owed an answer for too long."""
         now = self._clock()
         for stream in [s for s in self._streams.values() if s.waiting and now - s.moved_at > self._send_timeout]:
-            owed = "acknowledged no bytes of" if stream.opened else "made no room for"
             delivery = stream.delivery
+            owed = "acknowledged no bytes of" if stream.opened else "made no room for"
+            owed = "did not compare" if delivery.held else owed
             what = f"the daemon at {delivery.endpoint} {owed} {delivery.version} for {self._send_timeout:g} s"
             self._give_up(stream, DeadlineError(what))
 
@@ -254,14 +258,14 @@ class Sending:
         """The session is over: fail whatever was expected of it."""
         with self._bell.lock:
             self._over = error
-            expected = [*self._begun.values(), *self._streams.values(), *self._watched.values()]
+            streams = [*self._begun.values(), *self._streams.values()]
             self._begun.clear()
-        for stream in expected:
+        for stream in streams:
             stream.staged = None
-            delivery = stream.delivery
+        for delivery in [*(stream.delivery for stream in streams), *self._watching]:
             delivery.fail(from_code(error.code, f"{error.message} ({delivery.version} was {delivery.state})"))
         self._streams.clear()
-        self._watched.clear()
+        self._watching.clear()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -304,37 +308,40 @@ class Sending:
     def _finish(self, stream: Stream) -> None:
         if stream.number not in self._streams or not stream.opened:
             return
-        if not stream.sealed and stream.digests is not None and stream.sent_bytes == stream.delivery.nbytes:
+        held = stream.delivery.held
+        if not stream.sealed and stream.digests is not None and (held or stream.sent_bytes == stream.delivery.nbytes):
             self._send(Seal(stream.number, stream.digests))
             stream.sealed = True
-        if stream.sealed and not stream.unacked:
+            stream.moved_at = self._clock() if held else stream.moved_at
+        if stream.sealed and not stream.unacked and not held:
             del self._streams[stream.number]
             stream.staged = None
             stream.delivery.mark_delivered()
 
     def _on_status(self, status: VersionStatus) -> None:
-        stream = self._watched.get(status.version)
-        if status.state == "failed" and status.version in self._stale:
-            self._stale.discard(status.version)
-            return  # an earlier attempt did
-        if stream is None:
+        compared = self._streams.get(status.stream)
+        if compared is not None and compared.sealed and compared.delivery.comparing:
+            del self._streams[status.stream]
+            compared.delivery.confirm(status)
+            if compared.delivery.over:
+                self._watching.drop(compared.delivery)
             return
-        stream.delivery.take(status)
-        if stream.delivery.error is not None:
-            self._drop(stream, stream.delivery.error)
-        elif stream.delivery.over:
-            self._watched.pop(status.version, None)
+        failed = [delivery for delivery in self._watching.take(status) if delivery.error is not None]
+        for stream in [stream for stream in self._streams.values() if stream.delivery in failed]:
+            self._forget(stream)
 
     def _give_up(self, stream: Stream, error: CpeError) -> None:
-        self._stale.add(stream.delivery.version)
+        if not stream.delivery.held:
+            self._watching.given_up(stream.delivery.version)
         self._drop(stream, error)
         self._send(Abandon(stream.number, error.message))
 
     def _drop(self, stream: Stream, error: CpeError) -> None:
-        """Forget a stream that failed."""
-        version = stream.delivery.version
-        self._streams.pop(stream.number, None)
-        if self._watched.get(version) is stream:
-            del self._watched[version]
-        stream.staged = None
+        """A stream failed."""
+        self._forget(stream)
+        self._watching.drop(stream.delivery)
         stream.delivery.fail(error)
+
+    def _forget(self, stream: Stream) -> None:
+        self._streams.pop(stream.number, None)
+        stream.staged = None

@@ -120,5 +120,6 @@ class Reporter:
             told = done
 
     def _done(self) -> int | None:
-        """Bytes that every daemon that has not failed has been sent; None if all have failed."""
-        return min((lane.delivery.sent_bytes for lane in self._lanes if lane.delivery.error is None), default=None)
+        """Bytes that every daemon that has not failed has been sent, or held before; None if all have failed."""
+        left = [lane.delivery for lane in self._lanes if lane.delivery.error is None or lane.delivery.staged]
+        return min((self._total_bytes if one.held else one.sent_bytes for one in left), default=None)

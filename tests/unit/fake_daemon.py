@@ -85,6 +85,11 @@ class Script:
     mute: bool = False
     """Answer no ping."""
     after_seal: Sequence[str] = ("staged", "pushing", "live")
+    held: str = ""
+    """The state in which it holds already what is opened; it believes that the same comes again."""
+    ignore_seal: bool = False
+    refuse_seal: CpeError | None = None
+    """It does not: the answer to the seal of what it holds."""
 
 
 class FakeDaemon:
@@ -280,7 +285,7 @@ class FakeDaemon:
             self.violations.append(f"announced {received.opened.nbytes} bytes, the manifest takes {nbytes}")
         received.content = bytearray(b"\xee" * nbytes)
         received.admitted = True
-        self._router.send(received.peer, VersionOpened(received.opened.stream))
+        self._router.send(received.peer, VersionOpened(received.opened.stream, held=bool(self.script.held)))
 
     def _on_chunk(self, peer: bytes, chunk: Chunk, frames: Sequence[memoryview]) -> None:
         done = ChunkDone(chunk.stream, chunk.ring_offset)
@@ -335,8 +340,21 @@ class FakeDaemon:
         if not received.admitted:
             self.violations.append("sealed before it was opened")
         received.digests, received.sealed = seal.digests, True
-        if not self._kept:
+        if self.script.held and not self.script.ignore_seal:
+            self._compare(received)
+        elif not self._kept and not self.script.ignore_seal:
             self._verify(received)
+
+    def _compare(self, received: Received) -> None:
+        stream = received.opened.stream
+        del self._streams[received.peer, stream]
+        if (error := self.script.refuse_seal) is not None:
+            self._router.send(received.peer, ErrorReply(ErrorInfo(error.code, error.message), stream))
+            return
+        report = _report(received) if self.script.held in ("live", "retained") else None
+        self._router.send(
+            received.peer, VersionStatus(received.opened.version, self.script.held, report=report, stream=stream)
+        )
 
     def _verify(self, received: Received) -> None:
         del self._streams[received.peer, received.opened.stream]

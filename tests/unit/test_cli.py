@@ -323,6 +323,7 @@ class FakePublisher:
     fails: ClassVar[CpeError | None] = None
     stays: ClassVar[str] = ""
     engines: ClassVar[dict[str, EngineReport]] = {"e0": EngineReport("updated", {"load": 0.5})}
+    held: ClassVar[list[str]] = []
 
     def __init__(self, endpoints: list[str], **terms: Any) -> None:
         self.calls: dict[str, Any] = {"endpoints": endpoints, **terms}
@@ -357,7 +358,7 @@ class FakePublisher:
             self.state = self.stays
             raise DeadlineError(f"{self.version} is not live after {timeout:g} s")
         node = VersionReport(self.version, 10, 1, engines=self.engines)
-        return PublishReport(self.version, {"ipc:///x": node})
+        return PublishReport(self.version, {"ipc:///x": node}, tuple(self.held))
 
 
 @pytest.fixture
@@ -379,6 +380,7 @@ def test_publish_waits_until_live_and_reports(publisher: type[FakePublisher], tm
     report = json.loads(result.stdout)
     assert report["version"] == {"model": "m", "run": "r", "number": 7}
     assert report["state"] == "live"
+    assert report["held"] == []
     engine = report["nodes"]["ipc:///x"]["engines"]["e0"]
     assert engine["phases"] == {"load": 0.5}
     assert engine["error"] is None, "fields at their defaults are there too"
@@ -386,6 +388,19 @@ def test_publish_waits_until_live_and_reports(publisher: type[FakePublisher], tm
     (calls,) = publisher.made
     assert (calls["endpoints"], calls["source"], calls["force"]) == (["ipc:///x"], tmp_path, True)
     assert calls["closed"]
+
+
+@pytest.mark.parametrize("wait", ["staged", "live"])
+def test_publish_of_what_is_held_already_says_so(
+    wait: str, publisher: type[FakePublisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "held", ["ipc:///x"])
+    words = ("publish", tmp_path, "--model", "m", "--version", "7", "--wait", wait)
+    result = cpe(*words)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "note: ipc:///x held m@manual#7 already, with the same bytes: nothing was sent\n"
+    assert ("(held there already: nothing was sent)" in result.stdout) is (wait == "live")
+    assert json.loads(cpe(*words, "--json").stdout)["held"] == ["ipc:///x"]
 
 
 @pytest.mark.parametrize(("state", "hinted"), [("staged", True), ("pushing", False)])

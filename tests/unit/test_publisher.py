@@ -642,10 +642,124 @@ def test_daemon_that_ends_midway_does_not_stop_the_others(make_daemon: MakeDaemo
     assert good.last.tensors() == content(some(50))
 
 
+# --- what is held already --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consumed", [False, True])
+def test_version_that_is_held_is_not_sent(daemon: FakeDaemon, consumed: bool) -> None:
+    tensors, told = some(), []
+    daemon.script.held = "live"
+    with publisher(daemon) as pub:
+        source = iter(tensors.items()) if consumed else tensors
+        handle = pub.publish(source, 1, progress=lambda done, total: told.append((done, total)))
+        report = handle.live(WAIT_SECONDS)
+        handle.staged(0)
+        assert (handle.state, handle.held, report.held) == ("live", [daemon.endpoint], (daemon.endpoint,))
+        assert "(held there already: nothing was sent)" in str(report)
+        assert report.engines["e0"].outcome == "updated"
+        daemon.script.held = ""
+        assert pub.publish(tensors, 2).live(WAIT_SECONDS).held == ()
+    first, second = daemon.received
+    assert (first.chunks, first.sealed, second.sealed) == (0, True, True)
+    assert first.digests == second.digests
+    done, total = told[-1]
+    assert done == total == first.opened.nbytes
+
+
+def test_version_that_is_held_goes_on_from_where_it_is(daemon: FakeDaemon) -> None:
+    daemon.script.held = "staged"
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        assert handle.state == "staged"
+        daemon.say(VersionStatus(handle.version, "pushing"))
+        daemon.say(VersionStatus(handle.version, "live"))
+        handle.live(WAIT_SECONDS)
+
+
+def test_version_that_was_replaced_is_held_and_not_live(daemon: FakeDaemon) -> None:
+    daemon.script.held = "retained"
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle.staged(WAIT_SECONDS)
+        assert (handle.state, handle.held) == ("retained", [daemon.endpoint])
+        with pytest.raises(
+            PublishError, match=r"m@r#1 is retained at .* another version took its place; `cpe rollback"
+        ):
+            handle.live(WAIT_SECONDS)
+        daemon.script.held = ""
+        pub.publish(some(), 2).live(WAIT_SECONDS)
+
+
+def test_version_that_is_held_as_another_is_refused(daemon: FakeDaemon) -> None:
+    daemon.script.held = "live"
+    daemon.script.refuse_seal = VersionRefusedError("is held here (live) with other weights")
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        with pytest.raises(VersionRefusedError, match="with other weights"):
+            handle.staged(WAIT_SECONDS)
+        assert (handle.state, handle.held) == ("failed", [])
+        daemon.script.held = ""
+        pub.publish(some(), 2).live(WAIT_SECONDS)
+
+
+def test_news_of_the_version_that_is_held_are_not_believed_before_it_is_the_same(daemon: FakeDaemon) -> None:
+    """The first attempt hears them meanwhile."""
+    daemon.script.after_seal = ["staged"]
+    with publisher(daemon) as pub:
+        first = pub.publish(some(), 1)
+        first.staged(WAIT_SECONDS)
+        daemon.script.held = "live"
+        daemon.script.refuse_seal = VersionRefusedError("with other weights")
+        second = pub.publish(some(seed=7), 1, progress=lambda *_: daemon.say(VersionStatus(first.version, "live")))
+        with pytest.raises(VersionRefusedError, match="with other weights"):
+            second.live(WAIT_SECONDS)
+        first.live(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("landing", [True, False])
+def test_only_daemons_that_lack_a_version_are_sent_it(make_daemon: MakeDaemon, landing: bool) -> None:
+    holds, lacks = make_daemon("a", landing=landing), make_daemon("b", landing=landing)
+    holds.script.held = "live"
+    tensors = some()
+    with publisher(holds, lacks) as pub:
+        handle = pub.publish(tensors, 1)
+        report = handle.live(WAIT_SECONDS)
+    assert handle.held == list(report.held) == [holds.endpoint]
+    assert (holds.last.chunks, lacks.last.tensors()) == (0, content(tensors))
+    assert holds.last.digests == lacks.last.digests
+
+
+@pytest.mark.parametrize("landing", [True, False])
+def test_daemon_that_holds_a_version_is_sealed_though_all_that_lack_it_fail(
+    make_daemon: MakeDaemon, landing: bool
+) -> None:
+    holds, lacks = make_daemon("a", landing=landing), make_daemon("b", landing=landing)
+    holds.script.held = "live"
+    lacks.script.refuse_chunk = ResourceError("no room")
+    with publisher(holds, lacks) as pub:
+        handle = pub.publish(some(), 1)
+        with pytest.raises(EndpointsFailedError) as caught:
+            handle.live(WAIT_SECONDS)
+    assert list(caught.value.failures) == [lacks.endpoint]
+    assert handle.held == [holds.endpoint]
+    assert holds.last.sealed
+
+
+def test_comparison_that_gets_no_answer_is_given_up(daemon: FakeDaemon) -> None:
+    daemon.script.held = "live"
+    daemon.script.ignore_seal = True
+    with publisher(daemon, send_timeout=0.3) as pub:
+        with pytest.raises(DeadlineError, match=r"did not compare m@r#1 for 0\.3 s"):
+            pub.publish(some(), 1).live(WAIT_SECONDS)
+        daemon.wait_for_message(Abandon)
+        daemon.script.held, daemon.script.ignore_seal = "", False
+        pub.publish(some(), 2).live(WAIT_SECONDS)
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-@leaves_nothing
 def test_close_abandons_what_is_in_flight(daemon: FakeDaemon) -> None:
     daemon.script.keep_chunks = True
     errors: list[BaseException] = []

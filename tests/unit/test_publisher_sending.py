@@ -9,7 +9,7 @@ import zmq
 
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.devices.memory import SharedMemory
-from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostError, PublishError
+from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostError, PublishError, VersionRefusedError
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle
@@ -56,9 +56,9 @@ class Desk:
         self.sending.open(stream, SHARDS, False)
         return stream
 
-    def opened(self) -> Stream:
+    def opened(self, *, held: bool = False) -> Stream:
         stream = self.begin()
-        self.sending.take(VersionOpened(stream.number))
+        self.sending.take(VersionOpened(stream.number, held=held))
         self.sending.feed(stream, CONTENT, len(CONTENT))
         self.sending.pump()
         return stream
@@ -149,6 +149,136 @@ def test_failure_of_a_version_that_is_not_opened_yet_is_believed() -> None:
     stream = desk.begin()
     desk.sending.take(FAILED)
     assert isinstance(stream.delivery.error, ArenaFullError)
+
+
+def delivered(desk: Desk) -> Stream:
+    """A stream whose version is whole at the daemon."""
+    stream = desk.opened()
+    desk.sending.seal(stream, bytes(16))
+    for _ in range(3):
+        desk.sending.take(ChunkDone(stream.number))
+        desk.sending.pump()
+    assert stream.delivery.delivered
+    return stream
+
+
+def compared(desk: Desk, state: str, error: ErrorInfo | None = None) -> Stream:
+    """A stream of a version that is held, after the daemon's answer to its seal."""
+    chunks = desk.kinds().count(Chunk)
+    stream = desk.opened(held=True)
+    desk.sending.seal(stream, bytes(16))
+    assert desk.said[-1] == Seal(stream.number, bytes(16))
+    assert desk.kinds().count(Chunk) == chunks
+    desk.sending.take(VersionStatus(VERSION, state, error, stream=stream.number))
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "over"),
+    [
+        ("staged", False, False),
+        ("pushing", False, False),
+        ("live", True, True),
+        ("retained", False, True),
+        ("evicted", False, True),
+    ],
+)
+def test_version_that_is_held_is_delivered_when_its_digests_are_equal(state: str, live: bool, over: bool) -> None:
+    stream = compared(Desk(), state)
+    delivery = stream.delivery
+    assert (delivery.state, delivery.held, delivery.comparing) == (state, True, False)
+    assert (delivery.delivered, delivery.staged, delivery.live, delivery.over) == (True, True, live, over)
+    assert isinstance(delivery.error, PublishError) is (over and not live)
+
+
+@pytest.mark.parametrize("state", ["failed", "evicted"])
+def test_version_that_is_held_may_have_failed_meanwhile(state: str) -> None:
+    stream = compared(Desk(), state, ErrorInfo("engine", "no engine took it"))
+    assert (stream.delivery.state, stream.delivery.live) == ("failed", False)
+    assert "no engine took it" in str(stream.delivery.error)
+
+
+def test_seal_of_what_is_held_waits_until_the_daemon_has_said_so() -> None:
+    desk = Desk()
+    stream = desk.begin()
+    desk.sending.seal(stream, bytes(16))
+    assert Seal not in desk.kinds()
+    desk.sending.take(VersionOpened(stream.number, held=True))
+    assert desk.kinds()[-1] is Seal
+
+
+@pytest.mark.parametrize("state", ["staged", "live", "retained", "failed"])
+def test_news_of_an_attempt_before_do_not_concern_one_that_is_compared(state: str) -> None:
+    desk = Desk()
+    first = delivered(desk)
+    again = desk.begin()
+    news = VersionStatus(VERSION, state, ErrorInfo("engine", "no engine took it") if state == "failed" else None)
+    for message in (news, VersionOpened(again.number, held=True), news):
+        desk.sending.take(message)
+        assert (again.delivery.staged, again.delivery.live, again.delivery.error) == (False, False, None)
+    assert (first.delivery.state, first.delivery.delivered) == (state, True)
+    desk.sending.seal(again, bytes(16))
+    desk.sending.take(VersionStatus(VERSION, "live", stream=again.number))
+    assert again.delivery.live
+
+
+def test_failure_concerns_the_attempt_that_is_received_and_the_next_only_after_that() -> None:
+    """A push fails while the trainer has published the version again already: the daemon receives it anew."""
+    desk = Desk()
+    first = delivered(desk)
+    again = desk.begin()
+    desk.sending.take(FAILED)
+    assert (desk.error(first) is None, desk.error(again)) == (False, None)
+    desk.sending.take(VersionOpened(again.number))
+    desk.sending.take(FAILED)
+    assert isinstance(desk.error(again), ArenaFullError)
+
+
+def test_both_attempts_hear_what_becomes_of_a_version() -> None:
+    desk = Desk()
+    first = delivered(desk)
+    desk.sending.take(VersionStatus(VERSION, "staged"))
+    again = compared(desk, "staged")
+    desk.sending.take(VersionStatus(VERSION, "live"))
+    assert first.delivery.live
+    assert again.delivery.live
+
+
+def test_version_that_is_held_as_another_is_refused_and_the_next_attempt_is_heard() -> None:
+    desk = Desk()
+    stream = desk.opened(held=True)
+    desk.sending.seal(stream, bytes(16))
+    desk.sending.take(ErrorReply(ErrorInfo("version_refused", "with other weights"), stream.number))
+    assert isinstance(desk.error(stream), VersionRefusedError)
+    again = desk.begin()
+    desk.sending.take(FAILED)  # the daemon said nothing of the attempt before: it changed nothing there
+    assert isinstance(desk.error(again), ArenaFullError)
+
+
+def test_comparison_may_be_given_up() -> None:
+    desk = Desk()
+    stream = desk.opened(held=True)
+    desk.sending.abandon(stream, PublishError("changed my mind"))
+    assert desk.said[-1] == Abandon(stream.number, "changed my mind")
+    again = desk.begin()
+    desk.sending.take(FAILED)
+    assert isinstance(desk.error(again), ArenaFullError)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_comparison_is_given_up_only_if_the_daemon_owes_the_answer(sealed: bool) -> None:
+    desk = Desk()
+    stream = desk.opened(held=True)
+    desk.now += 1000.0  # the trainer makes digests
+    if sealed:
+        desk.sending.seal(stream, bytes(16))
+    desk.sending.give_up_stalled()
+    desk.now += 60.0
+    desk.sending.give_up_stalled()
+    assert desk.error(stream) is None
+    desk.now += 1.0
+    desk.sending.give_up_stalled()
+    assert isinstance(desk.error(stream), DeadlineError) is sealed
 
 
 @pytest.mark.parametrize("opened", [False, True])

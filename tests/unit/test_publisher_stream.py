@@ -83,6 +83,17 @@ def test_pour_writes_any_sizes(sizes: list[int], chunk_bytes: int) -> None:
     check({str(at): tensor_of("uint8", size, seed=at) for at, size in enumerate(sizes)}, chunk_bytes)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("piece", [300, 1 << 20])
+def test_digest_is_what_pour_returns(threads: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "piece_bytes", lambda threads: piece)
+    tensors = {"a": tensor_of("uint8", 5000), **zoo(), "z": tensor_of("float64", 700).view(70, 10).t()}
+    told: list[int] = []
+    contribution = Contribution.of(tensors.items())
+    assert stream.digest(contribution, Pouring(Gpus(), threads, told.append)) == expected(tensors)[1]
+    assert sum(told) == contribution.layout.nbytes
+
+
 def test_pour_copies_large_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "piece_bytes", lambda threads: 300)
     check({"a": tensor_of("uint8", 5000), "b": tensor_of("float64", 7), "c": tensor_of("uint8", 300)}, 2048)
