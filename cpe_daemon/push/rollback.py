@@ -65,7 +65,7 @@ def choose_retained(versions: Iterable[Version], model: str, wanted: Rollback, *
 
 def already_live(version: Version, engines: Iterable[Engine]) -> VersionReport:
     """The report of a rollback to the live version, which does nothing."""
-    holding = [engine.name for engine in engines if engine.ready and engine.content == version.id]
+    holding = [engine.name for engine in engines if engine.ready and engine.holds(version.id, version.digest)]
     manifest = version.manifest
     return VersionReport(
         version.id,
