@@ -64,6 +64,8 @@ def judge(
     engines: Iterable[Engine] = (),
     absent: Iterable[str] = (),
     insecure: Iterable[str] = (),
+    reasons: Iterable[Reason] = (),
+    warnings: Iterable[Reason] = (),
 ) -> Readiness:
     """Decide.
 
@@ -76,21 +78,28 @@ def judge(
         engines: those that are known.
         absent: names of those that are expected and not known.
         insecure: listeners that strangers could reach, each in a line for a person.
+        reasons: what else keeps the node from being ready: what it waits for after its start.
+        warnings: what else an operator should know.
     """
-    reasons = []
+    engines, against = list(engines), []
     if starting:
-        reasons.append(Reason("starting", starting))
+        against.append(Reason("starting", starting))
     if draining:
-        reasons.append(Reason("draining", "the daemon stops"))
-    reasons += [reason for engine in engines if (reason := _against(engine)) is not None]
-    reasons += [Reason("engine_absent", f"engine {name!r} is expected and has not attached", name) for name in absent]
-    return Readiness(tuple(reasons), tuple(Reason("insecure", line) for line in insecure))
+        against.append(Reason("draining", "the daemon stops"))
+    against += reasons
+    against += [reason for engine in engines if (reason := _against(engine)) is not None]
+    against += [Reason("engine_absent", f"engine {name!r} is expected and has not attached", name) for name in absent]
+    notes = [Reason("insecure", line) for line in insecure]
+    notes += [Reason("engine_asleep", f"engine {e.name!r} is asleep", e.name) for e in engines if e.asleep]
+    return Readiness(tuple(against), (*notes, *warnings))
 
 
 def _against(engine: Engine) -> Reason | None:
     """What keeps an engine from work."""
     name = engine.name
     why = f": {engine.error.message}" if engine.error is not None else ""
+    if engine.complete and engine.asleep:
+        return None  # nobody sends it requests, and it has to be given a version before it serves
     if missing := engine.missing_ranks:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         return Reason("engine_incomplete", f"engine {name!r} lacks ranks {missing[:_NAMED]}{more}{why}", name)

@@ -14,7 +14,7 @@ from cpe_daemon.core.lifecycle import EngineState, VersionState
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
-from cpe_daemon.engines.engine import Engine
+from cpe_daemon.engines.engine import ASLEEP, Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.observe.inventory import COPIES
@@ -54,8 +54,13 @@ def read_arena(readings: Readings, arena: Arena, versions: Iterable[Version]) ->
     readings.add("cpe_arena_leased_bytes", sum(version.nbytes for version in versions if version.leases))
 
 
-def read_versions(readings: Readings, versions: Iterable[Version], engines: Iterable[Engine]) -> None:
-    """The newest versions of each model, and how far behind them the engines are."""
+def read_versions(
+    readings: Readings, versions: Iterable[Version], engines: Iterable[Engine], before: Iterable[VersionId] = ()
+) -> None:
+    """The newest versions of each model, and how far behind them the engines are.
+
+    ``before``: versions that are live, and have not been here since the daemon's start.
+    """
     models: dict[str, _Model] = {}
     for version in versions:
         models.setdefault(version.id.model, _Model()).add(version)
@@ -68,7 +73,10 @@ def read_versions(readings: Readings, versions: Iterable[Version], engines: Iter
         if model.live is not None:
             readings.add("cpe_live_version", model.live.number, name)
         readings.add("cpe_retained_versions", model.retained, name)
-    staged = {name: model.staged.id for name, model in models.items() if model.staged is not None}
+    for gone in list(before)[:MAX_MODELS]:
+        readings.add("cpe_live_version", gone.number, gone.model)
+    staged = {gone.model: gone for gone in before}
+    staged |= {name: model.staged.id for name, model in models.items() if model.staged is not None}
     for engine in list(engines)[:MAX_ENGINES]:
         if engine.content is not None:
             readings.add("cpe_engine_version", engine.content.number, engine.name, engine.content.model)
@@ -90,10 +98,10 @@ def _lag(held: VersionId | None, newest: VersionId) -> int:
 def read_engines(readings: Readings, registry: Registry, counts: Mapping[str, int]) -> None:
     """The engines by state, and those that lack workers."""
     engines = list(registry)
-    for state in EngineState:
-        readings.add("cpe_engines", counts.get(state, 0), state.value)
+    for state in (*(state.value for state in EngineState), ASLEEP):
+        readings.add("cpe_engines", counts.get(state, 0), state)
         for engine in engines[:MAX_ENGINES]:
-            readings.add("cpe_engine_state", engine.state is state, engine.name, state.value)
+            readings.add("cpe_engine_state", engine.condition == state, engine.name, state)
     for engine in engines[:MAX_ENGINES]:
         readings.add("cpe_engine_missing_workers", len(engine.missing_ranks), engine.name)
     for spec in registry.absent:

@@ -34,6 +34,7 @@ cpe_daemon/cli/__init__.py
 cpe_daemon/config.py
 cpe_daemon/core/__init__.py
 cpe_daemon/daemon/__init__.py
+cpe_daemon/daemon/bootstrap.py
 cpe_daemon/demo/__init__.py
 cpe_daemon/devices/__init__.py
 cpe_daemon/devices/cuda/__init__.py
@@ -112,6 +113,7 @@ PLANTED = [
 ALLOWED = [
     "cpe_daemon.cli: cpe_daemon.daemon",
     "cpe_daemon.cli: cpe_daemon.doctor",
+    "cpe_daemon.daemon.bootstrap: cpe_daemon.publisher",
     "cpe_daemon.daemon: cpe_daemon.transports.mooncake",
     "cpe_daemon.daemon: cpe_daemon.devices.shm",
     "cpe_daemon.demo: inference_plugins.torch.worker",

@@ -14,8 +14,10 @@ from rich.text import Text
 from cpe_daemon.cli.tables import (
     TRAINER_COLUMNS,
     VERSION_COLUMNS,
+    bootstrap_text,
     engine_columns,
     entries,
+    journal_text,
     push_text,
     section,
     table,
@@ -43,6 +45,8 @@ def _parts(status: Mapping[str, Any], now: datetime, *, fold: bool) -> Iterator[
         overflow="ellipsis",
     )
     yield _gauges(status)
+    if said := [text for text in (journal_text(status), bootstrap_text(status)) if text]:
+        yield Text("\n".join(said), style="yellow")
     failures = list(_failures(status))[:_FAILURES]
     if failures:
         yield table("Failures", failures, {"of": "of", "what": "what"}, fold=True)

@@ -51,6 +51,9 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
                  nbytes, loaded_bytes, engines, dropped
       engines    [engine, model, kind, state, ready, expected, url, content, world_size,
                  workers: [rank, pid, node, gpu, present], error, last_push_seconds]
+      journal    path, error, age_seconds, lost, not_resident: [model, run, number],
+                 awaited: [engine]
+      bootstrap  state, version, dir, message, percent
       trainers   [model, run, rank, world_size, transport, version, received_bytes,
                  total_bytes]
       counters   value by metric name

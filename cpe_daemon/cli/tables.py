@@ -87,6 +87,8 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
             f" (largest run {bytes_text(arena.get('largest_free_bytes'))}){prefault}{_numa_text(arena)}",
         ),
         ("push", push_text(status)),
+        *([("journal", said)] if (said := journal_text(status)) else []),
+        *([("bootstrap", said)] if (said := bootstrap_text(status)) else []),
         ("device", f"{plain_text(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
         *([("ready", "; ".join([plain_text(readiness.get("ready")), *reasons]))] if readiness else []),
         *([("warnings", "\n".join(warnings))] if warnings else []),
@@ -148,9 +150,35 @@ def _workers(row: Mapping[str, Any]) -> str:
 
 
 def newest(status: Mapping[str, Any], model: object) -> Mapping[str, Any] | None:
-    """Return the version of a model that was staged last, if its bytes are still there."""
-    staged = [row for row in entries(status, "versions") if row.get("model") == model and row.get("state") in _WHOLE]
-    return staged[-1] if staged else None
+    """Return the version of a model that was staged last, if its bytes are still there; else what was live before."""
+    known = [row for row in entries(status, "versions") if row.get("state") in _WHOLE]
+    known = entries(section(status, "journal"), "not_resident") + known
+    fitting = [row for row in known if row.get("model") == model]
+    return fitting[-1] if fitting else None
+
+
+def journal_text(status: Mapping[str, Any]) -> str:
+    """Say what the journal knows that is not here, and what is wrong with it; "" if that is nothing."""
+    journal = section(status, "journal")
+    lines = [
+        f"{plain_text(version_text(row))} is live, not resident: publish it again or set bootstrap"
+        for row in entries(journal, "not_resident")
+    ]
+    if journal.get("awaited"):
+        lines.append(f"waits for {_names(journal, 'awaited')}, attached before the restart")
+    if journal.get("error"):
+        lines.append(f"NOT WRITTEN: {plain_text(journal['error'])}")
+    return "\n".join(lines)
+
+
+def bootstrap_text(status: Mapping[str, Any]) -> str:
+    """Say what became of the bootstrap; "" if there is none."""
+    bootstrap = section(status, "bootstrap")
+    if bootstrap.get("state") in (None, "off"):
+        return ""
+    percent = f", {plain_text(bootstrap['percent'])}%" if "percent" in bootstrap else ""
+    what = bootstrap.get("message") or bootstrap.get("version")
+    return f"{plain_text(bootstrap.get('state'))}{percent}: {plain_text(what)}"
 
 
 def lag_text(status: Mapping[str, Any], engine: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ at, `load` joins and judges them, `render` writes them out for people. The rest 
 immutable `Config`.
 """
 
+from cpe_daemon.config.bootstrap import BootstrapConfig
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.http import HttpConfig
 from cpe_daemon.config.load import Loaded, load_config, load_with_origins
@@ -21,6 +22,7 @@ from cpe_daemon.config.paths import (
     ENGINES_SOCKET,
     FRONT_SOCKET,
     HANDOFF_SOCKET,
+    JOURNAL_FILE,
     default_runtime_dir,
     default_state_dir,
 )
@@ -33,7 +35,9 @@ __all__ = [
     "ENGINES_SOCKET",
     "FRONT_SOCKET",
     "HANDOFF_SOCKET",
+    "JOURNAL_FILE",
     "ArenaConfig",
+    "BootstrapConfig",
     "Config",
     "DeadlinesConfig",
     "DeviceConfig",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
+from cpe_daemon.config.bootstrap import BootstrapConfig
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir
 from cpe_daemon.config.http import HttpConfig
@@ -46,12 +47,12 @@ def _slots(value: object) -> object:
     return 0 if value == "auto" else value
 
 
-class ArenaConfig(Section):
 def _off(value: object) -> object:
     """Take what YAML makes of a bare off for the word."""
     return "off" if value is False else value
 
 
+class ArenaConfig(Section):
     """The arena: the host memory that holds every version on this node."""
 
     size_bytes: Bytes = Field(
@@ -69,13 +70,13 @@ def _off(value: object) -> object:
         "at most 8.",
     )
 
-    @property
     numa: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
         default="auto",
         description="cuda: auto stripes the arena over the NUMA nodes that GPUs are beside, if there are several, so "
         "that each pulls its part of a version from memory near to it. off: pages lie wherever the kernel puts them.",
     )
 
+    @property
     def prefault_thread_count(self) -> int:
         """Threads to start: ``prefault_threads``, with 0 resolved for this process's cores."""
         return self.prefault_threads or min(8, len(os.sched_getaffinity(0)))
@@ -262,9 +263,9 @@ class Config(Section):
     )
     state_dir: Path = Field(
         default_factory=default_state_dir,
-        description="Holds what the daemon shall know after a restart, such as the engines of `cpe engine add`; one "
-        "daemon a directory. Made when first needed. Default: /var/lib/cpe-daemon for root and where it exists, else "
-        "$XDG_STATE_HOME/cpe, else ~/.local/state/cpe.",
+        description="Holds what the daemon shall know after a restart: the engines of `cpe engine add`, and a journal "
+        "of versions and engines; one daemon a directory. Made when first needed. Default: /var/lib/cpe-daemon for "
+        "root and where it exists, else $XDG_STATE_HOME/cpe, else ~/.local/state/cpe.",
     )
     node: str = Field(
         default_factory=socket.gethostname,
@@ -278,6 +279,7 @@ class Config(Section):
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     push: PushConfig = Field(default_factory=PushConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
+    bootstrap: BootstrapConfig = Field(default_factory=BootstrapConfig)
     deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
     http: HttpConfig = Field(default_factory=HttpConfig)
     log: LogConfig = Field(default_factory=LogConfig)

@@ -22,6 +22,9 @@ HANDOFF_SOCKET: Final = "handoff.sock"
 ENGINES_FILE: Final = "engines.json"
 """The engines that an operator expects on this node; in the state directory."""
 
+JOURNAL_FILE: Final = "journal.json"
+"""What the next daemon shall know of this one's versions and engines; in the state directory."""
+
 
 def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return where the daemon runs unless told otherwise, so that its clients look in the same place.

@@ -12,6 +12,7 @@ import msgspec
 from xxhash import xxh3_128
 
 from cpe_daemon.core.admission import History
+from cpe_daemon.core.identity import may_be_same
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import ConfigError
 
@@ -28,8 +29,8 @@ class Identity(msgspec.Struct, frozen=True):
         return str(self.version)
 
     def same_bytes(self, digest: bytes) -> bool:
-        """Whether what has ``digest`` may be this; one that is not known may be anything."""
-        return not digest or not self.digest or digest == self.digest
+        """Whether what has ``digest`` may be this, for all that is known."""
+        return may_be_same(self.digest, digest)
 
 
 class ModelEntry(msgspec.Struct, frozen=True):

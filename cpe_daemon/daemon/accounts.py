@@ -17,6 +17,7 @@ from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.daemon.build import build
 from cpe_daemon.daemon.health import Health
+from cpe_daemon.daemon.recovery import Recovery
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.ingest import Ingest
@@ -68,6 +69,7 @@ class Accounts:
         pusher: the rounds.
         handoff: memory that is passed on.
         health: whether copies go on.
+        recovery: what was before, and the journal.
         clock: seconds, monotonic.
     """
 
@@ -86,6 +88,7 @@ class Accounts:
         pusher: Pusher,
         handoff: HandoffServer,
         health: Health,
+        recovery: Recovery,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -100,6 +103,7 @@ class Accounts:
         self._pusher = pusher
         self._handoff = handoff
         self._health = health
+        self._recovery = recovery
         self._clock = clock
         self._started_at = clock()
         self._build = build()
@@ -136,6 +140,8 @@ class Accounts:
             "versions": [version_status(version, now) for version in self._catalogue],
             "push": push_status(self._pusher, now, automatic=self._config.push.automatic),
             "engines": engines_status(self._registry),
+            "journal": self._recovery.status(),
+            "bootstrap": self._recovery.bootstrap.plain(),
             "trainers": [trainer_status(session) for session in self._trainers],
             "counters": self._metrics.snapshot(self._readings()),
         }
@@ -152,7 +158,9 @@ class Accounts:
             starting=starting,
             draining=self.draining,
             engines=self._registry,
-            absent=[spec.name for spec in self._registry.absent],
+            absent=[spec.name for spec in self._registry.absent if spec.name not in self._recovery.returning.missing],
+            reasons=self._recovery.reasons,
+            warnings=self._recovery.warnings,
             insecure=[*_insecure(self._config), *self.warnings()],
         )
 
@@ -160,12 +168,13 @@ class Accounts:
         """Everything that metrics mirror, as it is now."""
         readings, versions = Readings(), list(self._catalogue)
         read_arena(readings, self._arena, versions)
-        read_versions(readings, versions, self._registry)
+        read_versions(readings, versions, self._registry, self._recovery.not_resident)
         read_engines(readings, self._registry, states(self._registry))
         read_trainers(readings, self._trainers)
         read_push(readings, self._device, self._pusher)
         read_copies(readings, self._health.ages())
         read_traffic(readings, self._pusher, self._ingest.received)
+        self._recovery.read(readings)
         readings.add("cpe_build_info", 1, *self._build)
         readings.add("cpe_ready", self.readiness().ready)
         readings.add("cpe_handoff_claims_total", self._handoff.claims)

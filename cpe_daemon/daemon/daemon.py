@@ -20,15 +20,16 @@ import zmq
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Config, DeviceConfig
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.journal import Identity
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.daemon.drain import Drain
 from cpe_daemon.daemon.front import Front, io_threads
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
+from cpe_daemon.daemon.recovery import Recovery
 from cpe_daemon.daemon.striping import place, settle
-from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.daemon.waiting import Waiting
+from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.cuda.device import CudaDevice
 from cpe_daemon.devices.device import Device
 from cpe_daemon.devices.shm import ShmDevice
@@ -69,6 +70,7 @@ class Daemon:
         self.metrics = Metrics()
         drivers = load_drivers()
         expected = Expected(config.state_dir / ENGINES_FILE, drivers)  # first: a file that is damaged ends it here
+        self.recovery = Recovery(config)
         runtime, count_error = config.runtime_dir, self.metrics.count_protocol_error
         self.arena = Arena(config.arena.size_bytes)
         self.catalogue = Catalogue(
@@ -116,6 +118,7 @@ class Daemon:
             live=self._live,
             live_models=self.catalogue.live_models,
             clock=time.monotonic,
+            before=self.recovery.before,
         )
         self.pusher = Pusher(
             config=config,
@@ -144,6 +147,7 @@ class Daemon:
             pusher=self.pusher,
             handoff=self.handoff,
             health=self.health,
+            recovery=self.recovery,
         )
         self._http: Listener | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=io_threads(config))
@@ -192,11 +196,11 @@ class Daemon:
         await self.device.open(partial(progress, "pinning the arena"))
         self.trainers.connect(self._front)
         self.operations.connect(self._front)
+        self.waiting.connect(self._front)
         self.registry.connect(self._engines)
         runtime = self._config.runtime_dir
         self.accounts.endpoints += self._front.open(self._spawn)
         self.accounts.routers = (*self._front.routers, self._engines)
-        self.waiting.connect(self._front)
         self.accounts.endpoints.append(self._engines.bind(f"ipc://{runtime / ENGINES_SOCKET}"))
         self.handoff.start()
         self._front.start()
@@ -204,6 +208,7 @@ class Daemon:
         self._spawn(self.pusher.run())
         self._spawn(self._watch_clock())
         self._spawn(self.accounts.watch_loop())
+        self.recovery.begin(self._spawn)
         self.accounts.started = True
         log.info(
             "daemon.ready",
@@ -227,12 +232,14 @@ class Daemon:
             pusher=self.pusher,
             trainers=self.trainers,
             registry=self.registry,
+            journal=self.recovery.journal,
             tell=tell,
         )
         await drain.run(hurried)
 
     async def close(self) -> None:
         """Close the doors and give the memory back."""
+        self.recovery.journal.freeze()
         if self._http is not None:
             await self._http.close()
         for task in self._running:
@@ -240,6 +247,7 @@ class Daemon:
         if self._running:  # their copies end before the memory goes that they use
             await asyncio.wait(self._running, timeout=_CANCEL_SECONDS)
         self.operations.close()
+        self.waiting.close()
         self.trainers.close()
         self.registry.close()
         self._front.close()
@@ -247,7 +255,6 @@ class Daemon:
         await asyncio.to_thread(self._context.term)
         self.handoff.close()  # after the last messages: a client that sees its tether cut listens no more
         await asyncio.to_thread(self._pool.shutdown)
-        self.waiting.close()
         await self.device.close()
         await asyncio.to_thread(self.arena.close)  # minutes, for some terabytes
         log.info("daemon.stopped")
@@ -271,9 +278,9 @@ class Daemon:
         if settings.exposed:
             log.warning("http.exposed", url=self._http.url, mend="listen on 127.0.0.1, or set http.tls_certificate")
 
-    def _live(self, model: str) -> VersionId | None:
+    def _live(self, model: str) -> Identity | None:
         live = self.catalogue.live(model)
-        return live.id if live else None
+        return Identity(live.id, live.digest) if live else None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._running.append(self._tasks.create_task(work))
@@ -284,6 +291,7 @@ class Daemon:
             await asyncio.sleep(self._config.deadlines.heartbeat_interval_seconds)
             self.trainers.drop_silent()
             self.registry.check_deadlines()
+            self.recovery.returning.look()
             self.ingest.fail_stalled()
 
 

@@ -18,6 +18,7 @@ from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.journal import Journal
 from cpe_daemon.push.pusher import Pusher
 
 log = structlog.get_logger(__name__)
@@ -31,10 +32,10 @@ CLOSE_SECONDS: Final = 8.0
 _RELEASED_BYTES_PER_SECOND: Final = 2 << 30
 """So much of the arena the kernel takes back in a second at least: half of what it did in a virtual machine."""
 
-_REASON: Final = "the daemon stops"
 _UNPINNED_BYTES_PER_SECOND: Final = 4 << 30
 """So much of an arena that GPUs copy from is unpinned in a second at least, before the kernel takes it back."""
 
+_REASON: Final = "the daemon stops"
 
 _WITHOUT_ERROR: Final = {
     EngineState.UNKNOWN: "it waited for the live version",
@@ -84,6 +85,7 @@ class Drain:
         pusher: begins no new push.
         trainers: are told, and let go.
         registry: its engines are told, and let go.
+        journal: is written for the last time when it is known what engines hold.
         tell: says in a line how far it is.
     """
 
@@ -95,6 +97,7 @@ class Drain:
         pusher: Pusher,
         trainers: Trainers,
         registry: Registry,
+        journal: Journal,
         tell: Callable[[str], None],
     ) -> None:
         self._deadlines = deadlines
@@ -102,6 +105,7 @@ class Drain:
         self._pusher = pusher
         self._trainers = trainers
         self._registry = registry
+        self._journal = journal
         self._tell = tell
 
     async def run(self, hurried: asyncio.Event) -> None:
@@ -114,6 +118,7 @@ class Drain:
         if not await self._ends_by_itself(hurried):
             await self._undo()
         self._say_what_engines_hold(time.monotonic() - began)
+        await self._journal.close()
         await self._take_leave()
 
     async def _ends_by_itself(self, hurried: asyncio.Event) -> bool:

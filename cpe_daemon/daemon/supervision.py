@@ -83,6 +83,8 @@ def state_line(catalogue: Catalogue, registry: Registry) -> str:
     ready = sum(engine.ready for engine in engines)
     count = str(ready) if ready == len(engines) else f"{ready} of {len(engines)}"
     live = [f"{version.id} live" for version in catalogue if version.state is VersionState.LIVE]
+    before = registry.adoption.before
+    live += [f"{before.live(model)} live, not here" for model in before.models]
     pushing = [f"{version.id} being pushed" for version in catalogue if version.state is VersionState.PUSHING]
     plural = "" if count == "1" else "s"
     return ", ".join([f"serving {count} engine{plural}", *(live or ["nothing live"]), *pushing])

@@ -10,13 +10,16 @@ import structlog
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.driver import Driver
+from cpe_daemon.core.journal import Identity
 from cpe_daemon.core.lifecycle import EngineEvent
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.recovery import Before
 from cpe_daemon.devices.device import Device
+from cpe_daemon.engines.adoption import Adoption
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import MAX_NAME_CHARS, MAX_WORKERS, Expected, check_fit
+from cpe_daemon.engines.sleep import take_state
 from cpe_daemon.engines.worker import Handoff, Sender, Worker
-from cpe_daemon.errors import BusyError, DeadlineError, MisuseError, ProtocolError
+from cpe_daemon.errors import BusyError, DeadlineError, EngineError, MisuseError, ProtocolError
 from cpe_daemon.links.router import Handler
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
@@ -31,6 +34,7 @@ from cpe_daemon.wire.messages import (
     StepFailed,
     WorkerBye,
     WorkerHello,
+    WorkerState,
     WorkerWelcome,
 )
 
@@ -50,9 +54,10 @@ class Registry:
         handoff: ties workers' lives to their links.
         drivers: by kind of engine.
         expected: the engines that an operator counts on.
-        live: the live version of a model, if there is one.
+        live: the live version of a model, with its digest, if there is one.
         live_models: the models of which one is.
         clock: seconds, monotonic.
+        before: what was live before this daemon; None: nothing was.
     """
 
     def __init__(
@@ -64,9 +69,10 @@ class Registry:
         handoff: Handoff,
         drivers: Mapping[str, Callable[..., Driver]],
         expected: Expected,
-        live: Callable[[str], VersionId | None],
+        live: Callable[[str], Identity | None],
         live_models: Callable[[], Collection[str]],
         clock: Callable[[], float],
+        before: Before | None = None,
     ) -> None:
         self._config = config
         self._generation = generation
@@ -74,13 +80,14 @@ class Registry:
         self._handoff = handoff
         self._drivers = drivers
         self.expected = expected
-        self._live = live
-        self._live_models = live_models
+        self.adoption = Adoption(live, live_models, before or Before())
         self._clock = clock
         self._engines: dict[str, Engine] = {}
         self._workers: dict[bytes, Worker] = {}
         self._sender: Sender | None = None
         self._on_joined: Callable[[Engine], None] = lambda engine: None
+        self.changed: Callable[[], None] = lambda: None
+        """Called when an engine has attached, in part too, when it has changed, and when it is forgotten."""
         self._farewell: Farewell | None = None
         self._left = asyncio.Event()
 
@@ -102,13 +109,15 @@ class Registry:
         engine = self._engines.get(name)
         if engine is not None and not engine.workers:
             del self._engines[name]
+            self.changed()
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
         return {
             WorkerHello: self._on_hello,
-            StepDone: self._on_done,
-            StepFailed: self._on_failed,
+            WorkerState: self._on_state,
+            StepDone: lambda peer, done, _: self._worker(peer).done(done),
+            StepFailed: lambda peer, failed, _: self._worker(peer).failed(failed),
             WorkerBye: self._on_bye,
             Ping: self._on_ping,
         }
@@ -118,7 +127,7 @@ class Registry:
         self._sender = sender
 
     def on_joined(self, callback: Callable[[Engine], None]) -> None:
-        """Call ``callback`` with an engine whose last missing worker has attached."""
+        """Call ``callback`` with an engine whose last missing worker has attached, or that sleeps or is awake now."""
         self._on_joined = callback
 
     def turn_away(self, reason: str) -> None:
@@ -187,10 +196,11 @@ class Registry:
             heartbeat_seconds=self._config.deadlines.heartbeat_interval_seconds,
             tether=worker.tether,
             handoff=str(self._handoff.path),
-            hold=self._must_hold(engine, hello),
+            hold=self.adoption.must_hold(engine, hello),
         )
         self._sender.send_encoded(peer, encode(welcome))
-        if engine.complete:
+        self.changed()
+        if engine.complete and not engine.asleep:
             self._join(engine)
 
     def _check(self, hello: WorkerHello) -> None:
@@ -256,6 +266,7 @@ class Registry:
                 )
         engine = Engine(hello, self._drivers[hello.kind])
         engine.incomplete_since = self._clock()
+        engine.changed = lambda: self.changed()  # noqa: PLW0108 - who is called is said later
         return engine
 
     def _serves(self, hello: WorkerHello, engine: Engine) -> str:
@@ -266,18 +277,12 @@ class Registry:
         """
         spec = self.expected.get(hello.engine)
         model = (spec.model if spec is not None else "") or engine.serves or _model(hello)
-        if not model and len(models := self._live_models()) > 1:
+        if not model and len(models := self.adoption.models) > 1:
             raise MisuseError(
-                f"engine {hello.engine!r} says no model, and this node serves {', '.join(sorted(models))}: attach it"
+                f"engine {hello.engine!r} says no model, and this node serves {', '.join(models)}: attach it"
                 f" with model=, or `cpe engine add {hello.engine} --kind {hello.kind} --model MODEL`"
             )
         return model
-
-    def _must_hold(self, engine: Engine, hello: WorkerHello) -> bool:
-        """Whether a worker must not serve what it holds: it is a mixture, not live, or not what its siblings hold."""
-        live = self._live(engine.serves)
-        siblings = {(worker.content, worker.touched) for worker in engine.workers.values()}
-        return hello.touched or len(siblings) > 1 or (live is not None and hello.content != live)
 
     def _join(self, engine: Engine) -> None:
         """The last missing worker is here: does the engine hold, as a whole, what it may serve?
@@ -285,18 +290,18 @@ class Registry:
         What is not live stays unknown, so that nothing but a version that it takes lets the engine serve.
         """
         engine.incomplete_since = engine.error = None
-        contents = {worker.content for worker in engine.workers.values()}
-        live = self._live(engine.serves)
-        whole = len(contents) == 1 and not any(worker.touched for worker in engine.workers.values())
-        if whole and (live is None or contents == {live}):
-            engine.change(EngineEvent.REPORT, content=contents.pop())
+        if objection := self.adoption.objection(engine):
+            engine.error = EngineError(f"engine {engine.name!r} stays paused until it is given a version: {objection}")
+        else:
+            engine.change(EngineEvent.REPORT, content=engine.workers[0].content)
         self._on_joined(engine)
 
-    def _on_done(self, peer: bytes, message: StepDone, _: object) -> None:
-        self._worker(peer).done(message)
-
-    def _on_failed(self, peer: bytes, message: StepFailed, _: object) -> None:
-        self._worker(peer).failed(message)
+    def _on_state(self, peer: bytes, state: WorkerState, _: object) -> None:
+        worker = self._worker(peer)
+        engine = self._engines[worker.hello.engine]
+        take_state(engine, worker, state, self._device)
+        if engine.complete:
+            (self._on_joined if engine.asleep else self._join)(engine)
 
     def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:
         self._worker(peer)

@@ -15,6 +15,7 @@ PHASES: Final[Mapping[str, str]] = {
     "publish": "first message of a version to staged, as the trainer sees it; of the node, so `engine` is empty",
     "stage": "the end of that: from the last rank's seal until its tensors are known to be whole; of the node",
     "prefetch": "slots fill while the engine serves",
+    "check": "an engine says whether the version fits it, while it serves; not if it took one of such tensors before",
     "pause": "the engine comes to a stop between two forward passes",
     "begin": "its workers make ready",
     "push": "buckets are loaded",
@@ -313,6 +314,13 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             "1 if /readyz says that the node is ready.",
             panel="Nodes ready",
             alerts=("CpeNotReady",),
+        ),
+        Instrument(
+            "cpe_journal_failing",
+            "gauge",
+            "1 while the journal in state_dir cannot be written.",
+            alerts=("CpeJournalFails",),
+            hint="Updates go on; after a crash the node would know less.",
         ),
         Instrument(
             "cpe_loop_lag_seconds",
