@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inference_plugins.torch import Attachment, attach
 from tests.integration import weights
+from tests.integration.collective import Collective
 from tests.integration.console import Console
 
 
@@ -67,6 +68,7 @@ class Worker:
         self._engine = engine
         self._terms = terms
         self._attachment: Attachment | None = None
+        self._collective: Collective | None = None
 
     @property
     def attachment(self) -> Attachment:
@@ -113,6 +115,29 @@ class Worker:
     def release(self) -> None:
         self.attachment.lock.release()
 
+    def serve_together(self, path: str, rank: int, world_size: int) -> None:
+        """Serve in the background, with the engine's other workers in every forward pass."""
+        self._collective = Collective(self.attachment, self._engine.held)
+        self._collective.start(path, rank, world_size)
+
+    def served(self) -> dict[str, Any]:
+        return self._collective.served() if self._collective else {}
+
+    def stop_serving(self) -> dict[str, Any]:
+        return self._collective.stop() if self._collective else {}
+
+    def sleep(self, timeout: float = 10.0) -> None:
+        """Lend the memory to others, who leave nothing of what was in it."""
+        self.attachment.sleep(timeout)
+        self.lose_weights()
+
+    def lose_weights(self) -> None:
+        for tensor in self._engine.held().values():
+            tensor.view(-1).view(torch.uint8).fill_(0xAB)
+
+    def wake_up(self, kept: bool = False) -> None:
+        self.attachment.wake_up(kept=kept)
+
     def close(self) -> None:
         self.attachment.close()
 
@@ -121,6 +146,8 @@ def main(arguments: dict[str, Any]) -> None:
     console = Console()
     engine = make_engine(arguments.pop("target"), console, arguments)
     arguments.pop("recipe", None)
+    if arguments.pop("on_wake", None):
+        arguments["on_wake"] = lambda: console.tell("woken")
     if arguments.pop("slicing", None):
         arguments["slicing"] = weights.slicing
     worker = Worker(engine, arguments)
@@ -133,6 +160,12 @@ def main(arguments: dict[str, Any]) -> None:
         worker.embed,
         worker.acquire,
         worker.release,
+        worker.serve_together,
+        worker.served,
+        worker.stop_serving,
+        worker.sleep,
+        worker.lose_weights,
+        worker.wake_up,
         worker.close,
     ]
     console.serve({verb.__name__: verb for verb in verbs})

@@ -36,9 +36,11 @@ from cpe_daemon.wire.messages import (
     StepDone,
     StepFailed,
     TensorPart,
+    Wake,
     WorkerBye,
     WorkerHello,
     WorkerMessage,
+    WorkerState,
     WorkerWelcome,
 )
 from cpe_daemon.wire.reports import ErrorInfo
@@ -663,3 +665,182 @@ def test_slots_end_with_the_link(
     assert not opened[0].open
     daemon.welcome()
     assert daemon.expect(Ping)
+
+
+# --- an engine that must not serve -----------------------------------------------------------------------------------
+
+
+def test_held_engine_that_was_busy_is_paused_as_soon_as_it_can_be(
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+) -> None:
+    """Until a version comes for it, which may be long after, it would serve what it must not."""
+    loader.serving = True
+    loader.broken["pause"] = DeadlineError("a forward pass is running")
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(hold=True)
+    assert daemon.expect(Ping)
+    assert loader.serving
+    loader.broken.clear()
+    until(daemon, lambda: not loader.serving)
+
+
+def test_engine_that_was_resumed_is_not_paused_any_more(
+    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+) -> None:
+    loader.broken["pause"] = DeadlineError("a forward pass is running")
+    assert daemon.expect(WorkerHello)
+    daemon.welcome(hold=True)
+    assert daemon.expect(Ping)
+    daemon.say(Resume(1))
+    assert daemon.expect(StepDone)
+    loader.broken.clear()
+    for _ in range(3):
+        assert daemon.expect(Ping)
+    assert loader.serving
+
+
+# --- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def asked(receiver: Receiver, what: Callable[[], None]) -> threading.Thread:
+    """Have another thread ask the receiver for something."""
+    thread = threading.Thread(target=what)
+    thread.start()
+    return thread
+
+
+def test_worker_that_goes_to_sleep_lets_its_slots_go_and_says_so(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, opened: list[FakeSlots], loader: FakeLoader
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    daemon.say(OpenSlots(1, SLOTS))
+    assert daemon.expect(StepDone)
+    sleeping = asked(receiver, lambda: receiver.sleep(_SECONDS))
+    assert daemon.expect(WorkerState) == WorkerState(True)
+    assert not opened[0].open
+    sleeping.join(_SECONDS)
+    assert (loader.asleep, loader.serving) == (True, False)
+    daemon.say(OpenSlots(2, SLOTS))
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert failed.error.message == "it is asleep"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_worker_that_wakes_up_says_what_it_holds_and_serves_when_it_is_told_to(
+    kept: bool, daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    loader.content = NEW
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    asked(receiver, lambda: receiver.sleep(_SECONDS)).join(_SECONDS)
+    assert daemon.expect(WorkerState)
+    asked(receiver, lambda: receiver.wake_up(_SECONDS, kept=kept)).join(_SECONDS)
+    assert daemon.expect(WorkerState) == WorkerState(False, NEW, not kept)
+    assert daemon.expect(Ping)
+    assert not loader.serving
+    if kept:
+        daemon.say(Resume(1, NEW))
+        assert daemon.expect(StepDone)
+        assert loader.serving
+
+
+def test_worker_does_not_go_to_sleep_in_a_round(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    daemon.say(Pause(1, 1.0))
+    assert daemon.expect(StepDone)
+    sleeping = asked(receiver, lambda: receiver.sleep(_SECONDS))
+    until(daemon, lambda: receiver._errands.due)
+    daemon.say(Begin(1, NEW, 0, 0))
+    assert daemon.expect(StepDone)
+    daemon.say(Finish(1))
+    assert daemon.expect(StepDone)
+    assert not loader.asleep
+    daemon.say(Resume(1, NEW))
+    assert daemon.expect(StepDone)
+    assert daemon.expect(WorkerState) == WorkerState(True, NEW)
+    sleeping.join(_SECONDS)
+    assert loader.asleep
+
+
+def test_sleep_that_a_round_keeps_from_beginning_is_given_up(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    daemon.say(Pause(1, 1.0))
+    assert daemon.expect(StepDone)
+    with pytest.raises(DeadlineError, match=r"busy with an update for 0\.1 s"):
+        receiver.sleep(0.1)
+    daemon.say(Resume(1))
+    assert daemon.expect(StepDone)
+    assert daemon.expect(Ping)
+    assert not loader.asleep
+
+
+def test_engine_that_cannot_go_to_sleep_says_why_and_serves_on(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    for error in (DeadlineError("a forward pass is running"), ValueError("no such mode")):
+        loader.broken["sleep"] = error
+        with pytest.raises((DeadlineError, EngineError), match=str(error)):
+            receiver.sleep(_SECONDS)
+    assert (loader.asleep, loader.serving) == (False, True)
+
+
+def test_worker_that_is_asleep_stays_so_through_a_restart_of_its_daemon(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    asked(receiver, lambda: receiver.sleep(_SECONDS)).join(_SECONDS)
+    assert daemon.expect(WorkerState)
+    tethers[-1].cut = True
+    hello = daemon.expect(WorkerHello)
+    assert isinstance(hello, WorkerHello)
+    assert hello.asleep
+    daemon.welcome()
+    assert daemon.expect(Ping)
+    assert (loader.asleep, loader.serving) == (True, False)
+    tethers[-1].cut = True
+    assert daemon.expect(WorkerHello)
+    waking = asked(receiver, lambda: receiver.wake_up(_SECONDS, kept=True))
+    daemon.welcome()
+    assert daemon.expect(WorkerState) == WorkerState(False)
+    waking.join(_SECONDS)
+    assert not loader.serving
+
+
+def test_worker_is_woken_up(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    assert daemon.expect(WorkerHello)
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    daemon.say(Wake(1, 1.0))
+    assert daemon.expect(StepDone)  # it is awake
+    asked(receiver, lambda: receiver.sleep(_SECONDS)).join(_SECONDS)
+    assert daemon.expect(WorkerState) == WorkerState(True)
+    loader.broken["rouse"] = EngineError("it was attached without on_wake")
+    daemon.say(Wake(2, 1.0))
+    failed = daemon.expect(StepFailed)
+    assert isinstance(failed, StepFailed)
+    assert (failed.step, failed.error.message, loader.asleep) == ("wake", "it was attached without on_wake", True)
+    loader.broken.clear()
+    daemon.say(Wake(3, 1.0))
+    assert daemon.expect(WorkerState) == WorkerState(False, None, touched=True)
+    done = daemon.expect(StepDone)
+    assert isinstance(done, StepDone)
+    assert (done.round, done.step, loader.serving) == (3, "wake", False)

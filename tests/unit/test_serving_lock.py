@@ -213,6 +213,63 @@ def test_lock_is_let_go_when_a_forward_pass_raises(lock: ServingLock) -> None:
     lock.shut("an update", SHORT)
 
 
+# --- engines of several workers --------------------------------------------------------------------------------------
+
+
+def test_passes_are_counted_by_their_beginning(lock: ServingLock, pool: ThreadPoolExecutor) -> None:
+    with lock, lock:  # one pass
+        holder = Holder(pool, lock).enter()
+        assert lock.halt("an update") == 2
+    holder.leave()
+    assert lock.halt("an update") == 2
+    lock.open()
+    lock.recount()
+    assert lock.halt("an update") == 0
+
+
+def test_halted_lock_keeps_newcomers_out_and_holders_in(lock: ServingLock, pool: ThreadPoolExecutor) -> None:
+    holder = Holder(pool, lock).enter()
+    lock.halt("an update")
+    with pytest.raises(EngineError, match="an update"):
+        lock.acquire(SHORT)
+    holder.leave()
+
+
+def test_lock_lets_in_the_passes_that_siblings_have_begun(lock: ServingLock, pool: ThreadPoolExecutor) -> None:
+    for _ in range(3):
+        with lock:
+            pass
+    assert lock.halt("an update") == 3
+    newcomers = [Holder(pool, lock) for _ in range(3)]
+    shutting = pool.submit(lock.shut, "an update", WAIT_SECONDS, 5)
+    until(lambda: sum(newcomer.inside.is_set() for newcomer in newcomers) == 2)
+    assert not shutting.done()
+    served = [newcomer for newcomer in newcomers if newcomer.inside.is_set()]
+    for newcomer in served:
+        newcomer.leave()
+    shutting.result(WAIT_SECONDS)
+    (late,) = [newcomer for newcomer in newcomers if newcomer not in served]
+    assert not late.inside.is_set()
+    lock.open()
+    late.enter().leave()
+
+
+def test_passes_that_do_not_come_are_not_waited_for_until_the_deadline(lock: ServingLock) -> None:
+    """The count of a worker that was restarted is not that of its siblings."""
+    lock.halt("an update")
+    lock.shut("an update", 0.1, 100)
+    assert reason(lock) == "an update"
+    with pytest.raises(EngineError):
+        lock.acquire(SHORT)
+
+
+def test_shutting_after_passes_that_were_begun_already_waits_for_no_other(lock: ServingLock) -> None:
+    with lock:
+        pass
+    lock.shut("an update", WAIT_SECONDS, 1)
+    assert reason(lock) == "an update"
+
+
 def test_many_passes_and_updates_never_overlap(lock: ServingLock, pool: ThreadPoolExecutor) -> None:
     """Eight threads serve and one updates, as fast as they can."""
     weights = [0, 0]

@@ -14,7 +14,20 @@ from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.devices.slots import Mark, Slots
 from cpe_daemon.errors import DeadlineError, ManifestError
-from cpe_daemon.wire.messages import Abort, Begin, Expect, Finish, Load, Pause, Resume, StepDone, StepFailed, TensorPart
+from cpe_daemon.wire.messages import (
+    Abort,
+    Begin,
+    Check,
+    Expect,
+    Finish,
+    Halt,
+    Load,
+    Pause,
+    Resume,
+    StepDone,
+    StepFailed,
+    TensorPart,
+)
 from inference_plugins.assembly import Place
 from inference_plugins.steps import Answer, Step, Steps
 
@@ -35,6 +48,8 @@ class FakeLoader:
         self.misfit: Exception | None = None
         self.memory: dict[str, torch.Tensor] = {}
         """Where tensors are placed."""
+        self.passes: int | None = None
+        """After which it was to pause."""
         self.devices: set[str] = set()
         """On which they were to be."""
 
@@ -44,6 +59,7 @@ class FakeLoader:
 
     def pause(self, seconds: float, passes: int | None = None) -> None:
         self.calls.append("pause")
+        self.passes = passes
         if seconds == 0:
             raise DeadlineError("busy")
 
@@ -318,6 +334,82 @@ def test_engine_that_raises_when_it_compares_is_reported(steps: Steps, loader: F
     loader.misfit = ValueError("broken")
     steps.expect(Expect(7, 0, 0, []))
     assert refused(steps, Begin(7, NEW, 0, 0)) == "ValueError: broken"
+
+
+def test_question_whether_a_version_fits_is_answered_while_the_engine_serves(steps: Steps, loader: FakeLoader) -> None:
+    steps.expect(Expect(-1, 0, 1, [TensorSpec("w", "float32", (2,))]))
+    do(steps, Check(-1))
+    loader.misfit = ManifestError("no tensor here is called w")
+    steps.expect(Expect(-2, 0, 1, [TensorSpec("w", "float32", (2,))]))
+    answer = answered(steps, Check(-2))
+    assert isinstance(answer, StepFailed)
+    assert (answer.round, answer.step, answer.error.code) == (-2, "check", "manifest")
+    assert answer.error.message == "no tensor here is called w"
+    assert loader.calls == ["expect 1", "expect 1"]
+    assert not steps.under_way
+
+
+def test_question_about_what_was_not_announced_is_refused(steps: Steps) -> None:
+    assert refused(steps, Check(7)) == "nothing was announced here as 7"
+    steps.expect(Expect(7, 0, 2, [TensorSpec("w", "float32", (2,))]))
+    assert refused(steps, Check(7)) == "nothing was announced here as 7"
+
+
+def test_nothing_is_compared_while_an_update_is_loaded(steps: Steps, loader: FakeLoader) -> None:
+    """What a loader keeps of it would be taken for what has come."""
+    do(steps, Begin(7, NEW, 1, 8))
+    steps.expect(Expect(-1, 0, 0, []))
+    assert refused(steps, Check(-1)) == "round 7 is being loaded here"
+    assert loader.calls == ["begin"]
+
+
+def test_halt_says_how_many_passes_were_begun_and_pause_after_which_to_stop(steps: Steps, loader: FakeLoader) -> None:
+    assert do(steps, Halt(7)).passes == 41
+    assert do(steps, Pause(7, 1.0, 42)).passes == 0
+    assert loader.calls == ["halt", "pause"]
+    assert loader.passes == 42
+
+
+def test_round_is_under_way_from_the_pause_until_it_is_resumed_or_forgotten(steps: Steps) -> None:
+    for last in (Resume(7, OLD), Abort(7, "a sibling failed")):
+        do(steps, Halt(7))
+        assert steps.under_way
+        do(steps, Pause(7, 1.0))
+        assert steps.under_way
+        do(steps, last)
+        assert not steps.under_way
+
+
+def test_engine_that_serves_already_stops_again_when_its_round_fails(steps: Steps, loader: FakeLoader) -> None:
+    """A sibling could not resume: what this one would serve alone, nobody knows to be the engine's."""
+    do(steps, Begin(7, NEW, 1, 8), LOAD, Finish(7), Resume(7, NEW))
+    loader.calls.clear()
+    assert do(steps, Abort(7, "a sibling failed")).touched
+    assert loader.calls == ["pause"]
+
+
+def test_engine_that_serves_since_an_earlier_round_is_not_stopped_by_a_later_one(
+    steps: Steps, loader: FakeLoader
+) -> None:
+    do(steps, Begin(7, NEW, 1, 8), LOAD, Finish(7), Resume(7, NEW))
+    loader.calls.clear()
+    do(steps, Abort(8, "nobody is left"))
+    assert loader.calls == []
+
+
+@pytest.mark.parametrize(
+    "step", [Check(7), Halt(7), Pause(7, 1.0), Begin(7, NEW, 1, 8), LOAD, Finish(7), Resume(7, OLD)], ids=repr
+)
+def test_engine_that_is_asleep_refuses_whatever_touches_its_weights(
+    step: Step, steps: Steps, loader: FakeLoader
+) -> None:
+    """The daemon may have sent it before it heard of that."""
+    loader.asleep = True
+    steps.expect(Expect(7, 0, 0, []))
+    assert "asleep" in refused(steps, step) or isinstance(step, Load)
+    assert loader.calls == []
+    assert not steps.under_way
+    assert do(steps, Abort(7, "it is asleep")).touched is False
 
 
 def test_failure_is_answered_with_its_code(steps: Steps, loader: FakeLoader) -> None:
