@@ -76,6 +76,15 @@ def test_daemon_is_served_published_to_asked_and_stopped(
     shown = cpe("status", *here)
     assert "m@manual#7" in shown.stdout
 
+    again = cpe("publish", checkpoint, "--model", "m", "--version", "7", "--timeout", "20", *here)
+    assert again.exit_code == 0, again.output
+    assert "front.sock held m@manual#7 already, with the same bytes: nothing was sent" in again.stderr
+    other = tmp_path / "other.safetensors"
+    save_file({"w": torch.arange(1000.0), "b": torch.zeros(3)}, other)
+    refused = cpe("publish", other, "--model", "m", "--version", "7", "--timeout", "20", *here)
+    assert refused.exit_code == 3
+    assert "m@manual#7 is held here (live) with other weights: of rank 0 it has other digests of b (" in refused.stderr
+
     refused = cpe("publish", checkpoint, "--model", "m", "--version", "6", "--timeout", "20", *here)
     assert refused.exit_code == 3
     assert refused.stderr.endswith("[version_refused]\n")

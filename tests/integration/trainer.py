@@ -59,6 +59,23 @@ class Trainer:
         report = self._handles[version].live(timeout)
         return {name: engine.outcome for name, engine in report.engines.items()}
 
+    def rollback(self, to: int | None = None, timeout: float = 20.0) -> dict[str, Any]:
+        """Roll back; the number that is live then, and the outcome by engine."""
+        report = self._publisher.rollback(to, timeout)
+        return {
+            "number": report.version.number,
+            "engines": {name: engine.outcome for name, engine in report.engines.items()},
+            "notes": [node.note for node in report.nodes.values()],
+        }
+
+    def wait_live(self, number: int, timeout: float, run: str | None = None) -> str:
+        return str(self._publisher.wait_live(number, run, timeout))
+
+    def held(self, version: int) -> tuple[str, int]:
+        """The version's state as the handle tells it, and how many daemons held it before."""
+        handle = self._handles[version]
+        return handle.state, len(handle.held)
+
     def verified(self, version: int) -> list[str]:
         """The engines that found that they were handed what was staged."""
         report = self._handles[version].live(0)
@@ -112,7 +129,10 @@ def main(arguments: dict[str, Any]) -> None:
             trainer.publish,
             trainer.staged,
             trainer.live,
+            trainer.rollback,
+            trainer.wait_live,
             trainer.verified,
+            trainer.held,
             trainer.digests,
             trainer.scribble,
             trainer.close,
