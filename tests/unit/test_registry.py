@@ -43,6 +43,9 @@ async def node() -> AsyncIterator[FakeNode]:
     made.arena.close()
 
 
+DIGEST, OTHER = bytes([1]) * 16, bytes([2]) * 16
+
+
 def described(node: FakeNode) -> list[tuple[Any, ...]]:
     """All that a refused message must leave as it was."""
     return [
@@ -51,8 +54,8 @@ def described(node: FakeNode) -> list[tuple[Any, ...]]:
     ]
 
 
-def live(node: FakeNode, version: Any) -> None:
-    record = node.stage(version)
+def live(node: FakeNode, version: Any, digest: bytes = b"") -> None:
+    record = node.stage(version, digest)
     node.catalogue.begin_push(record)
     node.catalogue.go_live(record, None)  # type: ignore[arg-type]
 
@@ -256,6 +259,28 @@ async def test_worker_holds_still_unless_it_has_what_is_live(
     welcome = node.worker("a", content=content, touched=touched).welcome
     assert welcome is not None
     assert welcome.hold is hold
+
+
+@pytest.mark.parametrize(
+    ("says", "same"), [(DIGEST, True), (b"", True), (OTHER, False)], ids=["its digest", "no digest", "another"]
+)
+async def test_engine_that_holds_other_weights_by_the_live_version_s_name_does_not_serve_them(
+    says: bytes, *, same: bool, node: FakeNode
+) -> None:
+    live(node, TWO, DIGEST)
+    welcome = node.worker("a", content=TWO, digest=says).welcome
+    assert welcome is not None
+    assert welcome.hold is not same
+    assert node.states() == {"a": (CURRENT, TWO) if same else (UNKNOWN, None)}
+
+
+async def test_engine_whose_workers_hold_other_weights_by_one_name_is_in_doubt(node: FakeNode) -> None:
+    node.worker("a", rank=0, world_size=3, content=ONE, digest=DIGEST)
+    unknown = node.worker("a", rank=1, world_size=3, content=ONE).welcome
+    other = node.worker("a", rank=2, world_size=3, content=ONE, digest=OTHER).welcome
+    assert [unknown and unknown.hold, other and other.hold] == [False, True]
+    assert node.states() == {"a": (UNKNOWN, None)}
+    assert node.engine("a").digest == b""
 
 
 async def test_worker_holds_still_if_its_siblings_hold_something_else(node: FakeNode) -> None:

@@ -1,0 +1,93 @@
+"""The digest of what an engine holds: where it comes from, and that weights by another's name are not served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.versions import Version
+from cpe_daemon.wire.messages import Begin
+from tests.unit.fake_node import CURRENT, FakeNode, FakeWorker, number
+
+ONE, TWO = number(1), number(2)
+DIGEST, OTHER = bytes([1]) * 16, bytes([2]) * 16
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with structlog.testing.capture_logs():
+        yield
+
+
+async def publish(node: FakeNode, version: VersionId, digest: bytes) -> Version:
+    record = node.stage(version, digest)
+    await node.until(lambda: record.state not in ("staged", "pushing"))
+    await node.idle()
+    return record
+
+
+def begun(worker: FakeWorker) -> list[tuple[VersionId, bytes]]:
+    """What a worker was told to load."""
+    return [(command.version, command.digest) for command in worker.commands if isinstance(command, Begin)]
+
+
+async def test_engine_is_told_the_digest_of_what_it_loads_and_is_known_by_it() -> None:
+    async with FakeNode.running() as node:
+        workers = [node.worker("a", rank=rank, world_size=2) for rank in range(2)]
+        await node.idle()
+        await publish(node, ONE, DIGEST)
+        assert [begun(worker) for worker in workers] == [[(ONE, DIGEST)]] * 2
+        engine = node.engine("a")
+        assert engine.digest == DIGEST
+        assert engine.holds(ONE, DIGEST)
+        assert not engine.holds(ONE, OTHER)
+        assert not engine.holds(TWO, DIGEST)
+        assert engine.holds(ONE, b"")
+
+
+async def test_engine_that_gives_a_round_up_untouched_keeps_its_digest() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.idle()
+        await publish(node, ONE, DIGEST)
+        worker.fail("begin")
+        failed = await publish(node, TWO, OTHER)
+        assert failed.state == "failed"
+        assert node.states() == {"a": (CURRENT, ONE)}
+        assert node.engine("a").holds(ONE, DIGEST)
+        assert not node.engine("a").holds(ONE, OTHER)
+
+
+@pytest.mark.parametrize(("says", "pushed"), [(DIGEST, []), (b"", []), (OTHER, [(ONE, DIGEST)])])
+async def test_engine_that_joins_with_the_live_version_s_name_is_given_it_unless_its_digest_is_that_one_s(
+    says: bytes, pushed: list[tuple[VersionId, bytes]]
+) -> None:
+    async with FakeNode.running() as node:
+        await publish(node, ONE, DIGEST)
+        worker = node.worker("back", content=ONE, digest=says)
+        await node.idle()
+        assert begun(worker) == pushed
+        assert node.states() == {"back": (CURRENT, ONE)}
+        assert not worker.paused
+        assert node.engine("back").holds(ONE, DIGEST)
+
+
+async def test_engine_that_came_while_nothing_was_live_is_not_taken_for_current_by_its_name_alone() -> None:
+    """As after a restart of the daemon: the name is used again, for other weights, while the engine attaches."""
+    async with FakeNode.running() as node:
+        first = node.worker("first")
+        await node.idle()
+        late: list[FakeWorker] = []
+
+        def meanwhile(step: Begin) -> object:
+            late.append(node.worker("late", content=ONE, digest=OTHER))
+            return first.do(step)
+
+        first.script["begin"] = meanwhile  # type: ignore[assignment]
+        await publish(node, ONE, DIGEST)
+        assert node.states() == {"first": (CURRENT, ONE), "late": (CURRENT, ONE)}
+        assert begun(late[0]) == [(ONE, DIGEST)]
+        assert node.engine("late").digest == DIGEST
