@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from cpe_daemon.arena import Arena
-from cpe_daemon.core.lifecycle import EngineState
+from cpe_daemon.core.lifecycle import EngineState, VersionState
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.push.pusher import Pusher
+from cpe_daemon.push.rollback import rollback_target
 from cpe_daemon.push.round import Round
-from cpe_daemon.versions import Version
+from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import EngineSpec
 
 
@@ -54,6 +55,17 @@ def version_status(version: Version, now: float) -> dict[str, Any]:
         "age_seconds": now - version.opened_at,
         "error": _text(version.error),
     }
+
+
+def rollback_status(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """By model, what is live and which version a rollback would bring back; None where there is none."""
+    live = [version for version in catalogue if version.state is VersionState.LIVE]
+    targets = {version.id.model: rollback_target(catalogue, version.id.model) for version in live}
+    return [
+        {"model": version.id.model, "live": str(version.id), "to": str(target.id) if target is not None else None}
+        for version in live
+        for target in [targets[version.id.model]]
+    ]
 
 
 def engines_status(registry: Registry) -> list[dict[str, Any]]:

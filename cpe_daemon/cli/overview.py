@@ -19,6 +19,7 @@ from cpe_daemon.cli.tables import (
     entries,
     journal_text,
     push_text,
+    rollback_text,
     section,
     table,
     version_text,
@@ -67,6 +68,8 @@ def _gauges(status: Mapping[str, Any]) -> RenderableType:
     grid.add_row(
         Text("push", style="bold"), _bar(current.get("loaded_bytes"), current.get("nbytes")), push_text(status)
     )
+    if rollbacks := rollback_text(status):
+        grid.add_row(Text("rollback", style="bold"), "", rollbacks)
     arena = section(status, "arena")
     size, free = arena.get("size_bytes"), arena.get("free_bytes")
     used = size - free if isinstance(size, int) and isinstance(free, int) else None

@@ -49,6 +49,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
                  age_seconds, error]
       push       automatic, waiting, round: null, or number, version, phase, seconds,
                  nbytes, loaded_bytes, engines, dropped
+      rollback   [model, live, to: null, or the version that a rollback would bring back]
       engines    [engine, model, kind, state, ready, expected, url, content, world_size,
                  workers: [rank, pid, node, gpu, present], error, last_push_seconds]
       journal    path, error, age_seconds, lost, not_resident: [model, run, number],

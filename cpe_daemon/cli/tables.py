@@ -87,6 +87,7 @@ def _summary(status: Mapping[str, Any]) -> RenderableType:
             f" (largest run {bytes_text(arena.get('largest_free_bytes'))}){prefault}{_numa_text(arena)}",
         ),
         ("push", push_text(status)),
+        *([("rollback", said)] if (said := rollback_text(status)) else []),
         *([("journal", said)] if (said := journal_text(status)) else []),
         *([("bootstrap", said)] if (said := bootstrap_text(status)) else []),
         ("device", f"{plain_text(device.get('kind'))}, {len(gpus)} GPU, slots {', '.join(slots) or '-'}"),
@@ -212,6 +213,16 @@ def push_text(status: Mapping[str, Any]) -> str:
         held = [version_text(row) for row in entries(status, "versions") if row.get("state") == "staged"]
         parts += [f"{plain_text(version)} waits for `cpe push`" for version in held]
     return "; ".join(parts) or "idle"
+
+
+def rollback_text(status: Mapping[str, Any]) -> str:
+    """Say from which version to which a rollback would go, a model a line; "" if none is live."""
+    return "\n".join(
+        f"{plain_text(row.get('live'))} → {plain_text(row['to'])}"
+        if row.get("to")
+        else f"{plain_text(row.get('live'))}: nothing is retained"
+        for row in entries(status, "rollback")
+    )
 
 
 def engine_columns(status: Mapping[str, Any]) -> Columns:

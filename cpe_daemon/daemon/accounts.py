@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import structlog
+
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.retention import shortage
 from cpe_daemon.daemon.build import build
 from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.recovery import Recovery
@@ -28,7 +31,7 @@ from cpe_daemon.observe.http import Page
 from cpe_daemon.observe.metrics import Metrics, Readings
 from cpe_daemon.observe.pages import make_pages
 from cpe_daemon.push.pusher import Pusher
-from cpe_daemon.readiness import Readiness, judge
+from cpe_daemon.readiness import Readiness, Reason, judge
 from cpe_daemon.readings import (
     read_arena,
     read_copies,
@@ -43,6 +46,7 @@ from cpe_daemon.status import (
     device_status,
     engines_status,
     push_status,
+    rollback_status,
     states,
     trainer_status,
     version_status,
@@ -50,7 +54,10 @@ from cpe_daemon.status import (
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import PROTOCOL
 
+log = structlog.get_logger(__name__)
+
 _LAG_SECONDS: Final = 0.5
+_MODELS: Final = 64
 
 
 class Accounts:
@@ -113,6 +120,8 @@ class Accounts:
         """The sockets, as soon as there are any."""
         self.warnings: Callable[[], list[str]] = list
         """What else strangers could reach, or an operator should know of keys, each in a line."""
+        self._short: dict[str, str] = {}
+        """What was said of models that the arena cannot hold twice; once for each size."""
         self.started = False
         """Whether the doors are open."""
         self.draining = False
@@ -138,6 +147,7 @@ class Accounts:
             "arena": arena_status(self._arena),
             "device": device_status(self._device),
             "versions": [version_status(version, now) for version in self._catalogue],
+            "rollback": rollback_status(self._catalogue),
             "push": push_status(self._pusher, now, automatic=self._config.push.automatic),
             "engines": engines_status(self._registry),
             "journal": self._recovery.status(),
@@ -160,9 +170,17 @@ class Accounts:
             engines=self._registry,
             absent=[spec.name for spec in self._registry.absent if spec.name not in self._recovery.returning.missing],
             reasons=self._recovery.reasons,
-            warnings=self._recovery.warnings,
+            warnings=(*self._recovery.warnings, *self._shortages()),
             insecure=[*_insecure(self._config), *self.warnings()],
         )
+
+    def _shortages(self) -> list[Reason]:
+        """The models of which the arena cannot keep the version before."""
+        said: dict[str, str] = {}
+        for version in self._catalogue:
+            if version.held:
+                said[version.id.model] = shortage(version.id.model, version.nbytes, self._arena.nbytes)
+        return [Reason("no_rollback", line) for line in said.values() if line]
 
     def _readings(self) -> Readings:
         """Everything that metrics mirror, as it is now."""
@@ -208,6 +226,10 @@ class Accounts:
     def _count_version(self, version: Version) -> None:
         """Keep the metrics of versions; called at every change of one."""
         if version.state is VersionState.STAGED and not version.pushes:
+            said = shortage(version.id.model, version.nbytes, self._arena.nbytes)
+            if said and said != self._short.get(version.id.model):
+                log.warning("arena.keeps_no_previous", model=version.id.model, reason=said)
+                self._short = {**self._short, version.id.model: said} if len(self._short) < _MODELS else {}
             self._metrics.observe_phases(version.id.model, "", {"publish": version.stage_seconds})
         if version.state in (VersionState.LIVE, VersionState.FAILED) and self._catalogue.find(version.id):
             self._metrics.count_version(version.id.model, str(version.state))

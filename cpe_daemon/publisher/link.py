@@ -69,7 +69,7 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=f"cpe-link {endpoint}", daemon=True)
         self._thread.start()
 
-    def ready(self, version: VersionId, connect_timeout: float) -> Session:
+    def ready(self, version: VersionId | str, connect_timeout: float) -> Session:
         """Return the session, waiting up to ``connect_timeout`` seconds from when the daemon was lost.
 
         Raises:

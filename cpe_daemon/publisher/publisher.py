@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, SupportsIndex
@@ -18,13 +17,15 @@ from cpe_daemon.core.manifest import Layout
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseError
 from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_for
+from cpe_daemon.publisher import asking
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.handle import Handle, raise_failures
 from cpe_daemon.publisher.link import Link
 from cpe_daemon.publisher.outgoing import Lane, Progress, stream_into_rings
+from cpe_daemon.publisher.reach import Reach, endpoint_of, this_boot
+from cpe_daemon.publisher.report import PublishReport
 from cpe_daemon.publisher.sending import MARGIN_SECONDS
-from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution, Source, open_source
 from cpe_daemon.publisher.staged import Reporter, stage_and_send
 from cpe_daemon.publisher.staging import Consumed, Staging
@@ -79,12 +80,12 @@ class Publisher:
         key: KeyPair | str | Path | None = None,
         server_key: PublicKey | Mapping[str, PublicKey] | None = None,
     ) -> None:
-        names = [_endpoint(name) for name in ([endpoints] if isinstance(endpoints, str) else endpoints)]
+        names = [endpoint_of(name) for name in ([endpoints] if isinstance(endpoints, str) else endpoints)]
         if not names or len(set(names)) != len(names):
             raise MisuseError(f"give one or more endpoints, each once, not {names}")
         if not model or not run or not 0 <= rank < world_size:
             raise MisuseError(f"a publisher of {model!r} in run {run!r} as rank {rank} of {world_size} makes no sense")
-        self._model, self._run, self._world_size = model, run, world_size
+        self._model, self._run, self._rank, self._world_size = model, run, rank, world_size
         self._connect_timeout, self._send_timeout = connect_timeout, send_timeout
         self._bell = Bell()
         self._turn = threading.Lock()
@@ -93,7 +94,7 @@ class Publisher:
         self._reporter: Reporter | None = None
         self._previous: Sequence[Delivery] = ()
         self._closed = False
-        boot_id = _boot_id() if landing else ""
+        boot_id = this_boot() if landing else ""
         hello = TrainerHello(PROTOCOL, model, run, rank, world_size, boot_id, os.getpid())
         self._links: list[Link] = []
         with contextlib.ExitStack() as undo:
@@ -157,6 +158,48 @@ class Publisher:
         finally:
             self._turn.release()
 
+    def rollback(self, to: int | None = None, timeout: float = 600.0) -> PublishReport:
+        """Have every daemon bring a version of this model back that was live before; wait up to ``timeout`` seconds.
+
+        It costs one push. The next version to publish has a higher number all the same. One rank calls this.
+
+        Args:
+            to: its number, of any run. None: the one that was live last, so that doing it twice undoes it.
+            timeout: a daemon that takes longer goes on with it.
+
+        Raises:
+            MisuseError: no such version is retained; or a rank other than 0 names none: ranks would undo each other.
+            EngineError: no engine took it; what was live stays live.
+            DeadlineError: a daemon does not answer, or not in time.
+            PublishError: it failed at some of several daemons; names them.
+        """
+        if to is None and self._rank:
+            raise MisuseError(f"rank {self._rank} rolls back only to a version that it names: rollback(to=...)")
+        number, what = -1 if to is None else _number(to), f"the rollback of {self._model}"
+        reach = self._connect(what)
+        report, errors = asking.rollback(reach.sessions, number, timeout, self._bell)
+        raise_failures(what, reach.failures | errors, len(self._links))
+        return report
+
+    def wait_live(self, number: int, run: str | None = None, timeout: float = 600.0) -> VersionId:
+        """Wait up to ``timeout`` seconds until version ``number`` of a run, or a later one, is live at every daemon.
+
+        Any rank's, and any process's: it need not have published it. ``run`` None: this publisher's.
+
+        Returns:
+            The version that is live; the lowest, where several daemons have different ones.
+
+        Raises:
+            CpeError: the version has failed; what made it fail.
+            DeadlineError: the time is over; says how far it is.
+            PublishError: either happened at some of several daemons; names them.
+        """
+        version = VersionId(self._model, run or self._run, _number(number))
+        reach = self._connect(version)
+        live, errors = asking.wait_live(reach.sessions, version.number, run, timeout, self._bell)
+        raise_failures(version, reach.failures | errors, len(self._links))
+        return min(live.values(), key=lambda version: version.number)
+
     def close(self) -> None:
         """Abandon what is not delivered, and end within some seconds. Handles stay usable; what they wait for fails."""
         self._closed = True
@@ -172,7 +215,7 @@ class Publisher:
     # --- the steps of a publish --------------------------------------------------------------------------------------
 
     def _publish_held(
-        self, held: Contribution, version: VersionId, reach: _Reach, force: bool, progress: Progress | None
+        self, held: Contribution, version: VersionId, reach: Reach, force: bool, progress: Progress | None
     ) -> Handle:
         """Send tensors that can be read while they are sent."""
         if reach.one_ring_size:
@@ -187,7 +230,7 @@ class Publisher:
         return handle
 
     def _publish_consumed(
-        self, consumed: Consumed, version: VersionId, reach: _Reach, force: bool, progress: Progress | None
+        self, consumed: Consumed, version: VersionId, reach: Reach, force: bool, progress: Progress | None
     ) -> Handle:
         """Send what an iterator yielded."""
         handle, lanes = self._begin(version, consumed.shards, consumed.layout, reach, force)
@@ -222,11 +265,11 @@ class Publisher:
             raise DeadlineError(f"the publish before is still reporting its progress after {self._send_timeout:g} s")
         self._reporter = None
 
-    def _connect(self, version: VersionId) -> _Reach:
+    def _connect(self, version: VersionId | str) -> Reach:
         """Find out which daemons can be reached, waiting for those that do not answer yet."""
         if self._closed:
             raise MisuseError("this publisher is closed")
-        reach = _Reach({}, {})
+        reach = Reach({}, {})
         deadline = time.monotonic() + self._connect_timeout
         for link in self._links:
             try:
@@ -238,7 +281,7 @@ class Publisher:
         return reach
 
     def _begin(
-        self, version: VersionId, shards: list[Shard], layout: Layout, reach: _Reach, force: bool
+        self, version: VersionId, shards: list[Shard], layout: Layout, reach: Reach, force: bool
     ) -> tuple[Handle, list[Lane]]:
         """Announce the version to every daemon that can be reached.
 
@@ -256,20 +299,6 @@ class Publisher:
         self._previous = list(deliveries.values())
         lanes = [Lane.begin(session, deliveries[name], shards, force) for name, session in reach.sessions.items()]
         return Handle(version, self._previous, self._bell), lanes
-
-
-@dataclass(frozen=True, slots=True)
-class _Reach:
-    """Which daemons can be reached, and why the others cannot, by endpoint."""
-
-    sessions: dict[str, Session]
-    failures: dict[str, CpeError]
-
-    @property
-    def one_ring_size(self) -> bool:
-        """Whether every session has a landing ring, all with chunks of one size: then they can be filled in step."""
-        sizes = {session.welcome.chunk_bytes for session in self.sessions.values()}
-        return len(sizes) == 1 and all(session.landing for session in self.sessions.values())
 
 
 def _counted(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:
@@ -298,19 +327,3 @@ def _number(version: SupportsIndex) -> int:
     if number < 0:
         raise MisuseError(f"a version's number is a whole number, 0 or higher, not {version!r}")
     return number
-
-
-def _endpoint(name: str) -> str:
-    """Spell a runtime directory, or the socket in it, out as an endpoint."""
-    if "://" in name or "/" not in name:
-        return name
-    path = Path(name)
-    return f"ipc://{path if path.suffix == '.sock' else path / 'front.sock'}"
-
-
-def _boot_id() -> str:
-    """This boot of this host; the same for all its containers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -26,6 +26,7 @@ from cpe_daemon.errors import (
 )
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
+from cpe_daemon.publisher.asking import Asking
 from cpe_daemon.publisher.delivery import Bell
 from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.pagelock import PageLock
@@ -95,6 +96,7 @@ class Session:
         send = functools.partial(dealer.send, timeout=_SEND_SECONDS)
         ring = self._landing.ring if self._landing else None
         self.sending = Sending(send, welcome, ring, bell, send_timeout=send_timeout)
+        self.asking = Asking(send, bell)
         self._unlocked = ring
         self._commands: deque[Callable[[], None]] = deque()
         self._post_lock = threading.Lock()
@@ -169,6 +171,7 @@ class Session:
     def part(self, error: CpeError, seconds: float) -> None:
         """Fail whatever was expected of the session, say goodbye, and give the daemon ``seconds`` to hear it."""
         self.sending.end(error)
+        self.asking.end(error)
         if self.cut:
             return
         deadline = time.monotonic() + seconds
@@ -186,6 +189,7 @@ class Session:
             self._ended = True
             self._commands.clear()
         self.sending.end(error)
+        self.asking.end(error)
         if self.sending.page_lock is not None:
             self.sending.page_lock.close()
         if self._landing is not None:
@@ -224,6 +228,8 @@ class Session:
         return True
 
     def _take(self, message: Message) -> None:
+        if self.asking.take(message):
+            return
         if isinstance(message, Pong):
             self._on_pong(message)
         elif isinstance(message, Farewell):
