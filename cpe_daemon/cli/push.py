@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -39,11 +39,18 @@ _ANSWER_SECONDS: Final = 5.0
     shell_complete=complete_engines,
     help="Into this engine, whatever it is thought to hold. May be repeated.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Push nothing and pause nobody: ask every engine whether the version fits it. Fails unless it fits all.",
+)
 @daemon_options
 @timeout_option(600.0, "How long to wait; the daemon goes on with it afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @debug_option
-def push_command(version: str, engines: tuple[str, ...], daemon: DaemonAddress, timeout: float, as_json: bool) -> None:
+def push_command(
+    version: str, engines: tuple[str, ...], dry_run: bool, daemon: DaemonAddress, timeout: float, as_json: bool
+) -> None:
     """Push a version that the daemon holds, the newest that is staged and waits, or else the live one.
 
     Without --engine it goes into all engines of its model, but for those that hold it already. A version that waits
@@ -55,6 +62,7 @@ def push_command(version: str, engines: tuple[str, ...], daemon: DaemonAddress, 
       cpe push
       cpe push policy@run-7#12
       cpe push policy --engine vllm-0 --engine vllm-1
+      cpe push --dry-run policy
 
     \b
     Outcomes:
@@ -62,13 +70,18 @@ def push_command(version: str, engines: tuple[str, ...], daemon: DaemonAddress, 
       current   held it already                 lost     a worker of it ended
       kept      serves what it held before      absent   workers of it are not attached
       taken back  serves what it held before, for others had failed (push.partial: rollback)
+      asleep    gets the live version when it wakes up (push.asleep: defer)
+    With --dry-run: fits, differs, absent, asleep, or unanswered.
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.wire.messages import PushRequest
 
-    request = PushRequest(*_parsed(version), engines)
+    request = PushRequest(*_parsed(version), engines, dry_run)
     with Conversation(daemon) as conversation, spinner() as show:
         report = await_report(conversation, request, timeout, show)
-    print_report(report, as_json=as_json)
+    if dry_run:
+        print_report(report, good=("fits",), otherwise="does not fit every engine", as_json=as_json)
+    else:
+        print_report(report, as_json=as_json)
 
 
 def _parsed(version: str) -> tuple[str, str, int]:
@@ -131,8 +144,20 @@ def spinner() -> Iterator[Show]:
         yield lambda status: line.update(Text(push_text(status)))
 
 
-def print_report(report: VersionReport, *, as_json: bool) -> None:
+def print_report(
+    report: VersionReport,
+    *,
+    good: Collection[str] = ("updated", "current", "asleep"),
+    otherwise: str = "is not in every engine",
+    as_json: bool,
+) -> None:
     """Print what a push did.
+
+    Args:
+        report: the daemon's.
+        good: the outcomes that are as they should be.
+        otherwise: what is said of the version if any engine's is another.
+        as_json: print it for programs.
 
     Raises:
         EngineError: the version is not in every engine; names those, and why.
@@ -140,7 +165,7 @@ def print_report(report: VersionReport, *, as_json: bool) -> None:
     from cpe_daemon.cli.text import plain_struct, plain_text
     from cpe_daemon.wire.reports import engine_lines, size_text
 
-    behind = {name: one for name, one in report.engines.items() if one.outcome not in ("updated", "current")}
+    behind = {name: one for name, one in report.engines.items() if one.outcome not in good}
     if as_json:
         click.echo(json.dumps(plain_struct(report), indent=2))
     else:
@@ -158,4 +183,4 @@ def print_report(report: VersionReport, *, as_json: bool) -> None:
         why = "; ".join(
             f"{name} ({one.outcome}): {one.error.message if one.error else ''}" for name, one in behind.items()
         )
-        raise EngineError(f"{report.version} is not in every engine: {why}")
+        raise EngineError(f"{report.version} {otherwise}: {why}")

@@ -171,6 +171,31 @@ def test_push_without_engines_says_so(endpoint: str) -> None:
     assert result.stderr == "note: no engine of qwen3 is attached; the first that attaches gets it\n"
 
 
+def test_push_that_left_an_engine_asleep_has_done_its_work(endpoint: str) -> None:
+    asleep = EngineReport("asleep", error=ErrorInfo("engine", "engine 'b' is asleep"))
+    with pushing(endpoint, lambda _: PushReply(report(a=UPDATED, b=asleep))):
+        result = cpe("push", "--to", endpoint)
+    assert result.exit_code == 0
+    assert "engine 'b' is asleep" in result.output
+
+
+def test_dry_run_asks_for_nothing_else_and_tells_who_fits(endpoint: str) -> None:
+    with pushing(endpoint, lambda _: PushReply(report(a=EngineReport("fits")))) as heard:
+        result = cpe("push", "--dry-run", "qwen3", "--engine", "a", "--to", endpoint)
+    assert result.exit_code == 0
+    assert [m for m in heard if isinstance(m, PushRequest)] == [PushRequest("qwen3", engines=("a",), dry_run=True)]
+    assert "a       fits" in result.stdout
+
+
+@pytest.mark.parametrize("outcome", ["differs", "unanswered", "absent", "asleep"])
+def test_dry_run_fails_unless_the_version_fits_every_engine(outcome: str, endpoint: str) -> None:
+    bad = EngineReport(outcome, error=ErrorInfo("manifest", "no tensor here is called w"))
+    with pushing(endpoint, lambda _: PushReply(report(a=EngineReport("fits"), b=bad))):
+        result = cpe("push", "--dry-run", "--to", endpoint)
+    assert result.exit_code not in (0, 2)
+    assert f"does not fit every engine: b ({outcome}): no tensor here is called w" in result.stderr
+
+
 def test_push_that_is_refused_keeps_the_daemon_s_code(endpoint: str) -> None:
     def refuse(_: PushRequest) -> Message:
         raise MisuseError("qwen3@r1#6 is retained")
