@@ -133,7 +133,8 @@ class Publisher:
         Args:
             source: a mapping of names to tensors, (name, tensor) pairs, an ``nn.Module`` (its ``state_dict()``, a tied
                 weight under each of its names), or a path: a ``.safetensors`` file or a directory of them.
-            version: the number, higher than any that was staged before in this run.
+            version: the number, higher than any that was staged before in this run. The same version again is no
+                mistake: a daemon that holds it is sent nothing but digests, and `Handle.held` names it.
             force: return to a run that another one has superseded.
             progress: called with bytes done and bytes in all, for every chunk: by the calling thread while it streams,
                 by a thread of its own otherwise. What it raises gives the version up.
