@@ -49,13 +49,11 @@ class Cut:
         sizes: bytes of each tensor, in the order given.
         slot_bytes: what a bucket may use at most.
         fillings: the buckets.
-        largest_split_bytes: bytes of the largest tensor that is split, 0 without one.
     """
 
     sizes: tuple[int, ...]
     slot_bytes: int
     fillings: tuple[Filling, ...]
-    largest_split_bytes: int
 
 
 def cut(specs: Sequence[TensorSpec], slot_bytes: int) -> Cut:
@@ -75,7 +73,7 @@ def cut(specs: Sequence[TensorSpec], slot_bytes: int) -> Cut:
     packer = _Packer(names, sizes, slot_bytes)
     group_of = group_numbers(names).__getitem__
     packer.add(list(group) for _, group in groupby(sorted(range(len(names)), key=group_of), group_of))
-    return Cut(tuple(sizes), slot_bytes, packer.finish(), packer.largest_split_bytes)
+    return Cut(tuple(sizes), slot_bytes, packer.finish())
 
 
 def _sizes(specs: Iterable[TensorSpec]) -> list[int]:
@@ -95,7 +93,6 @@ class _Packer:
     """Fills one bucket after another with units of tensors, each given as indexes into names and sizes."""
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], slot_bytes: int) -> None:
-        self.largest_split_bytes = 0
         self._names = names
         self._sizes = sizes
         aligned = {nbytes: align(nbytes) for nbytes in set(sizes)}  # few sizes for many tensors
@@ -163,7 +160,6 @@ class _Packer:
     def _split(self, index: int, beside_bytes: int) -> None:
         """Place a tensor in parts, the last of which leaves ``beside_bytes`` of its bucket free."""
         size, offset = self._sizes[index], 0
-        self.largest_split_bytes = max(self.largest_split_bytes, size)
         while offset < size:
             nbytes = min(size - offset, self._slot_bytes - self._used)
             ends = offset + nbytes == size

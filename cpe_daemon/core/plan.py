@@ -61,14 +61,11 @@ class Plan:
         buckets: in the order in which they are loaded.
         slot_bytes: what a bucket uses at most.
         nbytes: bytes of all tensors, without padding.
-        largest_split_bytes: bytes of the largest tensor in several parts, which a worker puts together in a
-            buffer of that size; 0 without one.
     """
 
     buckets: tuple[Bucket, ...]
     slot_bytes: int
     nbytes: int
-    largest_split_bytes: int
 
 
 def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology) -> Plan:
@@ -93,7 +90,6 @@ def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topol
         tuple([_bucket(index, filling, located, topology) for index, filling in enumerate(buckets.fillings)]),
         buckets.slot_bytes,
         sum(buckets.sizes),
-        buckets.largest_split_bytes,
     )
 
 

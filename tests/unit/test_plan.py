@@ -142,8 +142,6 @@ def check_structure(plan: Plan, specs: Sequence[TensorSpec]) -> None:
         assert len(buckets) == 1 or rooms[companion_key(specs[tensor].name)] > plan.slot_bytes
     assert len(seen_in) == len(specs)
     assert plan.nbytes == sum(spec.nbytes for spec in specs)
-    split = [specs[tensor].nbytes for tensor, buckets in seen_in.items() if len(buckets) > 1]
-    assert plan.largest_split_bytes == max(split, default=0)
 
 
 def rooms_of(specs: Sequence[TensorSpec], key: Callable[[str], str]) -> dict[str, int]:
@@ -311,7 +309,7 @@ def packed(slot_blocks: int, *tensors: tuple[str, int]) -> list[list[tuple[str, 
 
 def test_no_tensors_give_no_buckets() -> None:
     plan = make_plan([], slot_bytes=A, topology=gpus(8))
-    assert (plan.buckets, plan.nbytes, plan.largest_split_bytes) == ((), 0, 0)
+    assert (plan.buckets, plan.nbytes) == ((), 0)
 
 
 def test_groups_are_gathered_and_come_by_first_appearance() -> None:

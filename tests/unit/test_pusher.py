@@ -370,6 +370,21 @@ async def test_engine_that_joins_and_leaves_again_is_nobody_s_concern() -> None:
         assert worker.steps == []
 
 
+async def test_driver_that_never_lets_serve_is_given_up() -> None:
+    class Hanging(TorchDriver):
+        async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
+            await asyncio.Event().wait()
+
+    async with FakeNode.running(deadlines={"resume_seconds": 0.01}) as node:
+        node.drivers["torch"] = Hanging
+        node.worker("hanging")
+        await node.until(lambda: not node.pusher._joined and node.pusher._idle.is_set())
+        node.drivers["torch"] = TorchDriver
+        node.worker("fine")
+        await node.idle()
+        assert node.states()["fine"] == (CURRENT, None)
+
+
 async def test_bug_in_a_driver_that_lets_serve_ends_nothing() -> None:
     class Broken(TorchDriver):
         async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
