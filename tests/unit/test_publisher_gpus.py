@@ -22,7 +22,7 @@ from cpe_daemon.publisher import gpus as gpus_module
 from cpe_daemon.publisher import publisher as publisher_module
 from cpe_daemon.publisher.pagelock import PageLock
 from cpe_daemon.publisher.sources import Contribution
-from cpe_daemon.publisher.stream import Pouring, pour
+from cpe_daemon.publisher.stream import Pouring, digest, pour
 from cpe_daemon.publisher.window import Window
 from tests.unit.fake_daemon import WAIT_SECONDS, FakeDaemon
 from tests.unit.fake_gpus import FakeGpus, TrainerDriver
@@ -111,6 +111,15 @@ def test_pour_fetches_what_is_anywhere(threads: int, locked: bool, gpus: int, no
     assert pour(contribution, sink, CHUNK_BYTES, Pouring(FakeGpus(driver), threads)) == digests_of(tensors)
     assert sink.content == whole(tensors)
     assert sorted(set(driver.settled)) == list(range(gpus))
+    assert (driver.pins, driver.streams, driver.events, driver.retained) == (pins, set(), set(), [])
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_digest_of_what_is_in_gpus_leaves_nothing(threads: int, no_leaks: None) -> None:
+    driver = TrainerDriver(2)
+    tensors = mixed(driver)
+    contribution, pins = Contribution.of(tensors.items()), dict(driver.pins)
+    assert digest(contribution, Pouring(FakeGpus(driver), threads)) == digests_of(tensors)
     assert (driver.pins, driver.streams, driver.events, driver.retained) == (pins, set(), set(), [])
 
 
