@@ -56,7 +56,7 @@ class Bootstrap:
         endpoint: str,
         catalogue: Catalogue,
         registry: Registry,
-        returned: Callable[[], Awaitable[None]],
+        returned: Callable[[], Awaitable[object]],
     ) -> None:
         self.version = VersionId(settings.model, settings.run, settings.number)
         self.state = "waiting" if settings.dir else "off"
@@ -128,6 +128,7 @@ class Bootstrap:
         except asyncio.CancelledError:
             self._give_up(BusyError("this daemon stops"))
             await asyncio.wait((sending,))
+            sending.exception()  # nobody is to hear it any more
             raise
         except CpeError as error:
             raise self._given_up or error from None

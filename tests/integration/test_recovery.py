@@ -104,6 +104,21 @@ def test_daemon_killed_at_rest_is_followed_by_one_that_knows_what_is_live(node: 
     assert daemon.status()["journal"]["not_resident"] == []
 
 
+def test_daemon_that_ends_well_leaves_word_of_what_engines_hold(node: Node) -> None:
+    daemon = node.start_daemon()
+    trainer = node.trainer()
+    node.engine("e", recipe=RECIPE)
+    publish(trainer, 1)
+    assert daemon.stop() == 0
+    left = journal(node)
+    assert left.models[MODEL].live == left.engines["e"].held
+    assert left.engines["e"].state == "current"
+    assert left.round is None
+    again = node.start_daemon()
+    await_ready(again)
+    assert "round.cut_short" not in again.said
+
+
 def test_what_was_used_up_is_used_up_after_a_kill(node: Node) -> None:
     node.start_daemon()
     trainer = node.trainer()
@@ -250,6 +265,14 @@ def test_bootstrap_gives_engines_a_version_and_again_after_a_kill(node: Node, ch
     late = node.engine("late", recipe=RECIPE)[0]
     late.await_serving(3, run="base")
     assert reads(late) == meant
+
+
+def test_daemon_ends_in_the_midst_of_a_bootstrap(node: Node, checkpoint: Path) -> None:
+    daemon = node.start_daemon(
+        bootstrap__dir=str(checkpoint), bootstrap__model=MODEL, deadlines__hello_seconds=0.001, arena__size_bytes="1MiB"
+    )
+    until(lambda: daemon.status()["bootstrap"]["state"] != "waiting", "it begins")
+    assert daemon.stop() == 0
 
 
 def test_bootstrap_does_not_take_the_place_of_what_a_trainer_sent(node: Node, checkpoint: Path) -> None:

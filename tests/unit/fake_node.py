@@ -19,6 +19,7 @@ from cpe_daemon.core.journal import Identity, State
 from cpe_daemon.core.lifecycle import EngineState
 from cpe_daemon.core.manifest import layout, merge
 from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.core.recovery import Before
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import Expected
@@ -304,6 +305,7 @@ class FakeNode:
         push: dict[str, str] | None = None,
         slots: int | str = SLOTS,
         state_dir: Path = Path("/nonexistent/cpe-fake-node"),
+        found: State | None = None,
     ) -> None:
         self.clock = Clock()
         self.config = Config.model_validate(
@@ -330,6 +332,7 @@ class FakeNode:
         self.drivers: dict[str, Callable[..., Driver]] = {"torch": TorchDriver}
         self.expected = Expected(state_dir / "engines.json", self.drivers)
         self._codec = Codec(WorkerCommand)
+        self.before = Before(found)
         self.registry = Registry(
             config=self.config,
             generation="g",
@@ -340,6 +343,7 @@ class FakeNode:
             live=self._live,
             live_models=self.catalogue.live_models,
             clock=self.clock,
+            before=self.before,
         )
         self.registry.connect(self)
         self.pusher = Pusher(

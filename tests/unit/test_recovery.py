@@ -1,0 +1,431 @@
+"""What a daemon makes of the journal of the one before it: each engine's fate, who is waited for, the bootstrap."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from structlog.typing import EventDict
+
+from cpe_daemon.config import BootstrapConfig, load_config
+from cpe_daemon.core.admission import History, Used
+from cpe_daemon.core.journal import EngineEntry, Identity, ModelEntry, RoundEntry, State
+from cpe_daemon.core.recovery import Before, why_not_bootstrap
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.daemon.bootstrap import Bootstrap
+from cpe_daemon.daemon.chronicle import Chronicle
+from cpe_daemon.daemon.returning import Returning
+from cpe_daemon.errors import ConfigError, CpeError, MisuseError, VersionRefusedError
+from cpe_daemon.journal import Journal
+from cpe_daemon.readiness import judge
+from cpe_daemon.wire.messages import EngineSpec
+from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, number
+
+ONE, TWO, THREE = number(1), number(2), number(3)
+DIGEST, OTHER = b"d" * 16, b"o" * 16
+LIVE = Identity(TWO, DIGEST)
+FOUND = State(
+    {"m": ModelEntry(History("r", {"r": Used(2, DIGEST)}), LIVE)},
+    {"a": EngineEntry("m", 1, "current", LIVE), "b": EngineEntry("m", 2, "unknown")},
+    RoundEntry(Identity(THREE, OTHER), {"a": LIVE, "b": None}),
+)
+HELLO_SECONDS = 10.0
+
+Logs = list[EventDict]
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[Logs]:
+    with structlog.testing.capture_logs() as captured:
+        yield captured
+
+
+# --- what an engine may serve ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "held", "says"),
+    [
+        ("m", LIVE, ""),
+        ("m", Identity(TWO), ""),
+        ("", LIVE, ""),
+        ("m", Identity(ONE, OTHER), ""),
+        ("m", Identity(THREE, OTHER), ""),
+        ("m", Identity(TWO, OTHER), "it holds other weights by the name of m@r#2"),
+        ("m", None, "it holds no version, and m@r#2, which was live before this daemon, is not here"),
+        ("", None, "it holds no version, and m@r#2"),
+        ("other", None, ""),
+        ("other", Identity(number(7, "other")), ""),
+    ],
+)
+def test_engine_may_serve_a_whole_version_and_nothing_else(model: str, held: Identity | None, says: str) -> None:
+    why = Before(FOUND).objection(model, held)
+    assert why.startswith(says)
+    assert bool(why) == bool(says)
+
+
+@pytest.mark.parametrize("model", ["m", "other", ""])
+def test_what_an_engine_started_with_is_not_served_if_nobody_knows_what_was_live(model: str) -> None:
+    before = Before(State(lost=True))
+    assert "could not be read" in before.objection(model, None)
+    assert before.objection(model, Identity(ONE)) == ""
+
+
+def test_nothing_was_live_on_a_new_node() -> None:
+    assert Before().objection("m", None) == ""
+    assert Before().models == []
+
+
+def test_version_that_goes_live_takes_the_place_of_what_was() -> None:
+    before = Before(FOUND)
+    before.went_live(number(1, "other"))
+    assert before.live("m") == LIVE
+    before.went_live(THREE)
+    assert (before.live("m"), before.models) == (None, [])
+
+
+HELD = {"content": TWO, "digest": DIGEST}
+
+
+@pytest.mark.parametrize(
+    ("hello", "held", "state"),
+    [
+        (HELD, False, (CURRENT, TWO)),
+        ({"content": ONE, "digest": OTHER}, False, (CURRENT, ONE)),
+        ({"content": THREE, "digest": OTHER}, False, (CURRENT, THREE)),
+        ({"content": TWO, "digest": OTHER}, True, (UNKNOWN, None)),
+        ({**HELD, "touched": True}, True, (UNKNOWN, None)),
+        ({"model": "m"}, True, (UNKNOWN, None)),
+        ({}, True, (UNKNOWN, None)),
+        ({"model": "other"}, False, (CURRENT, None)),
+    ],
+)
+async def test_engine_that_comes_back_serves_or_is_held(
+    hello: dict[str, Any], *, held: bool, state: tuple[str, VersionId | None]
+) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        worker = node.worker("a", **hello)
+        await node.idle()
+        assert worker.welcome is not None
+        assert worker.welcome.hold is held
+        assert worker.paused is held
+        assert node.states() == {"a": state}
+        (*reasons,) = judge(engines=node.registry).reasons
+        assert [reason.code for reason in reasons] == (["engine_unknown"] if held else [])
+        if held:
+            assert "stays paused until it is given a version" in reasons[0].message
+
+
+async def test_engine_in_doubt_is_given_the_next_version_and_one_that_is_held_as_well() -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        workers = [node.worker("a", **HELD, touched=True), node.worker("b", model="m"), node.worker("c", **HELD)]
+        await node.publish(THREE)
+        assert node.states() == dict.fromkeys("abc", (CURRENT, THREE))
+        assert not any(worker.paused for worker in workers)
+
+
+async def test_live_version_that_comes_again_goes_to_those_alone_that_need_it(logs: Logs) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        has, unsure = node.worker("has", **HELD), node.worker("unsure", content=TWO)
+        await node.idle()
+        record = node.stage(TWO, DIGEST)
+        await node.until(lambda: record.state == "live")
+        await node.idle()
+        assert record.report is not None
+        assert {name: one.outcome for name, one in record.report.engines.items()} == {
+            "has": "current",
+            "unsure": "updated",
+        }
+        assert "pause" not in has.steps
+        assert "finish" in unsure.steps
+        assert node.states() == dict.fromkeys(["has", "unsure"], (CURRENT, TWO))
+
+
+async def test_version_that_every_engine_holds_already_is_live_without_a_push(logs: Logs) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        node.worker("has", **HELD)
+        await node.idle()
+        record = node.stage(TWO, DIGEST)
+        await node.until(lambda: record.state == "live")
+        assert "version.live_without_engines" not in [entry["event"] for entry in logs]
+
+
+async def test_engine_without_a_model_is_refused_where_several_were_live() -> None:
+    other = ModelEntry(History("r", {}), Identity(number(1, "n")))
+    node = FakeNode(found=State({**FOUND.models, "n": other}))
+    with contextlib.closing(node.arena), pytest.raises(MisuseError, match="this node serves m, n"):
+        node.worker("a")
+
+
+# --- who is waited for -----------------------------------------------------------------------------------------------
+
+
+def returning(node: FakeNode, found: State = FOUND) -> Returning:
+    return Returning(found, node.registry, seconds=HELLO_SECONDS, clock=node.clock)
+
+
+async def test_engines_of_the_daemon_before_are_waited_for_until_they_are_back(logs: Logs) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        waited = returning(node)
+        waited.look()
+        assert sorted(waited.reasons) == ["a", "b"]
+        waited.begin()
+        assert {"engines.awaited", "round.cut_short"} <= {entry["event"] for entry in logs}
+        over = asyncio.ensure_future(waited.over())
+        node.worker("a", **HELD)
+        assert list(waited.missing) == ["b"]
+        node.clock.now += HELLO_SECONDS - 1
+        waited.look()
+        await asyncio.sleep(0)
+        assert not over.done()
+        node.worker("b", rank=1, world_size=2, **HELD)  # whose other rank the registry misses from now on
+        assert not waited.missing
+        waited.look()
+        await over
+        assert "engine.not_returned" not in [entry["event"] for entry in logs]
+
+
+async def test_engines_that_do_not_come_back_count_no_longer_unless_they_are_expected(
+    tmp_path: Path, logs: Logs
+) -> None:
+    async with FakeNode.running(found=FOUND, state_dir=tmp_path) as node:
+        await node.expected.add(EngineSpec("b", "torch"))
+        waited, changes = returning(node), []
+        waited.changed = lambda: changes.append(1)
+        waited.begin()
+        node.clock.now += HELLO_SECONDS
+        waited.look()
+        await waited.over()
+        assert (waited.missing, changes) == ({}, [1])
+        said = {entry["engine"]: entry["expected"] for entry in logs if entry["event"] == "engine.not_returned"}
+        assert said == {"a": False, "b": True}
+        assert [spec.name for spec in node.registry.absent] == ["b"]
+
+
+async def test_nobody_is_waited_for_on_a_new_node() -> None:
+    async with FakeNode.running() as node:
+        waited = returning(node, State())
+        waited.begin()
+        await waited.over()
+
+
+# --- what is written down --------------------------------------------------------------------------------------------
+
+
+async def test_journal_is_told_versions_engines_and_rounds_as_they_are(tmp_path: Path) -> None:
+    async with FakeNode.running(state_dir=tmp_path) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        writing = asyncio.create_task(journal.run())
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, returning(node, State()))
+        node.pusher.write_down(chronicle)
+        node.worker("a", model="m")
+        decided: list[State] = []
+        paused = node.worker("b", model="m")
+
+        def pause(step: Any) -> Any:
+            decided.append(Journal(journal.path, seconds=HELLO_SECONDS).found)
+            return paused.do(step)
+
+        paused.script["pause"] = pause
+        for version, digest in ((ONE, OTHER), (TWO, DIGEST)):
+            record = node.stage(version, digest)
+            await node.until(lambda record=record: record.state == "live")  # type: ignore[misc]
+            await node.idle()
+        # Before the pause it was on the disk what was about to be done, and what each engine held.
+        assert [state.round for state in decided] == [
+            RoundEntry(Identity(ONE, OTHER), {"a": None, "b": None}),
+            RoundEntry(LIVE, {"a": Identity(ONE, OTHER), "b": Identity(ONE, OTHER)}),
+        ]
+        assert decided[1].models["m"].live == Identity(ONE, OTHER)
+        assert decided[1].models["m"].history == History("r", {"r": Used(2, DIGEST)})
+        await journal.close()
+        writing.cancel()
+        state = Journal(journal.path, seconds=HELLO_SECONDS).found
+        assert state == State(
+            {"m": ModelEntry(History("r", {"r": Used(2, DIGEST)}), LIVE, [Identity(ONE, OTHER)])},
+            {name: EngineEntry("m", 1, "current", LIVE) for name in ("a", "b")},
+        )
+
+
+async def test_what_was_known_stays_in_the_journal_until_it_is_known_better(tmp_path: Path) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        journal.found = FOUND
+        waited = returning(node)
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, waited)
+        assert chronicle.look() == State(FOUND.models, FOUND.engines)
+        with pytest.raises(VersionRefusedError, match="has staged number 2 already"):
+            node.stage(ONE, OTHER)
+        node.worker("a", **HELD)
+        assert chronicle.look().engines["a"] == EngineEntry("m", 1, "current", LIVE)
+        await node.publish(THREE)
+        assert chronicle.look().models["m"].live == Identity(THREE)
+        assert node.before.live("m") is None
+
+
+# --- bootstrap -------------------------------------------------------------------------------------------------------
+
+BASE = VersionId("m", "base", 0)
+
+
+@pytest.mark.parametrize(
+    ("history", "here", "held", "says"),
+    [
+        (History(), [], [], ""),
+        (History("base", {"base": Used(0, DIGEST)}), [], [BASE], ""),
+        (History(), [BASE], [], "m@base#0 came first"),
+        (History(), [THREE, TWO], [], "m@r#2, m@r#3 came first"),
+        (History(), [], [BASE, TWO], "engines hold m@r#2"),
+        (History("r", {"r": Used(2)}), [], [], "versions of run 'r' were published since"),
+    ],
+)
+def test_bootstrap_takes_the_place_of_nothing(
+    history: History, here: list[VersionId], held: list[VersionId], says: str
+) -> None:
+    assert why_not_bootstrap(BASE, history, here=here, held=held).startswith(says)
+    assert bool(why_not_bootstrap(BASE, history, here=here, held=held)) == bool(says)
+
+
+class Publishing(Bootstrap):
+    """Its thread publishes nothing, but does what the test says."""
+
+    def __init__(self, node: FakeNode, *, settings: BootstrapConfig | None = None) -> None:
+        self.look = asyncio.Event()
+        self.began = asyncio.Event()
+        self.go_on = threading.Event()
+        self.error: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        super().__init__(
+            settings=settings or BootstrapConfig.model_construct(dir="/models/base", model="m", run="base", number=0),
+            deadlines=node.config.deadlines,
+            endpoint="ipc:///nowhere/front.sock",
+            catalogue=node.catalogue,
+            registry=node.registry,
+            returned=self.look.wait,
+        )
+
+    def _publish(self) -> None:
+        self._loop.call_soon_threadsafe(self.began.set)
+        while not self.go_on.wait(0.01):
+            self._progress(1, 10)
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def code(self) -> str | None:
+        return self.reason.code if self.reason is not None else None
+
+
+async def test_bootstrap_waits_for_engines_publishes_and_says_so() -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node)
+        running = asyncio.create_task(bootstrap.run())
+        await asyncio.sleep(0)
+        assert (bootstrap.state, bootstrap.code) == ("waiting", "bootstrap")
+        bootstrap.look.set()
+        await bootstrap.began.wait()
+        assert (bootstrap.state, bootstrap.code) == ("publishing", "bootstrap")
+        bootstrap.go_on.set()
+        await running
+        assert (bootstrap.state, bootstrap.code) == ("done", None)
+        assert bootstrap.plain() == {
+            "state": "done",
+            "version": "m@base#0",
+            "dir": "/models/base",
+            "message": "m@base#0 was published from /models/base",
+        }
+
+
+async def test_no_bootstrap_is_nobody_s_concern() -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node, settings=BootstrapConfig())
+        await bootstrap.run()
+        assert (bootstrap.plain(), bootstrap.reason) == ({"state": "off"}, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code", "says"),
+    [
+        (CpeError("cannot read model.safetensors"), "failed", "bootstrap_failed", "cannot read model.safetensors"),
+        (ValueError("what"), "failed", "bootstrap_failed", "ValueError('what')"),
+        (VersionRefusedError("number 3 was staged"), "skipped", None, "number 3 was staged"),
+    ],
+)
+async def test_bootstrap_that_fails_keeps_the_node_from_being_ready_until_a_version_is_live(
+    error: Exception, state: str, code: str | None, says: str, logs: Logs
+) -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node)
+        bootstrap.look.set()
+        bootstrap.error = error
+        bootstrap.go_on.set()
+        await bootstrap.run()
+        assert (bootstrap.state, bootstrap.code) == (state, code)
+        assert f"bootstrap.{state}" in [entry["event"] for entry in logs]
+        assert says in bootstrap.message
+        await node.publish(ONE)
+        assert bootstrap.reason is None
+
+
+async def test_bootstrap_leaves_engines_alone_that_hold_something_else() -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node)
+        running = asyncio.create_task(bootstrap.run())
+        node.worker("a", model="m", content=ONE)
+        bootstrap.look.set()
+        await running
+        assert bootstrap.state == "skipped"
+        assert "engines hold m@r#1" in bootstrap.message
+        assert not bootstrap.began.is_set()
+
+
+async def test_bootstrap_makes_way_for_a_trainer_s_version() -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node)
+        bootstrap.look.set()
+        running = asyncio.create_task(bootstrap.run())
+        await bootstrap.began.wait()
+        await node.publish(number(1, "other"))
+        assert bootstrap.state == "publishing"
+        await node.publish(ONE)
+        await running
+        assert (bootstrap.state, bootstrap.reason) == ("skipped", None)
+        assert "m@r#1 came first" in bootstrap.message
+
+
+async def test_bootstrap_ends_with_the_daemon() -> None:
+    async with FakeNode.running() as node:
+        bootstrap = Publishing(node)
+        bootstrap.look.set()
+        running = asyncio.create_task(bootstrap.run())
+        await bootstrap.began.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+
+def test_bootstrap_that_cannot_be_read_is_told_with_all_other_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "models/base": "'models/base' is relative",
+        str(tmp_path / "none"): "No such file or directory",
+        str(tmp_path / "empty"): r"holds no \*\.safetensors file",
+    }
+    for given, says in cases.items():
+        overrides = {"bootstrap.dir": given, "bootstrap.model": "m", "device.slots": -1}
+        with pytest.raises(ConfigError, match=rf"2 problems(.|\n)*bootstrap\.dir(.|\n)*{says}"):
+            load_config(environ={}, overrides=overrides)
+
+
+def test_bootstrap_needs_a_model(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"bootstrap\.model.*needs the name of its model"):
+        load_config(environ={}, overrides={"bootstrap.dir": str(tmp_path)})
+    bootstrap = load_config(environ={"CPE_BOOTSTRAP__MODEL": "m"}, overrides={"bootstrap.dir": str(tmp_path)}).bootstrap
+    assert (bootstrap.dir, bootstrap.model, bootstrap.run, bootstrap.number) == (str(tmp_path), "m", "bootstrap", 0)
