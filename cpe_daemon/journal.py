@@ -8,6 +8,7 @@ older than the truth only makes the next daemon know less. It is told everywhere
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from cpe_daemon.statefile import StateFile
 log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS: Final = 5.0
+_SETTLE_SECONDS: Final = 0.05
+"""For changes that come together to be written together. A decision is written at once, with what came before it."""
 
 
 class Journal:
@@ -57,6 +60,7 @@ class Journal:
         self._look: Callable[[], State] = lambda: self.found
         self._round: RoundEntry | None = None
         self._dirty = asyncio.Event()
+        self._urgent = asyncio.Event()
         self._noted = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._turn = asyncio.Lock()
@@ -85,6 +89,9 @@ class Journal:
                     await self._dirty.wait()
             except TimeoutError:
                 log.debug("journal.tried_again", path=str(self.path))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLE_SECONDS):
+                    await self._urgent.wait()
             await self._write()
 
     async def decide(self, entry: RoundEntry) -> None:
@@ -98,6 +105,7 @@ class Journal:
             return  # known, and told; to wait at each round would not mend it
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((self._noted, written))
+        self._urgent.set()
         try:
             async with asyncio.timeout(self._seconds):
                 await written
@@ -127,6 +135,7 @@ class Journal:
         """Write what there is now, and tell those who wait for what had been noted by then."""
         async with self._turn:
             self._dirty.clear()
+            self._urgent.clear()
             noted = self._noted
             try:
                 await self._put(encode(structs.replace(self._look(), round=self._round, lost=self.found.lost)))

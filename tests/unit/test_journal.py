@@ -255,6 +255,15 @@ async def test_burst_of_changes_costs_one_write_and_those_during_it_one_more(pat
     assert read(path) == STATE
 
 
+async def test_decision_is_written_at_once_with_what_came_before_it(path: Path, disk: Disk) -> None:
+    async with running(path) as journal:
+        journal.note()
+        journal.note()
+        await journal.decide(ROUND)
+        assert disk.writes == 1
+        assert read(path).round == ROUND
+
+
 async def test_what_is_on_disk_already_is_not_written_again(path: Path, disk: Disk) -> None:
     async with running(path) as journal:
         for _ in range(3):
