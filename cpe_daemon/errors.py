@@ -119,15 +119,28 @@ class ArenaFullError(ResourceError):
         need_bytes: size of the extent asked for, after alignment.
         free_bytes: all free bytes of the arena.
         largest_bytes: the largest free run; an extent must fit in one.
+        model: whose quota it is that leaves no room; "" where it is the arena.
+        quota_bytes: of that model, of which ``free_bytes`` are free; 0 where it is the arena.
     """
 
     code = "arena_full"
 
-    def __init__(self, message: str, *, need_bytes: int = 0, free_bytes: int = 0, largest_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        need_bytes: int = 0,
+        free_bytes: int = 0,
+        largest_bytes: int = 0,
+        model: str = "",
+        quota_bytes: int = 0,
+    ) -> None:
         super().__init__(message)
         self.need_bytes = need_bytes
         self.free_bytes = free_bytes
         self.largest_bytes = largest_bytes
+        self.model = model
+        self.quota_bytes = quota_bytes
 
 
 class BusyError(ResourceError):

@@ -57,6 +57,19 @@ def version_status(version: Version, now: float) -> dict[str, Any]:
     }
 
 
+def models_status(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """By model, what it takes of the arena and may take (0: no quota), and how many versions are retained of it."""
+    return [
+        {
+            "model": model,
+            "used_bytes": catalogue.used_bytes(model),
+            "quota_bytes": catalogue.keeping(model).quota_bytes,
+            "versions": catalogue.keeping(model).versions,
+        }
+        for model in catalogue.models()
+    ]
+
+
 def rollback_status(catalogue: Catalogue) -> list[dict[str, Any]]:
     """By model, what is live and which version a rollback would bring back; None where there is none."""
     live = [version for version in catalogue if version.state is VersionState.LIVE]

@@ -9,7 +9,7 @@ from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import Manifest, Tensor
 from cpe_daemon.core.plan import HERE, Base
-from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.core.types import Shard, VersionId, align
 from cpe_daemon.errors import CpeError, MisuseError
 from cpe_daemon.wire.reports import VersionReport
 
@@ -54,6 +54,11 @@ class Version:
     def nbytes(self) -> int:
         """Bytes that it takes in the arena."""
         return sum(part.extent.nbytes for part in self.contributions.values())
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of the arena that nobody else can have for it: those it takes, and what alignment adds."""
+        return sum(align(part.extent.nbytes) for part in self.contributions.values())
 
     @property
     def sealed(self) -> bool:

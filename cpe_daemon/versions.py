@@ -8,7 +8,7 @@ keeps its extents until it is evicted or failed *and* nobody holds a lease on it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -16,9 +16,10 @@ import structlog
 from cpe_daemon.arena import Arena
 from cpe_daemon.core.admission import Numbers
 from cpe_daemon.core.extents import Extent
+from cpe_daemon.core.keeping import Keeping
 from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState, advance
 from cpe_daemon.core.manifest import Manifest
-from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.core.types import Shard, VersionId, align
 from cpe_daemon.errors import ArenaFullError, CpeError, PublishError, VersionRefusedError
 from cpe_daemon.version import Contribution, Version
 from cpe_daemon.wire.reports import VersionReport
@@ -36,18 +37,27 @@ class Catalogue:
 
     Args:
         arena: where extents are cut from.
-        retain: previous versions kept a model.
+        retain: previous versions kept a model that is not among ``models``.
         clock: seconds, monotonic.
         automatic: whether a staged version is pushed by itself. Otherwise it waits to be asked for, until a newer one
             of its model is staged and waits in its place.
         supersede: whether one that is to be pushed by itself, and has not been yet, is given up for a newer one too.
+        models: by name, what is kept of a model.
     """
 
     def __init__(
-        self, arena: Arena, *, retain: int, clock: Callable[[], float], automatic: bool = True, supersede: bool = False
+        self,
+        arena: Arena,
+        *,
+        retain: int,
+        clock: Callable[[], float],
+        automatic: bool = True,
+        supersede: bool = False,
+        models: Mapping[str, Keeping] | None = None,
     ) -> None:
         self._arena = arena
-        self._retain = retain
+        self._keeping = Keeping(retain)
+        self._models = dict(models or {})
         self._automatic = automatic
         self._supersede = supersede
         self._clock = clock
@@ -73,6 +83,18 @@ class Catalogue:
         """The version, even if it holds no bytes any more and is only remembered."""
         gone = next((known for known in reversed(self._gone) if known.id == version), None)
         return self._versions.get(version) or gone
+
+    def keeping(self, model: str) -> Keeping:
+        """What is kept of a model."""
+        return self._models.get(model, self._keeping)
+
+    def models(self) -> list[str]:
+        """The models that have settings of their own, and those of which versions hold bytes here."""
+        return sorted({*self._models, *(version.model for version in self._versions)})
+
+    def used_bytes(self, model: str) -> int:
+        """What a model takes of the arena, as its quota counts it."""
+        return sum(version.room_bytes for version in self._versions.values() if version.id.model == model)
 
     def live(self, model: str) -> Version | None:
         """The live version of a model; ``""`` asks for the only model there is.
@@ -113,7 +135,7 @@ class Catalogue:
 
         Raises:
             VersionRefusedError: the rank contributes already, or the version is not being received any more.
-            ArenaFullError: there is no room; naming need and free bytes.
+            ArenaFullError: the arena or the model's quota has no room; naming need and free bytes.
         """
         if version.state is not VersionState.RECEIVING:
             raise VersionRefusedError(f"{version.id} is {version.state}, not receiving")
@@ -123,23 +145,33 @@ class Catalogue:
         version.contributions[rank] = contribution
         return contribution
 
-    def may_make_room(self) -> bool:
-        """Whether bytes will be released by themselves: a push is due or in flight, or old ones are still read."""
+    def may_make_room(self, model: str = "") -> bool:
+        """Whether bytes will be released by themselves, of ``model`` if one is named.
+
+        A push is due or in flight, or old ones are still read.
+        """
         return any(
             v.state is VersionState.PUSHING
             or (v.state is VersionState.STAGED and self._automatic)
             or (v.leases and v.state is not VersionState.RECEIVING and v.state is not VersionState.LIVE)
             for v in self._versions.values()
+            if model in ("", v.id.model)
         )
 
     def _room(self, version: VersionId, nbytes: int) -> Extent:
+        model = version.model
+        keeping = self.keeping(model)
         while True:
+            held = self.used_bytes(model)
             try:
+                keeping.check(model, held, align(nbytes))
                 return self._arena.reserve(nbytes)
             except ArenaFullError as error:
-                spare = self._spare(version.model)
+                spare = self._spare(model)
                 extents = [part.extent for v in spare for part in v.contributions.values()]
-                if not spare or error.need_bytes > self._arena.largest_free_without(extents):
+                kept = held - sum(v.room_bytes for v in spare)
+                fits = error.need_bytes <= self._arena.largest_free_without(extents)
+                if not (spare and fits and keeping.holds(kept + error.need_bytes)):
                     self._add_who_waits(error)
                     raise  # a rollback is not given up for what does not fit even then
                 log.warning(
@@ -152,7 +184,8 @@ class Catalogue:
 
     def _add_who_waits(self, error: ArenaFullError) -> None:
         """Name the versions that keep their room until somebody acts: a whole one is not given up for a partial one."""
-        waiting = [v for v in self._versions.values() if v.state is VersionState.STAGED and not self._automatic]
+        staged = [v for v in self._versions.values() if v.state is VersionState.STAGED and not self._automatic]
+        waiting = [version for version in staged if error.model in ("", version.id.model)]
         if waiting:
             named = ", ".join(f"{version.id} ({version.nbytes} bytes)" for version in waiting)
             error.args = (f"{error.message}; held until `cpe push` (push.automatic is false): {named}",)
@@ -218,7 +251,7 @@ class Catalogue:
             with self._changing(previous, VersionEvent.SUPERSEDE):
                 previous.live_until = self._clock()
         retained = self._retained(version.id.model)
-        for surplus in retained[: max(0, len(retained) - self._retain)]:
+        for surplus in retained[: max(0, len(retained) - self.keeping(version.id.model).versions)]:
             self._change(surplus, VersionEvent.EVICT)
 
     def fail(self, version: Version, error: CpeError) -> None:

@@ -17,6 +17,7 @@ from cpe_daemon.config.model import (
     LogConfig,
     RetentionConfig,
 )
+from cpe_daemon.config.models import ModelConfig
 from cpe_daemon.config.paths import (
     ENGINES_FILE,
     ENGINES_SOCKET,
@@ -45,6 +46,7 @@ __all__ = [
     "IngestConfig",
     "Loaded",
     "LogConfig",
+    "ModelConfig",
     "PushConfig",
     "RetentionConfig",
     "SecurityConfig",

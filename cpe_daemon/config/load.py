@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cpe_daemon.config.model import Config, settings
-from cpe_daemon.config.sources import Key, Layer, Problem, did_you_mean, lay_environment, lay_flags
+from cpe_daemon.config.sources import NAME, Key, Layer, Problem, did_you_mean, lay_environment, lay_flags
 from cpe_daemon.config.units import format_bytes, format_seconds
 from cpe_daemon.config.yamlfile import read_yaml
 from cpe_daemon.errors import ConfigError
@@ -20,6 +20,7 @@ from cpe_daemon.errors import ConfigError
 _SENTENCES: Final[Mapping[str, str]] = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
+    "dict_type": "must have names below it, with settings below each",
     "finite_number": "must be finite",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
@@ -138,11 +139,13 @@ def _quantity(key: Key, value: Any) -> str:
 def _unknown(key: Key) -> str:
     """Name the setting that was probably meant, or else those that there are."""
     dotted = ".".join(map(str, key))
-    names = [".".join(path) for path in settings()]
+    names = [
+        ".".join(path).replace(f".{NAME}.", f".{key[1]}.") if len(key) > 1 else ".".join(path) for path in settings()
+    ]
     sections = sorted({name.partition(".")[0] for name in names})
     guess = did_you_mean(dotted, names) if len(key) > 1 else did_you_mean(dotted, [*sections, *names])
     if guess:
         return f"is no setting{guess}"
-    section = f"{key[0]}."
+    section = ".".join(map(str, key[: max(1, len(key) - 1)])) + "."
     siblings = [name.removeprefix(section) for name in names if name.startswith(section)]
     return f"is no setting; there are {', '.join(siblings if len(key) > 1 else sections)}"

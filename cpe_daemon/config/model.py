@@ -16,6 +16,7 @@ from cpe_daemon.config.bootstrap import BootstrapConfig
 from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.config.endpoints import check_absolute, check_endpoint, check_runtime_dir
 from cpe_daemon.config.http import HttpConfig
+from cpe_daemon.config.models import ModelConfig, ModelName, named_section
 from cpe_daemon.config.paths import (
     ENGINES_SOCKET,
     FRONT_SOCKET,
@@ -26,6 +27,7 @@ from cpe_daemon.config.paths import (
 from cpe_daemon.config.push import PushConfig
 from cpe_daemon.config.section import GIB, KIB, MIB, TIB, Bytes, Seconds, Section
 from cpe_daemon.config.security import SecurityConfig
+from cpe_daemon.config.sources import NAME
 from cpe_daemon.core.types import ALIGNMENT_BYTES
 
 _FEWEST: Final = 3
@@ -279,6 +281,9 @@ class Config(Section):
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     push: PushConfig = Field(default_factory=PushConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
+    models: dict[ModelName, ModelConfig] = Field(
+        default_factory=dict, description="Models that differ from the others, by the names that trainers give them."
+    )
     bootstrap: BootstrapConfig = Field(default_factory=BootstrapConfig)
     deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
     http: HttpConfig = Field(default_factory=HttpConfig)
@@ -321,12 +326,17 @@ class Config(Section):
 
 
 def settings() -> dict[tuple[str, ...], Any]:
-    """Return every setting's pydantic field by its path, such as ``("device", "slots")``; no sections."""
+    """Return every setting's pydantic field by its path, such as ``("device", "slots")``; no sections.
+
+    Where a name may be any, it is `NAME`: ``("models", "NAME", "versions")``.
+    """
     found: dict[tuple[str, ...], Any] = {}
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             found.update({(name, inner): entry for inner, entry in section.model_fields.items()})
+        elif named := named_section(section):
+            found.update({(name, NAME, inner): entry for inner, entry in named.model_fields.items()})
         else:
             found[name,] = field
     return found

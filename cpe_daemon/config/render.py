@@ -11,7 +11,9 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 from cpe_daemon.config.load import Loaded
 from cpe_daemon.config.model import Config
+from cpe_daemon.config.models import named_section
 from cpe_daemon.config.section import Section
+from cpe_daemon.config.sources import NAME
 from cpe_daemon.config.units import format_bytes, format_seconds
 
 _WIDTH: Final = 100
@@ -21,7 +23,8 @@ Every setting of cpe-daemon with its default, as `cpe config --default` prints i
 A file needs only what differs; `cpe config --config FILE` checks one and shows the result.
 
 Precedence: the flag --set SECTION.NAME=VALUE, then the environment (CPE_<SECTION>__<NAME>, such as
-CPE_DEVICE__SLOTS=4 or CPE_NODE=gpu-17), then the file, then the default.
+CPE_DEVICE__SLOTS=4 or CPE_NODE=gpu-17), then the file, then the default. A name that may be any,
+such as a model's, is written as it is: CPE_MODELS__NAME__VERSIONS=2, --set models.NAME.versions=2.
 
 Sizes are bytes, or have a unit: 256MiB, 1.5GiB, 2GB. Durations are seconds, or have a unit: 500ms,
 30s, 5m, 1h."""
@@ -33,6 +36,9 @@ def annotated_default() -> str:
     for name, field in Config.model_fields.items():
         lines.append("")
         section = field.annotation
+        if named := named_section(section):
+            lines += _any_name(name, field, named)
+            continue
         if not (isinstance(section, type) and issubclass(section, Section)):
             lines += _comment(field.description or "", "")
             lines.append(f"# {name}:")
@@ -55,9 +61,31 @@ def effective(loaded: Loaded) -> str:
             lines.append(f"{name}:")
             inners = type(value).model_fields
             lines += [_line(loaded, (name, inner), getattr(value, inner), "  ") for inner in inners]
+        elif isinstance(value, dict):
+            lines += _named_lines(loaded, name, value)
         else:
             lines.append(_line(loaded, (name,), value, ""))
     return "\n".join(lines) + "\n"
+
+
+def _any_name(name: str, field: Any, section: type[Section]) -> Iterator[str]:
+    """A section that there may be under each of any names: none by default, and one shown in comments."""
+    yield from _comment(field.description or "", "")
+    yield f"# {name}:"
+    yield f"#   {NAME}:"
+    for inner, entry in section.model_fields.items():
+        yield from _comment(f"{entry.description}{_bounds(inner, entry)}", "#     ")
+        yield f"#     {inner}:" + ("" if entry.default is None else f" {_written(inner, entry.default)}")
+
+
+def _named_lines(loaded: Loaded, name: str, sections: dict[str, Section]) -> Iterator[str]:
+    """The sections of each name, without what was left to the default."""
+    yield f"{name}:"
+    for key, section in sections.items():
+        yield f"  {_written('', key)}:"
+        for inner in type(section).model_fields:
+            if (value := getattr(section, inner)) is not None:
+                yield _line(loaded, (name, key, inner), value, "    ")
 
 
 def _line(loaded: Loaded, path: tuple[str, ...], value: object, indent: str) -> str:

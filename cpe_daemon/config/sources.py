@@ -14,6 +14,9 @@ from typing import Any, Final
 ENV_PREFIX: Final = "CPE_"
 ENV_SEPARATOR: Final = "__"
 
+NAME: Final = "NAME"
+"""In the path of a setting: any name, such as a model's, as it is. In a flag it may have dots of its own."""
+
 Key = tuple[str | int, ...]
 """Path of a setting; a number is a place in a list."""
 
@@ -68,8 +71,8 @@ def lay_environment(layer: Layer, environ: Mapping[str, str], known: Iterable[tu
     slips = {name.replace(ENV_SEPARATOR, "_"): name for name in names}
     for variable in sorted(environ):
         where = f"environment variable {variable}"
-        if variable in names:
-            layer.set(names[variable], environ[variable], where)
+        if path := _path(variable, names, ENV_SEPARATOR):
+            layer.set(path, environ[variable], where)
         elif variable in slips:
             layer.problems.append(Problem(where, "", f"names no setting; did you mean {slips[variable]}?"))
         elif variable.startswith(ENV_PREFIX) and ENV_SEPARATOR in variable:
@@ -81,12 +84,23 @@ def lay_flags(layer: Layer, overrides: Mapping[str, object], known: Iterable[tup
     names = {".".join(path): path for path in known}
     for dotted, value in overrides.items():
         where = f"--set {dotted}"
-        if dotted in names:
-            layer.set(names[dotted], value, where)
+        if path := _path(dotted, names, "."):
+            layer.set(path, value, where)
         elif inside := [name for name in names if name.startswith(f"{dotted}.")]:
             layer.problems.append(Problem(where, "", f"names a section; set {', '.join(inside)}"))
         else:
             layer.problems.append(Problem(where, "", f"names no setting{did_you_mean(dotted, names)}"))
+
+
+def _path(written: str, names: Mapping[str, tuple[str, ...]], separator: str) -> tuple[str, ...] | None:
+    """The path that somebody has written, with whatever stands for `NAME` filled in; None if there is none like it."""
+    for name, path in names.items():
+        before, anything, after = name.partition(f"{separator}{NAME}{separator}")
+        if anything and written.startswith(before + separator) and written.endswith(separator + after):
+            filled = written[len(before + separator) : -len(separator + after)]
+            if filled:
+                return tuple(filled if part == NAME else part for part in path)
+    return names.get(written)
 
 
 def env_name(path: tuple[str, ...]) -> str:

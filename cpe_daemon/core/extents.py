@@ -139,15 +139,15 @@ class ExtentAllocator:
     def _full(self, need_bytes: int) -> ArenaFullError:
         """The error that says why ``need_bytes`` do not fit."""
         free, largest = self._free_bytes, self.largest_free_bytes
-        message = f"the arena has no room for {_readable(need_bytes)}: {_readable(free)} free"
+        message = f"the arena has no room for {readable(need_bytes)}: {readable(free)} free"
         if free >= need_bytes:
-            message += f", but fragmented: the largest free run is {_readable(largest)}"
+            message += f", but fragmented: the largest free run is {readable(largest)}"
         else:
-            message += f" of {_readable(self._capacity_bytes)}"
+            message += f" of {readable(self._capacity_bytes)}"
         return ArenaFullError(message, need_bytes=need_bytes, free_bytes=free, largest_bytes=largest)
 
 
-def _readable(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
     """Bytes for a person and for a script: ``1.5 GiB (1610612736 bytes)``."""
     for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if nbytes >= 1 << exponent:

@@ -20,6 +20,7 @@ import zmq
 from cpe_daemon import __version__
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import ENGINES_FILE, ENGINES_SOCKET, HANDOFF_SOCKET, Config, DeviceConfig
+from cpe_daemon.config.models import keeping
 from cpe_daemon.core.journal import Identity
 from cpe_daemon.daemon.accounts import Accounts
 from cpe_daemon.daemon.drain import Drain
@@ -79,6 +80,7 @@ class Daemon:
             clock=time.monotonic,
             automatic=config.push.automatic,
             supersede=config.push.newer == "supersede",
+            models=keeping(config.models, config.retention.versions),
         )
         self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
         self.device = _device(config.device, self.arena, self.handoff)

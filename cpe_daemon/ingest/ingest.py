@@ -196,8 +196,8 @@ class Ingest:
             self._changed.clear()
             try:
                 return self._catalogue.contribute(stream.version, stream.rank, stream.shards, nbytes)
-            except ArenaFullError:
-                if nbytes > self._arena.nbytes or not self._catalogue.may_make_room():
+            except ArenaFullError as error:
+                if nbytes > (error.quota_bytes or self._arena.nbytes) or not self._catalogue.may_make_room(error.model):
                     raise
             await self._changed.wait()
 
