@@ -45,6 +45,7 @@ class Setting:
         workers: tensor-parallel ranks of the one engine.
         gpus: sets of slots; workers are dealt to them in turn.
         more: further settings of the daemon, by section.
+        retained: versions that are kept beside the live one.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Setting:
     workers: int = 1
     gpus: int = 1
     more: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    retained: int = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -60,13 +62,13 @@ class Setting:
         return DENSE[self.model]
 
     def config(self, directory: Path) -> dict[str, object]:
-        """The daemon's settings: room for the version that is live and the next one, and no listener over HTTP."""
+        """The daemon's settings: room for versions that are live, retained and coming, and no listener over HTTP."""
         made: dict[str, Mapping[str, object] | str] = {
             "runtime_dir": str(directory),
             "state_dir": str(directory / "state"),
-            "arena": {"size_bytes": align(self.architecture.nbytes * 21 // 10 + 16 * _MIB)},
+            "arena": {"size_bytes": align(self.architecture.nbytes * (21 + 10 * self.retained) // 10 + 16 * _MIB)},
             "device": {"gpus": self.gpus, "slots": self.slots, "slot_bytes": self.slot_bytes},
-            "retention": {"versions": 0},
+            "retention": {"versions": self.retained},
             "http": {"listen": ""},
         }
         return {**made, **self.more}
@@ -173,20 +175,39 @@ class Host:
         (node,) = report.nodes.values()
         return node
 
+    def roll_back(self) -> VersionReport:
+        """Bring the version back that was live before, and wait until the engine serves it.
+
+        Raises:
+            EngineError: the engine did not take it.
+            CpeError: it could not be brought back.
+        """
+        (node,) = self._publisher.rollback(timeout=_ANSWER_SECONDS).nodes.values()
+        if [engine.outcome for engine in node.engines.values()] != ["updated"]:
+            raise EngineError(f"version {node.version.number} was rolled back to without the engine: {node}")
+        return node
+
+    def expected(self, weights: Weights) -> list[dict[str, str]]:
+        """What each worker has to hold of these weights."""
+        return [weights.digests(rank, self.setting.workers) for rank in range(self.setting.workers)]
+
     def check(self, weights: Weights) -> None:
         """Compare what every worker holds with what was published, bit by bit.
 
         Raises:
             EngineError: it is not the same; names some tensors.
         """
+        self.check_held(self.expected(weights), self._number)
+
+    def check_held(self, expected: Sequence[Mapping[str, str]], number: int) -> None:
+        """Compare what every worker holds with what it has to hold of a version; raises as `check` does."""
         for rank, worker in enumerate(self._workers):
             worker.tell({})
             held = worker.hear(_ANSWER_SECONDS)
-            expected = weights.digests(rank, self.setting.workers)
-            wrong = [name for name, digest in expected.items() if held["digests"].get(name) != digest]
-            if wrong or held["version"] != self._number:
+            wrong = [name for name, digest in expected[rank].items() if held["digests"].get(name) != digest]
+            if wrong or held["version"] != number:
                 raise EngineError(
-                    f"rank {rank} holds version {held['version']} of {self._number}, with {len(wrong)} tensors that"
+                    f"rank {rank} holds version {held['version']} of {number}, with {len(wrong)} tensors that"
                     f" differ: {', '.join(wrong[:3])}"
                 )
 

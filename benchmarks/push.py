@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from benchmarks import push_observability, report
+from benchmarks import push_observability, push_rollback, report
 from benchmarks.arguments import positive
 from benchmarks.bystanders import Bystanders, remark
 from benchmarks.gpu import push as gpu_push
@@ -41,6 +41,7 @@ examples:
   python -m benchmarks.push --updates 15 --rows one     # one worker and one set of slots, longer
   python -m benchmarks.push --slot-mib 16 --slots 4     # other slots, for the floor as well
   python -m benchmarks.push --observability             # what metrics and logs cost
+  python -m benchmarks.push --rollback                  # what bringing the version before back costs, beside a push
   python -m benchmarks.push --quick                     # some megabytes, to see that it works
   python -m benchmarks.push --device cuda --model 8b --gpus 2               # one engine of two ranks
   python -m benchmarks.push --device cuda --model 8b --gpus 2 --engines each
@@ -50,8 +51,9 @@ examples:
 
 Needs about 8 GB of memory for 0.6b, 40 GB for 8b and 75 GB for 32b. The last line is JSON: bench, device, bytes,
 seconds (of each update) and floor_seconds (of each run of the floor), for one worker and one set of slots; ratio, of
-their medians; and more. With cuda also first_seconds, paused_seconds and vram_bytes, of slots and what workers took
-beside their weights. A shared machine is noisy: more --updates, or several runs, tell more than one."""
+their medians; and more. With --rollback there are rollback_seconds and rollback_ratio in the floor's stead. With cuda
+also first_seconds, paused_seconds and vram_bytes, of slots and what workers took beside their weights. A shared machine
+is noisy: more --updates, or several runs, tell more than one."""
 
 
 @dataclass(slots=True)
@@ -116,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 gpu_push.run(asked, Path(directory))
                 return 0
             setting = Setting(asked.model, asked.slots, asked.slot_bytes)
-            if asked.observability:
+            if asked.rollback:
+                push_rollback.run(setting, Path(directory) / "host", asked.updates)
+            elif asked.observability:
                 push_observability.run(setting, Path(directory), asked.updates)
             else:
                 shapes = _SHAPES if asked.rows == "all" else _SHAPES[:1]
@@ -231,6 +235,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--observability",
         action="store_true",
         help="what metrics, logs and scrapes cost: a daemon with them beside one without",
+    )
+    on_cpu.add_argument(
+        "--rollback", action="store_true", help="what it costs to bring the version before back, beside a push"
     )
     on_gpu = parser.add_argument_group("with --device cuda")
     on_gpu.add_argument("--gpus", type=positive, default=1, metavar="N", help="how many take part (1)")

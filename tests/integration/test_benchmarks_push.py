@@ -58,6 +58,16 @@ def test_push_is_measured_with_and_without_metrics_and_logs(runtime_dir: Path) -
     assert "every 15 s" in table
 
 
+@pytest.mark.slow
+def test_rollback_is_measured_beside_the_push(runtime_dir: Path) -> None:
+    result, table = benchmark(runtime_dir, "--rollback")
+    assert (result["bench"], result["bytes"]) == ("push-rollback", SMALL.nbytes)
+    assert len(result["seconds"]) == len(result["rollback_seconds"]) == 2
+    assert all(seconds > 0 for seconds in (*result["seconds"], *result["rollback_seconds"]))
+    assert abs(result["rollback_ratio"] - sum(result["rollback_seconds"]) / sum(result["seconds"])) < 0.01
+    assert "rollback, to live again" in table
+
+
 def test_slots_that_are_too_small_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         push.main(["--slot-mib", "0.0001"])
