@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpe_daemon.errors import EngineError, PublishError
+from cpe_daemon.errors import EngineError, ManifestError, PublishError
 from tests.integration.harness import Node, Trainer
 from tests.integration.processes import until
 
@@ -88,13 +88,19 @@ def test_version_fails_for_an_engine_that_cannot_be_woken_up(node: Node) -> None
 def test_version_that_no_engine_can_take_fails_before_its_bytes_have_come(node: Node) -> None:
     """It is told of with the manifest: no engine is paused, and no gigabytes are sent for nothing."""
     node.start_daemon()
-    trainer, engine = node.trainer(), node.engine(recipe=RECIPE)[0]
+    trainer, engine = node.trainer(gate_chunks=True), node.engine(recipe=RECIPE)[0]
     _, expected = publish(trainer, 1)
     trainer.ask("build", recipe={**RECIPE, "plain": 5}, seed=2)
-    with pytest.raises(Exception, match="no engine here can take") as raised:
-        trainer.publish_live(2)
-    assert "brings nothing for layers.5.weight" in str(raised.value)
-    assert node.daemon.version(2)["state"] == "failed"
+    trainer.ask("arm", at=1)
+    publishing = trainer.begin("publish", version=2)
+    trainer.event("reached")  # before the first chunk is sent
+    until(lambda: node.daemon.version(2)["state"] == "failed", "the engine has refused it")
+    assert node.daemon.version(2)["error"].startswith("no engine here can take policy@run-1#2: engine 'e' rank 0")
+    assert node.daemon.version(2)["error"].endswith("brings nothing for layers.5.weight")
+    trainer.ask("go")
+    trainer.result(publishing)
+    with pytest.raises(ManifestError, match="no engine here can take"):
+        trainer.ask("live", version=2, timeout=10)
     assert node.daemon.said.count('"event": "round.started"') == 1  # the first version's
     assert engine.ask("forward") == expected
     assert publish(trainer, 3)[0] == {"e": "updated"}

@@ -163,7 +163,13 @@ async def test_engines_are_counted_by_state_and_by_what_they_lack() -> None:
         node.worker("a")
         node.worker("b", world_size=3)
         values = read(lambda r: read_engines(r, node.registry, states(node.registry)))
-        assert values["cpe_engines"] == {("unknown",): 1, ("current",): 1, ("updating",): 0, ("quarantined",): 0}
+        assert values["cpe_engines"] == {
+            ("unknown",): 1,
+            ("current",): 1,
+            ("updating",): 0,
+            ("quarantined",): 0,
+            ("asleep",): 0,
+        }
         assert values["cpe_engine_missing_workers"] == {("a",): 0, ("b",): 2}
         assert values["cpe_workers"] == {(): 2}
         assert values["cpe_engine_state"]["a", "current"] == 1
