@@ -17,7 +17,7 @@ from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.engine import ASLEEP, Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.session import Session
-from cpe_daemon.observe.inventory import COPIES
+from cpe_daemon.observe.labels import COPIES
 from cpe_daemon.observe.metrics import MAX_ENGINES, MAX_MODELS, Readings
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Version

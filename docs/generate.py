@@ -26,7 +26,8 @@ from cpe_daemon.core.lifecycle import (
     VersionState,
 )
 from cpe_daemon.observe.instrument import Instrument
-from cpe_daemon.observe.inventory import COPIES, PHASES, ROLLBACKS, SOCKETS, STAGES, THEMES
+from cpe_daemon.observe.inventory import THEMES
+from cpe_daemon.observe.labels import COPIES, PHASES, ROLLBACKS, SOCKETS, STAGES
 
 S = TypeVar("S", bound=StrEnum)
 E = TypeVar("E", bound=StrEnum)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from cpe_daemon.observe.inventory import COPIES
+from cpe_daemon.observe.labels import COPIES
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,8 @@ from prometheus_client.registry import Collector
 
 from cpe_daemon.errors import CODES
 from cpe_daemon.observe.instrument import Instrument
-from cpe_daemon.observe.inventory import INSTRUMENTS, ROLLBACKS, SOCKETS
+from cpe_daemon.observe.inventory import INSTRUMENTS
+from cpe_daemon.observe.labels import ROLLBACKS, SOCKETS
 
 _DURATION: Final = "cpe_update_duration_seconds"
 _LAG: Final = "cpe_loop_lag_seconds"

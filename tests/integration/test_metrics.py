@@ -18,7 +18,8 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from cpe_daemon.observe.inventory import INSTRUMENTS, PHASES, STAGES
+from cpe_daemon.observe.inventory import INSTRUMENTS
+from cpe_daemon.observe.labels import PHASES, STAGES
 from tests.integration.harness import Daemon, Node
 from tests.integration.processes import until
 from tests.integration.prometheus import DEPLOY, Prometheus

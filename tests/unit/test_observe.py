@@ -15,7 +15,8 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from cpe_daemon.errors import CODES
-from cpe_daemon.observe.inventory import INSTRUMENTS, PHASES
+from cpe_daemon.observe.inventory import INSTRUMENTS
+from cpe_daemon.observe.labels import PHASES
 from cpe_daemon.observe.logs import configure_logging
 from cpe_daemon.observe.metrics import MAX_ENGINES, MAX_MODELS, OTHER, Metrics, Readings
 
