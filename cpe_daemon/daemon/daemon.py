@@ -135,7 +135,12 @@ class Daemon:
         self.operations = Operations(
             pusher=self.pusher, registry=self.registry, tasks=tasks, session=self.trainers.session
         )
-        self.waiting = Waiting(self.catalogue, session=self.trainers.session, automatic=config.push.automatic)
+        self.waiting = Waiting(
+            self.catalogue,
+            session=self.trainers.session,
+            automatic=config.push.automatic,
+            before=lambda: self.recovery.not_resident,
+        )
         self.accounts = Accounts(
             config=config,
             generation=self.generation,

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.operations import Sender
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, MisuseError, VersionRefusedError, from_code
 from cpe_daemon.ingest.session import Session
@@ -57,24 +58,31 @@ class _Waiter:
     timer: asyncio.TimerHandle | None = None
 
 
-def reached(versions: Iterable[Version], wanted: Wanted) -> Version | None:
+def reached(versions: Iterable[Version], wanted: Wanted, before: Iterable[VersionId] = ()) -> VersionId | None:
     """Return the version that makes a wait's end: the one that is live, if it is that one or a later one of its run.
+
+    Args:
+        versions: of this node.
+        wanted: what is waited for.
+        before: versions that engines serve since a daemon before this one, and whose bytes are not here.
 
     Raises:
         MisuseError: no model was named, and there are several.
         CpeError: the version has failed; why.
     """
-    known = list(versions)
-    models = {version.id.model for version in known if version.contributions}
+    known, before = list(versions), list(before)
+    models = {version.id.model for version in known if version.contributions} | {version.model for version in before}
     if not wanted.model and len(models) > 1:
         raise MisuseError(f"this node holds versions of {', '.join(sorted(models))}: say which model is meant")
     fitting = [version for version in known if wanted.model in ("", version.id.model)]
-    newest = sorted(fitting, key=lambda version: version.opened_at)[-1:]
-    run = wanted.run or (newest[0].id.run if newest else "")
+    before = [version for version in before if wanted.model in ("", version.model)]
+    newest = [*before, *(version.id for version in sorted(fitting, key=lambda version: version.opened_at))][-1:]
+    run = wanted.run or (newest[0].run if newest else "")
     fitting = [version for version in fitting if version.id.run == run]
-    live = [v for v in fitting if v.state is VersionState.LIVE and v.id.number >= wanted.number]
-    if live:
-        return live[-1]
+    live = [*before, *(version.id for version in fitting if version.state is VersionState.LIVE)]
+    enough = [version for version in live if version.run == run and version.number >= wanted.number]
+    if enough:
+        return enough[-1]
     same = [version for version in fitting if version.id.number == wanted.number]
     if same and same[-1].state is VersionState.FAILED:
         failed = same[-1]
@@ -104,10 +112,19 @@ class Waiting:
         catalogue: tells of every change.
         session: a trainer's link, by its routing id; raises if there is none.
         automatic: whether staged versions are pushed by themselves; for what is said of those that are not.
+        before: the versions that engines serve since a daemon before this one, and whose bytes are not here.
     """
 
-    def __init__(self, catalogue: Catalogue, *, session: Callable[[bytes], Session], automatic: bool) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        session: Callable[[bytes], Session],
+        automatic: bool,
+        before: Callable[[], Iterable[VersionId]] = tuple,
+    ) -> None:
         self._catalogue = catalogue
+        self._before = before
         self._session = session
         self._automatic = automatic
         self._waiters: dict[tuple[bytes, int], _Waiter] = {}
@@ -171,9 +188,9 @@ class Waiting:
         Raises:
             CpeError: it is over because nothing will come of it.
         """
-        live = reached(self._catalogue, waiter.wanted)
+        live = reached(self._catalogue, waiter.wanted, self._before())
         if live is not None:
-            self._answer(waiter, WaitReply(live.id, waiter.stream))
+            self._answer(waiter, WaitReply(live, waiter.stream))
             return True
         history = self._catalogue.numbers.histories.get(waiter.wanted.model)
         run = waiter.wanted.run

@@ -206,6 +206,24 @@ async def test_trainer_waits_for_its_own_model_and_run(desk: Desk) -> None:
         desk.say(TrainerWait(-1, 1, 60.0), b"stranger")
 
 
+async def test_version_that_engines_serve_since_before_is_live(desk: Desk) -> None:
+    before = [TWO]
+    waiting = Waiting(desk.node.catalogue, session=desk.session, automatic=True, before=lambda: before)
+    waiting.connect(desk)
+    handler = waiting.handlers()[WaitRequest]
+    handler(b"o", WaitRequest(1, 60.0), ())
+    handler(b"o", WaitRequest(2, 60.0, "m", "r"), ())
+    assert desk.told() == [WaitReply(TWO)] * 2
+    for other in (WaitRequest(3, 60.0, "m"), WaitRequest(1, 60.0, "m", "other"), WaitRequest(1, 60.0, "n")):
+        handler(b"o", other, ())
+        assert desk.told() == []
+    handler(b"o", WaitRequest(3, 60.0, "m"), ())
+    before.clear()
+    await desk.node.publish(THREE)
+    assert desk.told() == [WaitReply(THREE)]
+    waiting.close()
+
+
 async def test_wait_that_is_said_again_is_one(desk: Desk) -> None:
     for _ in range(3):
         desk.say(WaitRequest(1, 60.0, "m"))
