@@ -45,6 +45,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
       arena      size_bytes, free_bytes, largest_free_bytes, prefaulted,
                  numa: node_bytes by NUMA node, or the reason why nobody placed it
       device     kind, gpus: [uuid, slots, slot_bytes]
+      models     [model, used_bytes, quota_bytes (0: none), versions (kept for rollback)]
       versions   [model, run, number, state, nbytes, tensors, ranks_sealed, world_size,
                  age_seconds, error]
       push       automatic, waiting, round: null, or number, version, phase, seconds,

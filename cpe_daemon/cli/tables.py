@@ -54,6 +54,8 @@ def show_engines(status: Mapping[str, Any]) -> None:
 
 def _parts(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _summary(status)
+    if len(models := entries(status, "models")) > 1 or any(model.get("quota_bytes") for model in models):
+        yield table("Models", models, MODEL_COLUMNS)
     yield table("Versions", entries(status, "versions"), VERSION_COLUMNS)
     yield table("Engines", entries(status, "engines"), engine_columns(status))
     yield table("Trainers", entries(status, "trainers"), TRAINER_COLUMNS)
@@ -246,6 +248,12 @@ def _received(row: Mapping[str, Any]) -> str:
     return f"{bytes_text(row.get('received_bytes'))} of {bytes_text(total)}" if total else "-"
 
 
+MODEL_COLUMNS: Final[Columns] = {
+    "model": "model",
+    "used": lambda row: bytes_text(row.get("used_bytes")),
+    "quota": lambda row: bytes_text(row.get("quota_bytes")) if row.get("quota_bytes") else "none",
+    "kept for rollback": "versions",
+}
 VERSION_COLUMNS: Final[Columns] = {
     "version": version_text,
     "state": "state",

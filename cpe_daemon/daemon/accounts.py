@@ -181,8 +181,12 @@ class Accounts:
         said: dict[str, str] = {}
         for version in self._catalogue:
             if version.held:
-                said[version.id.model] = shortage(version.id.model, version.nbytes, self._arena.nbytes)
+                said[version.id.model] = self._shortage(version)
         return [Reason("no_rollback", line) for line in said.values() if line]
+
+    def _shortage(self, version: Version) -> str:
+        model = version.id.model
+        return shortage(model, version.nbytes, self._arena.nbytes, self._catalogue.keeping(model).quota_bytes)
 
     def _readings(self) -> Readings:
         """Everything that metrics mirror, as it is now."""
@@ -228,7 +232,7 @@ class Accounts:
     def _count_version(self, version: Version) -> None:
         """Keep the metrics of versions; called at every change of one."""
         if version.state is VersionState.STAGED and not version.pushes:
-            said = shortage(version.id.model, version.nbytes, self._arena.nbytes)
+            said = self._shortage(version)
             if said and said != self._short.get(version.id.model):
                 log.warning("arena.keeps_no_previous", model=version.id.model, reason=said)
                 self._short = {**self._short, version.id.model: said} if len(self._short) < _MODELS else {}

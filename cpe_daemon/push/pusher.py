@@ -198,7 +198,7 @@ class Pusher:
         """
         known = list(self._catalogue)
         model = wanted.model or only_model(known)
-        version = choose_retained(known, model, wanted, kept=self._config.retention.versions)
+        version = choose_retained(known, model, wanted, kept=self._catalogue.keeping(model).versions)
         if version.state is VersionState.LIVE:
             return already_live(version, self._registry)
         live = self._catalogue.live(model)

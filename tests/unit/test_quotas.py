@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpe_daemon.arena import Arena
+from cpe_daemon.cli.tables import show_status
 from cpe_daemon.core.keeping import Keeping
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import merge
+from cpe_daemon.core.retention import shortage
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, VersionId, align
 from cpe_daemon.errors import ArenaFullError
 from cpe_daemon.status import models_status
@@ -196,3 +198,24 @@ def test_no_model_is_ever_over_its_quota_nor_loses_what_it_serves(arrivals: list
         used = sum(align(part.extent.nbytes) for v in shelf.catalogue for part in v.contributions.values())
         assert used == shelf.arena.nbytes - shelf.arena.free_bytes
     shelf.arena.close()
+
+
+def test_status_shows_models_where_they_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"model": "policy", "used_bytes": 3 << 30, "quota_bytes": 0, "versions": 1}
+    show_status({"models": [one]})
+    assert "Models" not in capsys.readouterr().out
+    show_status({"models": [one | {"quota_bytes": 8 << 30}]})
+    assert "8.00 GiB" in capsys.readouterr().out
+    show_status({"models": [one, one | {"model": "critic"}]})
+    shown = capsys.readouterr().out
+    assert "critic" in shown
+    assert "none" in shown
+    assert "kept for rollback" in shown
+
+
+def test_shortage_names_the_quota_where_that_is_what_is_short() -> None:
+    assert not shortage("big", 4 << 30, 64 << 30)
+    said = shortage("big", 40 << 30, 1 << 40, 64 << 30)
+    assert "the quota of 64.00 GiB" in said
+    assert "Set models.big.quota_bytes to 80.00 GiB" in said
+    assert "the arena of 64.00 GiB" in shortage("big", 40 << 30, 64 << 30, 1 << 40)
