@@ -30,7 +30,6 @@ from cpe_daemon.wire.messages import (
     Pong,
     Resume,
     StepDone,
-    StepFailed,
     Wake,
     WorkerBye,
     WorkerCommand,
@@ -38,11 +37,10 @@ from cpe_daemon.wire.messages import (
     WorkerState,
     WorkerWelcome,
 )
-from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.errands import Errands
 from inference_plugins.holding import Holding
 from inference_plugins.loader import Loader
-from inference_plugins.steps import Answer, Step, Steps
+from inference_plugins.steps import Answer, Step, Steps, name_of
 
 log: Final = logging.getLogger(__name__)
 
@@ -207,11 +205,8 @@ class Receiver:
             self._holding.begin(_HELLO_EVERY_SECONDS)
         elif self._hello.world_size == 1:  # several ranks are resumed when they all are here, and agree
             self._holding.let_serve()
-        log.info(
-            "attached to the daemon at %s%s",
-            self.endpoint,
-            ", awaiting the live version" if welcome.hold else "",
-        )
+        awaiting = ", awaiting the live version" if welcome.hold else ""
+        log.info("attached to the daemon at %s%s", self.endpoint, awaiting)
 
     # --- sleep -------------------------------------------------------------------------------------------------------
 
@@ -339,18 +334,9 @@ class Receiver:
 
     def _do(self, step: OpenSlots | CloseSlots | Wake) -> Answer:
         """Do a step that is not of a round."""
-        name, began = str(step.__struct_config__.tag), time.monotonic()
-        try:
-            if isinstance(step, Wake):
-                self._wake()
-            else:
-                self._change_slots(step)
-        except CpeError as error:
-            return StepFailed(step.round, name, ErrorInfo(error.code, error.message))
-        except Exception as error:  # task boundary: a GPU's failure is told, and does not end the link
-            log.exception("%s failed", name)
-            return StepFailed(step.round, name, ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}"))
-        return StepDone(step.round, name, seconds=time.monotonic() - began)
+        began = time.monotonic()
+        failed = self._steps.attempt(step, lambda: self._wake() if isinstance(step, Wake) else self._change_slots(step))
+        return failed or StepDone(step.round, name_of(step), seconds=time.monotonic() - began)
 
     def _change_slots(self, step: OpenSlots | CloseSlots) -> None:
         """Close the slots that are open, and open others if there are to be some."""

@@ -21,14 +21,17 @@ from cpe_daemon.wire.messages import (
     Abort,
     Begin,
     Check,
+    CloseSlots,
     Expect,
     Finish,
     Halt,
     Load,
+    OpenSlots,
     Pause,
     Resume,
     StepDone,
     StepFailed,
+    Wake,
 )
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.assembly import Assembly
@@ -126,14 +129,14 @@ class Steps:
         """
         began = time.monotonic()
         if isinstance(step, Load):
-            failed = self._attempt(step, lambda: self._loading.append(self._load(step, slots, began)))
+            failed = self.attempt(step, lambda: self._loading.append(self._load(step, slots, began)))
             return self.settle() if failed is None else [*self.settle_all(), failed]
         answers = self.settle_all()
         passes = list[int]()
-        failed = self._attempt(step, lambda: passes.append(self._do(step)))
+        failed = self.attempt(step, lambda: passes.append(self._do(step)))
         touched = isinstance(step, Abort) and self._changed(step.round)
         seconds = time.monotonic() - began
-        done = StepDone(step.round, _name(step), seconds=seconds, touched=touched, passes=sum(passes))
+        done = StepDone(step.round, name_of(step), seconds=seconds, touched=touched, passes=sum(passes))
         return [*answers, failed or done]
 
     @property
@@ -146,9 +149,9 @@ class Steps:
         answers = list[Answer]()
         while self._loading and (len(answers) < at_least or self._loading[0].mark.reached):
             load, began, tensors, mark = self._loading.popleft()
-            failed = self._attempt(load, mark.wait)
+            failed = self.attempt(load, mark.wait)
             self._loaded += 0 if failed else tensors
-            answers.append(failed or StepDone(load.round, _name(load), load.seq, time.monotonic() - began))
+            answers.append(failed or StepDone(load.round, name_of(load), load.seq, time.monotonic() - began))
         return answers
 
     def settle_all(self) -> list[Answer]:
@@ -172,16 +175,16 @@ class Steps:
         self._assembly.clear()
         self._folder.begin()
 
-    def _attempt(self, step: Step, work: Callable[[], object]) -> StepFailed | None:
+    def attempt(self, step: Step | OpenSlots | CloseSlots | Wake, work: Callable[[], object]) -> StepFailed | None:
         """Do something of a step; return what is to be answered if it fails."""
         try:
             work()
         except CpeError as error:
-            return StepFailed(step.round, _name(step), ErrorInfo(error.code, error.message), getattr(step, "seq", 0))
+            return StepFailed(step.round, name_of(step), ErrorInfo(error.code, error.message), getattr(step, "seq", 0))
         except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
-            log.exception("%s failed in the engine", _name(step))
+            log.exception("%s failed in the engine", name_of(step))
             info = ErrorInfo(EngineError.code, f"{type(error).__name__}: {error}")
-            return StepFailed(step.round, _name(step), info, getattr(step, "seq", 0))
+            return StepFailed(step.round, name_of(step), info, getattr(step, "seq", 0))
         return None
 
     def _do(self, step: Step) -> int:
@@ -272,6 +275,6 @@ class Steps:
         self._resumed, self.under_way = resume.round, False
 
 
-def _name(step: Step) -> str:
+def name_of(step: Step | OpenSlots | CloseSlots | Wake) -> str:
     """By which an answer refers to a step."""
     return str(step.__struct_config__.tag)
