@@ -113,7 +113,7 @@ def test_version_is_tried_in_one_engine_first(node: Node) -> None:
     assert second.ask("forward") == expected
     retained = cpe(node, "push", f"{MODEL}@{RUN}#1")
     assert retained.exit_code == 3
-    assert "cannot roll back to it" in retained.stderr
+    assert f"`cpe rollback {MODEL}@{RUN} --to 1` brings it back" in retained.stderr
 
 
 def test_engine_in_quarantine_is_repaired_by_a_push(node: Node) -> None:
