@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -92,7 +93,9 @@ class Pusher:
             self._wake.clear()
             while (self._due or self._asked or self._joined) and not self._draining:
                 self._idle.clear()
-                if self._due:
+                if self._asked and self._asked[0].urgent:
+                    await self._serve(self._asked.popleft())
+                elif self._due:
                     version = self._due.popleft()
                     if version.state is VersionState.STAGED:  # it may have been superseded while it waited
                         await self._push(version, self._targets(version))
@@ -130,15 +133,18 @@ class Pusher:
     async def request(self, wanted: PushRequest | Rollback) -> VersionReport:
         """Push a version that is held here, when what was asked for or staged before is done; say what came of it.
 
+        A rollback waits for the round in flight alone: what engines serve is wrong, and what waits may be no better.
+
         Raises:
             MisuseError: no such version can be pushed, or no such engine is there.
-            BusyError: it is not whole yet, or this daemon stops.
+            BusyError: it is not whole yet, or this daemon stops; or another version went live before a rollback's turn.
             EngineError: none of the engines that were named is there; or, of a rollback, what was live stays live.
         """
         if self._draining:
             raise BusyError("this daemon stops; nothing was pushed")
-        request = Request(wanted)
-        self._asked.append(request)
+        request = Request(self._seen(wanted) if isinstance(wanted, Rollback) else wanted)
+        urgent = sum(other.urgent for other in self._asked)
+        self._asked.insert(urgent if request.urgent else len(self._asked), request)
         self._wake.set()
         return await request.outcome
 
@@ -189,19 +195,30 @@ class Pusher:
     def _targets(self, version: Version, names: Sequence[str] = ()) -> Targets:
         return Targets(self._registry, version, names, defer=self._config.push.asleep == "defer")
 
+    def _seen(self, wanted: Rollback) -> Rollback:
+        """Note what is live when a rollback is asked for: it is from there that somebody wants to go back.
+
+        Raises:
+            MisuseError: no model is named, and there is not one alone.
+        """
+        model = wanted.model or only_model(self._catalogue)
+        live = self._catalogue.live(model)
+        return replace(wanted, model=model, seen=live.id if live is not None else None)
+
     async def _roll_back(self, wanted: Rollback) -> VersionReport:
         """Push a retained version into all engines of its model.
 
         Raises:
             MisuseError: there is none; says why.
+            BusyError: another version is live than when it was asked for, and none was named.
             EngineError: no engine took it, or not all: what was live stays live.
         """
-        known = list(self._catalogue)
-        model = wanted.model or only_model(known)
-        version = choose_retained(known, model, wanted, kept=self._catalogue.keeping(model).versions)
+        model, live = wanted.model, self._catalogue.live(wanted.model)
+        if wanted.number < 0 and live is not None and live.id != wanted.seen:
+            raise BusyError(f"{live.id} went live before the rollback's turn came: nothing was pushed; ask again")
+        version = choose_retained(self._catalogue, model, wanted, kept=self._catalogue.keeping(model).versions)
         if version.state is VersionState.LIVE:
             return already_live(version, self._registry)
-        live = self._catalogue.live(model)
         log.info("version.rolling_back", version=str(version.id), live=str(live.id) if live else None)
         report = await self._push(version, self._targets(version), asked=True)
         if self._catalogue.live(model) is not version:

@@ -25,6 +25,11 @@ class Request:
         self.outcome: asyncio.Future[VersionReport] = asyncio.get_running_loop().create_future()
         """What came of it. Cancelled if nobody wants to know any more."""
 
+    @property
+    def urgent(self) -> bool:
+        """Whether it comes before what waits: engines serve what somebody wants to have taken back."""
+        return isinstance(self.wanted, Rollback)
+
     def finish(self, report: VersionReport) -> None:
         """It was pushed; the report says into which engines."""
         if not self.outcome.done():
@@ -38,6 +43,8 @@ class Request:
 
 def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
     """Return the version that is meant: the newest that waits, else the live one, among those that fit.
+
+    A dry run that names a number may mean a retained one, too.
 
     Looked for when its turn has come, for what was newest when it was asked for may be gone by then.
 
@@ -54,7 +61,8 @@ def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
         and wanted.run in ("", version.id.run)
         and (wanted.number < 0 or wanted.number == version.id.number)
     ]
-    for state in (VersionState.STAGED, VersionState.LIVE):
+    retained = (VersionState.RETAINED,) if wanted.dry_run and wanted.number >= 0 else ()
+    for state in (VersionState.STAGED, VersionState.LIVE, *retained):
         pushable = [version for version in fitting if version.state is state]
         if pushable:
             return max(pushable, key=lambda version: version.staged_at)

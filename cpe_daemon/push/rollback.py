@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cpe_daemon.core.lifecycle import VersionState
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import BusyError, MisuseError
 from cpe_daemon.versions import Version
@@ -23,6 +24,8 @@ class Rollback:
     run: str = ""
     number: int = -1
     cause: str = "operator"
+    seen: VersionId | None = None
+    """What was live when it was asked for."""
 
 
 def rollback_target(versions: Iterable[Version], model: str) -> Version | None:

@@ -239,6 +239,53 @@ async def test_daemon_that_stops_undoes_a_rollback() -> None:
             await node.pusher.request(Rollback("m"))
 
 
+def held_up(worker: FakeWorker) -> list[Callable[[], None]]:
+    """Have a worker finish its next round only when what comes into the list is called."""
+    release: list[Callable[[], None]] = []
+
+    def later(step: Any) -> None:
+        del worker.script["finish"]
+        release.append(lambda: worker.say(worker.do(step)))
+
+    worker.script["finish"] = later
+    return release
+
+
+async def test_rollback_comes_before_what_waits() -> None:
+    async with FakeNode.running(retain=3) as node:
+        worker = node.worker("a")
+        await two_live(node)
+        release = held_up(worker)
+        again = asyncio.create_task(node.pusher.request(PushRequest("m", engines=("a",))))
+        await node.until(lambda: bool(release))
+        node.stage(THREE)
+        push = asyncio.create_task(node.pusher.request(PushRequest("m", engines=("a",))))
+        await node.until(lambda: node.pusher.waiting == 2)
+        back = asyncio.create_task(node.pusher.request(Rollback("m")))
+        to = asyncio.create_task(node.pusher.request(Rollback("m", number=2)))
+        await node.until(lambda: node.pusher.waiting == 4)
+        release[0]()
+        async with asyncio.timeout(20):
+            await asyncio.gather(again, back, to, push)
+        assert loaded(worker) == [ONE, TWO, TWO, ONE, TWO, THREE, THREE]
+
+
+async def test_rollback_is_from_what_was_live_when_it_was_asked_for() -> None:
+    async with FakeNode.running(retain=3) as node:
+        worker = node.worker("a")
+        await node.publish(ONE)
+        release = held_up(worker)
+        two = node.stage(TWO)
+        await node.until(lambda: bool(release))
+        back = asyncio.create_task(node.pusher.request(Rollback("m")))
+        await node.until(lambda: node.pusher.waiting == 1)
+        release[0]()
+        with pytest.raises(BusyError, match="m@r#2 went live before the rollback's turn came: nothing was pushed"):
+            await back
+        assert two.state == "live"
+        assert (await roll_back(node)).version == ONE
+
+
 async def test_retained_version_is_not_evicted_while_it_is_pushed() -> None:
     async with FakeNode.running() as node:
         worker = node.worker("a")
