@@ -20,7 +20,7 @@ from cpe_daemon.ingest.session import Session
 from cpe_daemon.observe.labels import COPIES
 from cpe_daemon.observe.metrics import MAX_ENGINES, MAX_MODELS, Readings
 from cpe_daemon.push.pusher import Pusher
-from cpe_daemon.versions import Version
+from cpe_daemon.versions import Catalogue, Version
 
 _RECEIVED: Final = "cpe_received_bytes_total"
 
@@ -54,6 +54,13 @@ def read_arena(readings: Readings, arena: Arena, versions: Iterable[Version]) ->
     readings.add("cpe_arena_leased_bytes", sum(version.nbytes for version in versions if version.leases))
 
 
+def read_models(readings: Readings, catalogue: Catalogue) -> None:
+    """What each model takes of the arena, and may take."""
+    for model in catalogue.models()[:MAX_MODELS]:
+        readings.add("cpe_model_bytes", catalogue.used_bytes(model), model)
+        readings.add("cpe_model_quota_bytes", catalogue.keeping(model).quota_bytes, model)
+
+
 def read_versions(
     readings: Readings, versions: Iterable[Version], engines: Iterable[Engine], before: Iterable[VersionId] = ()
 ) -> None:
@@ -80,7 +87,7 @@ def read_versions(
     for engine in list(engines)[:MAX_ENGINES]:
         if engine.content is not None:
             readings.add("cpe_engine_version", engine.content.number, engine.name, engine.content.model)
-        if engine.serves in staged:
+        if engine.serves in staged and not engine.asleep:
             newest = staged[engine.serves]
             readings.add("cpe_engine_lag_versions", _lag(engine.content, newest), engine.name, engine.serves)
 

@@ -31,8 +31,8 @@ class Update:
 class Steps(Protocol):
     """The steps of a round for one engine, in their order. Each raises `CpeError` if it fails or passes its deadline.
 
-    Between `begin` and `finish` buckets are loaded by the workers directly. `abort` may come after any step from `pause`
-    on, and leaves the engine paused; `resume` then follows only when it holds a whole version.
+    Between `begin` and `finish` buckets are loaded by the workers directly. `abort` may come after any step from
+    `pause` on, and leaves the engine paused; `resume` then follows only when it holds a whole version.
     """
 
     async def check(self, round: int, seconds: float) -> None:

@@ -299,8 +299,7 @@ class Registry:
     def _on_state(self, peer: bytes, state: WorkerState, _: object) -> None:
         worker = self._worker(peer)
         engine = self._engines[worker.hello.engine]
-        take_state(engine, worker, state, self._device)
-        if engine.complete:
+        if take_state(engine, worker, state, self._device) and engine.complete:
             (self._on_joined if engine.asleep else self._join)(engine)
 
     def _on_ping(self, peer: bytes, _: Ping, __: object) -> None:

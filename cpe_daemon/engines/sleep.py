@@ -13,12 +13,14 @@ from cpe_daemon.wire.messages import WorkerState
 log = structlog.get_logger(__name__)
 
 
-def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Device) -> None:
-    """Note what a worker says of its sleep.
+def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Device) -> bool:
+    """Note what a worker says of its sleep; False if it says nothing new, which then changes nothing.
 
     One that sleeps has let its slots go. What an engine holds is not known any more when its last worker wakes up: it
     has to be looked at anew, as one that has just attached.
     """
+    if state.asleep == worker.asleep:
+        return False
     log.info("worker.asleep" if state.asleep else "worker.awake", worker=worker.name, touched=state.touched)
     worker.naps += state.asleep
     worker.asleep = state.asleep
@@ -26,7 +28,8 @@ def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Devic
         if worker.slots is not None:
             device.withdraw(worker.slots)
         worker.slots, worker.has_slots = None, False
-        return
+        return True
     if not engine.asleep:
         engine.change(EngineEvent.LOSE)
     worker.content, worker.digest, worker.touched = state.content, state.digest, state.touched
+    return True

@@ -159,7 +159,7 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             "cpe_engine_lag_versions",
             "gauge",
             "Number of the version staged last, less that of the one which the engine holds; at least 1 if it holds "
-            "none, or one of another run.",
+            "none, or one of another run. No sample while the engine is asleep.",
             labels=("engine", "model"),
             panel="Lag by engine",
             alerts=("CpeEngineLags",),
@@ -234,6 +234,21 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             "Bytes that are being read or written, and cannot be evicted.",
             panel="Arena",
             hint="Bytes that stay leased without a push or a publish are stuck.",
+        ),
+        Instrument(
+            "cpe_model_bytes",
+            "gauge",
+            "Bytes of the arena that all versions of a model take, as its quota counts them.",
+            labels=("model",),
+            panel="Arena by model",
+        ),
+        Instrument(
+            "cpe_model_quota_bytes",
+            "gauge",
+            "Bytes of the arena that a model may take; 0: no bound.",
+            labels=("model",),
+            panel="Arena by model",
+            hint="Where the model takes nearly as much, its next version is refused.",
         ),
         Instrument(
             "cpe_slots",

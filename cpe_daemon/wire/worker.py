@@ -15,7 +15,8 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
     """An engine worker introduces itself.
 
     ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any, and
-    ``digest`` that version's as its `Begin` said; ``touched`` says that it may hold a mixture. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
+    ``digest`` that version's as its `Begin` said; ``touched`` says that it may hold a mixture, ``asleep`` that its
+    weights' memory is lent to others. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
     """
 
     protocol: int

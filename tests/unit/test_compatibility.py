@@ -243,6 +243,17 @@ async def test_dry_run_of_the_live_version_says_that_it_fits_who_holds_it() -> N
         assert worker.steps == before
 
 
+async def test_dry_run_may_be_of_a_retained_version() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.publish(ONE)
+        await node.publish(TWO)
+        report = await node.pusher.request(PushRequest("m", number=1, dry_run=True))
+        assert (report.version, worker.content) == (ONE, TWO)
+        with pytest.raises(CpeError, match="is retained"):
+            await node.pusher.request(PushRequest("m", number=1))
+
+
 async def test_dry_run_of_named_engines_asks_no_others() -> None:
     async with FakeNode.running(automatic=False) as node:
         a, b = node.worker("a"), node.worker("b")

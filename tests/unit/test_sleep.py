@@ -9,9 +9,11 @@ import pytest
 import structlog
 
 from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.observe.metrics import Readings
 from cpe_daemon.readiness import judge
+from cpe_daemon.readings import read_versions
 from cpe_daemon.status import engines_status, states
-from cpe_daemon.wire.messages import PushRequest, Wake
+from cpe_daemon.wire.messages import PushRequest, Wake, WorkerState
 from cpe_daemon.wire.reports import EngineReport
 from inference_plugins.torch.driver import TorchDriver
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, FakeWorker, number
@@ -225,6 +227,21 @@ async def test_engine_that_fails_after_it_was_woken_up_is_restored() -> None:
         assert not worker.paused
 
 
+async def test_worker_that_says_nothing_new_of_its_sleep_changes_nothing() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.publish(ONE)
+        told, events = len(worker.commands), node.states()
+        worker.say(WorkerState(False, number(7)))
+        await node.idle()
+        assert (len(worker.commands), node.states()) == (told, events)
+        worker.sleep()
+        await node.idle()
+        withdrawn = len(node.device.withdrawn)
+        worker.say(WorkerState(True))
+        assert (node.engine("a").workers[0].naps, len(node.device.withdrawn)) == (1, withdrawn)
+
+
 # --- its slots -------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +277,16 @@ async def test_engine_that_is_asleep_is_named_and_keeps_nobody_from_work() -> No
         (status,) = engines_status(node.registry)
         assert (status["state"], status["ready"], status["content"]) == ("asleep", False, "m@r#1")
         assert states(node.registry) == {"asleep": 1, "unknown": 0}
+
+
+async def test_engine_that_is_asleep_is_not_behind() -> None:
+    """It would be complained of for as long as a training step takes."""
+    async with FakeNode.running() as node:
+        await sleeping(node)
+        await node.publish(TWO)
+        readings = Readings()
+        read_versions(readings, list(node.catalogue), node.registry)
+        assert "cpe_engine_lag_versions" not in readings.values
 
 
 async def test_engine_that_lacks_a_worker_is_missed_though_another_is_asleep() -> None:
