@@ -36,6 +36,7 @@ from cpe_daemon.readings import (
     read_arena,
     read_copies,
     read_engines,
+    read_models,
     read_push,
     read_traffic,
     read_trainers,
@@ -192,6 +193,7 @@ class Accounts:
         """Everything that metrics mirror, as it is now."""
         readings, versions = Readings(), list(self._catalogue)
         read_arena(readings, self._arena, versions)
+        read_models(readings, self._catalogue)
         read_versions(readings, versions, self._registry, self._recovery.not_resident)
         read_engines(readings, self._registry, states(self._registry))
         read_trainers(readings, self._trainers)

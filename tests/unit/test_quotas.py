@@ -18,6 +18,8 @@ from cpe_daemon.core.manifest import merge
 from cpe_daemon.core.retention import shortage
 from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard, VersionId, align
 from cpe_daemon.errors import ArenaFullError
+from cpe_daemon.observe.metrics import Readings
+from cpe_daemon.readings import read_models
 from cpe_daemon.status import models_status
 from cpe_daemon.version import Version
 from cpe_daemon.versions import Catalogue
@@ -198,6 +200,16 @@ def test_no_model_is_ever_over_its_quota_nor_loses_what_it_serves(arrivals: list
         used = sum(align(part.extent.nbytes) for v in shelf.catalogue for part in v.contributions.values())
         assert used == shelf.arena.nbytes - shelf.arena.free_bytes
     shelf.arena.close()
+
+
+def test_metrics_tell_each_models_use_and_quota(shelf: Shelf) -> None:
+    shelf.live("big", 8 * A)
+    readings = Readings()
+    read_models(readings, shelf.catalogue)
+    assert readings.values == {
+        "cpe_model_bytes": {("big",): 8 * A, ("small",): 0},
+        "cpe_model_quota_bytes": {("big",): 24 * A, ("small",): 0},
+    }
 
 
 def test_status_shows_models_where_they_differ(capsys: pytest.CaptureFixture[str]) -> None:
