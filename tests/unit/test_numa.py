@@ -11,11 +11,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from cpe_daemon.arena import Arena
+from cpe_daemon.config import effective, load_config, load_with_origins
 from cpe_daemon.core.topology import Gpu, Region, Topology
 from cpe_daemon.daemon import striping
 from cpe_daemon.devices import numa
 from cpe_daemon.devices.memory import SharedMemory
-from cpe_daemon.errors import ResourceError
+from cpe_daemon.errors import ConfigError, ResourceError
 from cpe_daemon.status import arena_status
 from tests.unit.fake_node import StillDevice
 
@@ -237,3 +238,15 @@ def test_arena_that_is_not_to_be_striped_says_why_in_a_line(
     assert reason in logs[0]["reason"]
     assert arena_status(arena)["numa"] == {"node_bytes": {}, "reason": logs[0]["reason"]}
     assert device.topology == before
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_setting_is_off_however_yaml_reads_it(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "cpe.yaml"
+    path.write_text(f"arena: {{numa: {text}}}\n")
+    assert load_config(path, environ={}).arena.numa == "off"
+    path.write_text(effective(load_with_origins(path, environ={})))
+    assert load_config(path, environ={}).arena.numa == "off"
+    assert load_config(environ={}).arena.numa == "auto"
+    with pytest.raises(ConfigError, match=r"arena\.numa: must be one of auto, off"):
+        load_config(environ={"CPE_ARENA__NUMA": "on"})
