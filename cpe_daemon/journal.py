@@ -117,15 +117,16 @@ class Journal:
         self._round = None
         self.note()
 
+    def freeze(self) -> None:
+        """Keep what is known now, and take no notice of what follows: that is the end of the daemon."""
+        if not self._frozen:
+            state, self._frozen = self._look(), True
+            self._look = lambda: state
+
     async def close(self) -> None:
-        """Write what is known now, within the deadline, and nothing after it: what follows is the end of the daemon."""
-        self.note()
+        """`freeze`, if that was not done, and write it down, within the deadline."""
         self.freeze()
         await self._write()
-
-    def freeze(self) -> None:
-        """Take no notice any more."""
-        self._frozen = True
 
     @property
     def _stuck(self) -> bool:

@@ -100,14 +100,22 @@ class Numbers:
 
     def __init__(self) -> None:
         self._histories: dict[str, History] = {}
+        self._live_before: dict[VersionId, bytes] = {}
+        """Versions that engines hold and whose bytes are not here, with their digests, until a newer one is staged."""
 
     @property
     def histories(self) -> Mapping[str, History]:
         """By model; a copy, to be written down."""
         return dict(self._histories)
 
-    def remember(self, model: str, history: History) -> None:
+    def remember(self, model: str, history: History, live: tuple[VersionId, bytes] | None = None) -> None:
         """Go on from what a model's versions had used up when it was written down, before any of them is staged.
+
+        Args:
+            model: its name.
+            history: of its versions.
+            live: the version that was live, and its digest: it may come again, also if later numbers were staged, and
+                failed or were taken back.
 
         Raises:
             MisuseError: one was staged.
@@ -115,9 +123,13 @@ class Numbers:
         if model in self._histories:
             raise MisuseError(f"versions of {model} have used numbers up already")
         self._histories[model] = history
+        if live is not None and live[1]:
+            self._live_before[live[0]] = live[1]
 
     def admit(self, version: VersionId, *, force: bool) -> bytes | None:
         """Decide whether a version may be received: see `admit`."""
+        if version in self._live_before:
+            return self._live_before[version]
         return admit(self._histories.get(version.model, History()), version, force=force)
 
     def check(self, version: VersionId, digest: bytes) -> None:
@@ -132,4 +144,5 @@ class Numbers:
         """A version is staged: its number is used up. Returns the history before that."""
         before = self._histories.get(version.model, History())
         self._histories[version.model] = before.after(version, digest)
+        self._live_before = {live: known for live, known in self._live_before.items() if live.model != version.model}
         return before

@@ -65,7 +65,12 @@ def _mend(live: Identity) -> str:
 
 
 def why_not_bootstrap(
-    wanted: VersionId, history: History, *, here: Iterable[VersionId], held: Iterable[VersionId]
+    wanted: VersionId,
+    history: History,
+    *,
+    here: Iterable[VersionId],
+    held: Iterable[VersionId],
+    live: VersionId | None = None,
 ) -> str:
     """Why a node's bootstrap is not published; "" if nothing that it might take the place of is known.
 
@@ -76,11 +81,12 @@ def why_not_bootstrap(
         history: of its model.
         here: versions of the model that are being received, or are held.
         held: versions that engines of the model hold.
+        live: the version of the model that was live before, and is not here.
     """
     if found := sorted({str(version) for version in here}):
         return f"{', '.join(found)} came first"
     if others := sorted({str(version) for version in held if version != wanted}):
         return f"engines hold {', '.join(others)}"
-    if history.run not in (None, wanted.run):
+    if history.run not in (None, wanted.run) and wanted != live:
         return f"versions of run {history.run!r} were published since; publish the last of them again"
     return ""

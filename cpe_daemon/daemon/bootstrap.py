@@ -119,6 +119,7 @@ class Bootstrap:
             self._catalogue.numbers.histories.get(model, History()),
             here=[version.id for version in self._catalogue if version.id.model == model and version.contributions],
             held=[worker.content for worker in workers if worker.content is not None],
+            live=live.version if (live := self._registry.adoption.before.live(model)) is not None else None,
         )
 
     async def _send(self) -> None:

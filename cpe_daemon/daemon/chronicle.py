@@ -36,7 +36,8 @@ class Chronicle:
         self._before = before
         self._returning = returning
         for model, entry in journal.found.models.items():
-            catalogue.numbers.remember(model, entry.history)
+            live = (entry.live.version, entry.live.digest) if entry.live is not None else None
+            catalogue.numbers.remember(model, entry.history, live)
         journal.connect(self.look)
         catalogue.watch(self._on_version)
         registry.changed = returning.changed = journal.note
@@ -61,6 +62,8 @@ class Chronicle:
 
     def _engine(self, engine: Engine) -> EngineEntry:
         held = self.identity(engine.content) if engine.state is EngineState.CURRENT else None
+        if held is not None and not held.digest:
+            held = Identity(held.version, engine.digest)
         return EngineEntry(engine.serves, engine.world_size, str(engine.state), held)
 
     def identity(self, version: VersionId | None) -> Identity | None:
@@ -68,9 +71,9 @@ class Chronicle:
         if version is None:
             return None
         known, before = self._catalogue.last(version), self._before.live(version.model)
-        if known is None and before is not None and before.version == version:
-            return before
-        return Identity(version, known.digest if known is not None else b"")
+        if known is not None and known.digest:
+            return Identity(version, known.digest)
+        return before if before is not None and before.version == version else Identity(version)
 
     async def decide(self, entry: RoundEntry) -> None:
         """Have a round written down; see `Journal.decide`."""

@@ -118,7 +118,7 @@ class Drain:
         if not await self._ends_by_itself(hurried):
             await self._undo()
         self._say_what_engines_hold(time.monotonic() - began)
-        await self._journal.close()
+        self._journal.freeze()
         await self._take_leave()
 
     async def _ends_by_itself(self, hurried: asyncio.Event) -> bool:
@@ -155,7 +155,7 @@ class Drain:
         """Have trainers and workers know, and let them go first: what they were told before, they have read then."""
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
-                await asyncio.gather(self._trainers.take_leave(), self._registry.take_leave())
+                await asyncio.gather(self._trainers.take_leave(), self._registry.take_leave(), self._journal.close())
         except TimeoutError:
             log.info(
                 "daemon.farewell_unanswered", trainers=len(list(self._trainers)), engines=len(list(self._registry))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from cpe_daemon.config import JOURNAL_FILE, Config
 from cpe_daemon.core.recovery import Before
@@ -39,6 +39,7 @@ class Recovery:
     def connect(self, catalogue: Catalogue, registry: Registry, pusher: Pusher) -> None:
         """Tell the daemon's parts what was, and have the journal written from now on. Nothing is staged yet."""
         config, found = self._config, self.journal.found
+        self._catalogue = catalogue
         self.returning = Returning(found, registry, seconds=config.deadlines.hello_seconds, clock=time.monotonic)
         pusher.write_down(Chronicle(self.journal, catalogue, registry, self.before, self.returning))
         self.bootstrap = Bootstrap(
@@ -83,6 +84,8 @@ class Recovery:
         warnings = [Reason("not_resident", f"{live} is live, and not here: {_MEND}") for live in self.not_resident]
         if self.journal.trouble:
             warnings.append(Reason("journal", f"what is done is not written down: {self.journal.trouble}"))
+        if self.journal.found.lost and not self._catalogue.live_models():
+            warnings.append(Reason("journal_lost", f"a journal could not be read: {_LOST}"))
         if self.bootstrap.state == "skipped":
             warnings.append(Reason("bootstrap_skipped", self.bootstrap.message))
         return warnings
@@ -103,4 +106,5 @@ class Recovery:
         readings.add("cpe_journal_failing", bool(self.journal.trouble))
 
 
-_MEND = "a rollback to it, and engines that restart, wait until it is published again (or set bootstrap)"
+_LOST: Final = "engines that hold no version stay paused until one is live (see journal.json.unreadable-*)"
+_MEND: Final = "a rollback to it, and engines that restart, wait until it is published again (or set bootstrap)"

@@ -33,6 +33,18 @@ def journal(node: Node) -> State:
     return decode((node.runtime_dir / "state" / "journal.json").read_bytes())
 
 
+def await_written(node: Node, number: int, run: str = RUN) -> None:
+    """Wait until it is written that a version is live and in all engines, and that nothing is under way."""
+
+    def written() -> bool:
+        found = journal(node)
+        live = found.models[MODEL].live if MODEL in found.models else None
+        settled = found.round is None and all(engine.held == live for engine in found.engines.values())
+        return live is not None and live.version == VersionId(MODEL, run, number) and settled
+
+    until(written, f"it is written that {number} is live")
+
+
 def codes(daemon: Daemon, which: str = "reasons") -> list[tuple[str, str]]:
     return sorted((one["code"], one.get("engine", "")) for one in daemon.status()["readiness"][which])
 
@@ -64,7 +76,7 @@ def test_daemon_killed_at_rest_is_followed_by_one_that_knows_what_is_live(node: 
     engine, pair = node.engine("e", recipe=RECIPE)[0], node.engine("pair", world_size=2, recipe=RECIPE)
     publish(trainer, 1)
     meant = publish(trainer, 2)
-    until(lambda: journal(node).round is None, "the end of the round is written down")
+    await_written(node, 2)
     known = journal(node)
     live = known.models[MODEL].live
     assert live is not None
@@ -124,7 +136,7 @@ def test_what_was_used_up_is_used_up_after_a_kill(node: Node) -> None:
     trainer = node.trainer()
     publish(trainer, 1)
     publish(trainer, 2)
-    until(lambda: (live := journal(node).models[MODEL].live) is not None and live.version.number == 2, "it is written")
+    await_written(node, 2)
     node.daemon.kill()
     node.start_daemon()
     again = node.trainer()
@@ -141,7 +153,7 @@ def test_node_is_not_ready_before_engines_are_back_and_gives_up_those_that_are_g
     trainer = node.trainer()
     engine = node.engine("e", recipe=RECIPE)[0]
     publish(trainer, 1)
-    until(lambda: journal(node).engines["e"].state == "current", "it is written")
+    await_written(node, 1)
     node.daemon.kill()
     engine.kill()
     daemon = node.start_daemon(deadlines__hello_seconds=2)
@@ -254,7 +266,7 @@ def test_bootstrap_gives_engines_a_version_and_again_after_a_kill(node: Node, ch
     assert reads(engine) == meant
     await_ready(daemon)
     assert daemon.status()["bootstrap"]["state"] == "done"
-    until(lambda: journal(node).engines["e"].state == "current", "it is written")
+    await_written(node, 3, "base")
     daemon.kill()
 
     daemon = node.start_daemon(**settings)

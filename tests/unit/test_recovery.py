@@ -262,11 +262,38 @@ async def test_what_was_known_stays_in_the_journal_until_it_is_known_better(tmp_
         assert chronicle.look() == State(FOUND.models, FOUND.engines)
         with pytest.raises(VersionRefusedError, match="has staged number 2 already"):
             node.stage(ONE, OTHER)
+        with pytest.raises(VersionRefusedError, match="was staged before with other weights"):
+            node.stage(TWO, OTHER)
         node.worker("a", **HELD)
         assert chronicle.look().engines["a"] == EngineEntry("m", 1, "current", LIVE)
         await node.publish(THREE)
         assert chronicle.look().models["m"].live == Identity(THREE)
         assert node.before.live("m") is None
+
+
+async def test_version_that_was_live_may_come_again_after_later_ones_failed(tmp_path: Path) -> None:
+    history = History("s", {"r": Used(3, OTHER), "s": Used(0, OTHER)})
+    found = State({"m": ModelEntry(history, LIVE)})
+    async with FakeNode.running(found=found) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        journal.found = found
+        Chronicle(journal, node.catalogue, node.registry, node.before, returning(node, State()))
+        late = node.worker("late", model="m")
+        record = node.stage(TWO, DIGEST)
+        await node.until(lambda: record.state == "live")
+        await node.idle()
+        assert not late.paused
+        assert node.catalogue.numbers.histories["m"] == History("r", history.used)
+
+
+async def test_version_that_was_live_may_not_come_again_after_a_newer_one(tmp_path: Path) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        journal.found = FOUND
+        Chronicle(journal, node.catalogue, node.registry, node.before, returning(node, State()))
+        await node.publish(THREE)
+        with pytest.raises(VersionRefusedError, match="has staged number 3 already"):
+            node.stage(TWO, DIGEST)
 
 
 # --- bootstrap -------------------------------------------------------------------------------------------------------
@@ -282,6 +309,7 @@ BASE = VersionId("m", "base", 0)
         (History(), [BASE], [], "m@base#0 came first"),
         (History(), [THREE, TWO], [], "m@r#2, m@r#3 came first"),
         (History(), [], [BASE, TWO], "engines hold m@r#2"),
+        (History("base", {"base": Used(7)}), [], [], ""),  # its number is refused when it is published
         (History("r", {"r": Used(2)}), [], [], "versions of run 'r' were published since"),
     ],
 )
@@ -290,6 +318,12 @@ def test_bootstrap_takes_the_place_of_nothing(
 ) -> None:
     assert why_not_bootstrap(BASE, history, here=here, held=held).startswith(says)
     assert bool(why_not_bootstrap(BASE, history, here=here, held=held)) == bool(says)
+
+
+def test_bootstrap_may_be_what_was_live_whatever_came_after_it() -> None:
+    history = History("r", {"base": Used(0), "r": Used(2)})
+    assert why_not_bootstrap(BASE, history, here=[], held=[BASE], live=BASE) == ""
+    assert "engines hold" in why_not_bootstrap(BASE, history, here=[], held=[TWO], live=BASE)
 
 
 class Publishing(Bootstrap):
