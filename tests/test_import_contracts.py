@@ -58,6 +58,7 @@ cpe_daemon/status.py
 cpe_daemon/transports/__init__.py
 cpe_daemon/transports/loopback.py
 cpe_daemon/transports/mooncake.py
+cpe_daemon/version.py
 cpe_daemon/versions.py
 cpe_daemon/wire/__init__.py
 inference_plugins/__init__.py
@@ -84,6 +85,7 @@ PLANTED = [
     (LAYERS, ["cpe_daemon.push: cpe_daemon.journal"]),
     (LAYERS, ["cpe_daemon.devices: cpe_daemon.statefile"]),
     (LAYERS, ["cpe_daemon.versions: cpe_daemon.push"]),
+    (LAYERS, ["cpe_daemon.version: cpe_daemon.versions"]),
     (LAYERS, ["cpe_daemon.arena: cpe_daemon.engines"]),
     (LAYERS, ["cpe_daemon.links: cpe_daemon.devices"]),
     (LAYERS, ["cpe_daemon.daemon: cpe_daemon.cli"]),
