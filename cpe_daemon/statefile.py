@@ -34,6 +34,7 @@ class StateFile:
         self._writing: asyncio.Future[None] | None = None
         self.content: bytes | None = None
         """What it held when it was last read or written; None if there was none."""
+        _clean_up(path)
         try:
             self.content = _read(path)
         except OSError as error:
@@ -70,6 +71,13 @@ class StateFile:
         self._writing = None
         if not writing.cancelled() and writing.exception() is None:
             self.content = content
+
+
+def _clean_up(path: Path) -> None:
+    """Remove what processes that were killed in the midst of a write have left."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{path.name}-*"):
+            left.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes | None:

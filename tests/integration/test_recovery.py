@@ -49,8 +49,10 @@ def codes(daemon: Daemon, which: str = "reasons") -> list[tuple[str, str]]:
     return sorted((one["code"], one.get("engine", "")) for one in daemon.status()["readiness"][which])
 
 
-def await_ready(daemon: Daemon) -> None:
-    until(lambda: daemon.status()["readiness"]["ready"], "the node is ready")
+def await_ready(daemon: Daemon, *engines: str) -> None:
+    """Wait until the node is ready; when it first says so, these have to be."""
+    told = until(lambda: (one := daemon.status())["readiness"]["ready"] and one, "the node is ready")
+    assert {one["engine"] for one in told["engines"] if one["ready"]} >= set(engines)
 
 
 def metrics(daemon: Daemon) -> list[str]:
@@ -90,7 +92,7 @@ def test_daemon_killed_at_rest_is_followed_by_one_that_knows_what_is_live(node: 
     assert reads(engine) == meant
 
     daemon = node.start_daemon(device__gpus=2)
-    await_ready(daemon)
+    await_ready(daemon, "e", "pair")
     assert "engines.awaited" in daemon.said
     assert [daemon.engine(name)["content"] for name in ("e", "pair")] == [str(live)] * 2
     assert [reads(worker) for worker in (engine, *pair)] == [meant] * 3
@@ -127,7 +129,7 @@ def test_daemon_that_ends_well_leaves_word_of_what_engines_hold(node: Node) -> N
     assert left.engines["e"].state == "current"
     assert left.round is None
     again = node.start_daemon()
-    await_ready(again)
+    await_ready(again, "e")
     assert "round.cut_short" not in again.said
 
 

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from rich.console import Console
 from structlog.typing import EventDict
 
+from cpe_daemon.cli.overview import overview
+from cpe_daemon.cli.tables import bootstrap_text, journal_text, lag_text
 from cpe_daemon.config import BootstrapConfig, load_config
 from cpe_daemon.core.admission import History, Used
-from cpe_daemon.core.journal import EngineEntry, Identity, ModelEntry, RoundEntry, State
+from cpe_daemon.core.journal import EngineEntry, Identity, ModelEntry, RoundEntry, State, encode
 from cpe_daemon.core.recovery import Before, why_not_bootstrap
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.bootstrap import Bootstrap
 from cpe_daemon.daemon.chronicle import Chronicle
+from cpe_daemon.daemon.recovery import Recovery
 from cpe_daemon.daemon.returning import Returning
+from cpe_daemon.daemon.supervision import state_line
 from cpe_daemon.errors import ConfigError, CpeError, MisuseError, VersionRefusedError
 from cpe_daemon.journal import Journal
+from cpe_daemon.observe.metrics import Readings
 from cpe_daemon.readiness import judge
+from cpe_daemon.readings import read_versions
 from cpe_daemon.wire.messages import EngineSpec
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, number
 
@@ -463,3 +472,96 @@ def test_bootstrap_needs_a_model(tmp_path: Path) -> None:
         load_config(environ={}, overrides={"bootstrap.dir": str(tmp_path)})
     bootstrap = load_config(environ={"CPE_BOOTSTRAP__MODEL": "m"}, overrides={"bootstrap.dir": str(tmp_path)}).bootstrap
     assert (bootstrap.dir, bootstrap.model, bootstrap.run, bootstrap.number) == (str(tmp_path), "m", "bootstrap", 0)
+
+
+# --- what is told of it ----------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def recovering(tmp_path: Path, found: bytes | None) -> AsyncIterator[tuple[FakeNode, Recovery]]:
+    """A node with all that belongs to its recovery; the file of its journal holds ``found``."""
+    if found is not None:
+        (tmp_path / "journal.json").write_bytes(found)
+    config = load_config(environ={}, overrides={"state_dir": str(tmp_path), "node": "n"})
+    recovery = Recovery(config)
+    async with FakeNode.running(found=recovery.journal.found) as node:
+        node.before = recovery.before
+        node.registry.adoption.before = recovery.before
+        recovery.connect(node.catalogue, node.registry, node.pusher)
+        yield node, recovery
+
+
+async def test_what_was_live_and_is_not_here_is_told_until_another_version_is(tmp_path: Path) -> None:
+    async with recovering(tmp_path, encode(FOUND)) as (node, recovery):
+        assert [(one.code, one.engine) for one in recovery.reasons] == [
+            ("engine_awaited", "a"),
+            ("engine_awaited", "b"),
+        ]
+        assert [one.code for one in recovery.warnings] == ["not_resident"]
+        told = recovery.status()
+        assert told["not_resident"] == [{"model": "m", "run": "r", "number": 2}]
+        assert (told["awaited"], told["lost"], told["error"]) == (["a", "b"], False, None)
+        assert recovery.bootstrap.plain() == {"state": "off"}
+        assert "m@r#2 live, not here" in state_line(node.catalogue, node.registry)
+        readings = Readings()
+        node.worker("a", content=ONE, digest=OTHER)
+        read_versions(readings, node.catalogue, node.registry, recovery.not_resident)
+        recovery.read(readings)
+        assert readings.values["cpe_live_version"] == {("m",): 2}
+        assert readings.values["cpe_engine_lag_versions"] == {("a", "m"): 1}
+        assert readings.values["cpe_journal_failing"] == {(): False}
+        node.worker("b", world_size=1, **HELD)
+        assert recovery.reasons == []
+        await node.publish(THREE)
+        assert recovery.warnings == []
+        assert recovery.status()["not_resident"] == []
+
+
+async def test_journal_that_was_lost_is_told_until_a_version_is_live(tmp_path: Path) -> None:
+    async with recovering(tmp_path, b"{") as (node, recovery):
+        assert [one.code for one in recovery.warnings] == ["journal_lost"]
+        assert recovery.status()["lost"]
+        held = node.worker("a", model="m")
+        assert held.paused
+        await node.publish(THREE)
+        assert recovery.warnings == []
+        assert not held.paused
+
+
+async def test_new_node_has_nothing_to_tell(tmp_path: Path) -> None:
+    async with recovering(tmp_path, None) as (_, recovery):
+        assert (recovery.reasons, recovery.warnings) == ([], [])
+
+
+STATUS: dict[str, Any] = {
+    "versions": [],
+    "journal": {
+        "not_resident": [{"model": "m", "run": "r", "number": 2}],
+        "awaited": ["e0", "e1"],
+        "error": "cannot write",
+    },
+    "bootstrap": {"state": "publishing", "version": "m@base#0", "percent": 40, "message": ""},
+}
+
+
+def test_status_shows_what_the_journal_knows_that_is_not_here() -> None:
+    assert journal_text(STATUS).splitlines() == [
+        "m@r#2 is live, not resident: publish it again or set bootstrap",
+        "waits for e0, e1, attached before the restart",
+        "NOT WRITTEN: cannot write",
+    ]
+    assert bootstrap_text(STATUS) == "publishing, 40%: m@base#0"
+    assert lag_text(STATUS, {"model": "m", "content": "m@r#1"}) == "1"
+    assert lag_text(STATUS, {"model": "m", "content": "m@r#2"}) == "0"
+    screen = Console(file=io.StringIO(), width=120)
+    screen.print(overview(STATUS, now=datetime(2026, 1, 1, tzinfo=UTC), fold=True))
+    assert isinstance(screen.file, io.StringIO)
+    assert "m@r#2 is live, not resident" in screen.file.getvalue()
+    assert "publishing, 40%" in screen.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "status", [{}, {"journal": {}, "bootstrap": {"state": "off"}}, {"journal": [], "bootstrap": 1}]
+)
+def test_status_of_a_daemon_that_says_nothing_of_it_is_shown(status: dict[str, Any]) -> None:
+    assert (journal_text(status), bootstrap_text(status)) == ("", "")
