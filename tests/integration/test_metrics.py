@@ -104,7 +104,8 @@ def test_metrics_tell_what_was_pushed(node: Node) -> None:
         assert at("cpe_engine_missing_workers", engine=engine) == 0
     for phase in PHASES:
         engine = "" if phase in ("publish", "stage") else "b"
-        assert at("cpe_update_duration_seconds_count", phase=phase, model="policy", engine=engine) == 2
+        times = 1 if phase == "check" else 2  # of tensors as it has loaded before, it is not asked again
+        assert at("cpe_update_duration_seconds_count", phase=phase, model="policy", engine=engine) == times
     moved = {"receive": 2, "fetch": 2, "exchange": 2, "load": 4}
     assert moved.keys() == STAGES.keys()
     for stage, times in moved.items():
