@@ -39,7 +39,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
     """Say what keeps this process from ending once all tests have run, and end it as failed."""
-    faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
 @pytest.fixture
