@@ -23,14 +23,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DIRECTORY_MODE: Final = 0o750
 
 
-def _directory_options(command: F) -> F:
+_KEYS_DIR: Final = "security.keys_dir of the configuration"
+
+
+def _directory_options(by_default: str = _KEYS_DIR) -> Callable[[F], F]:
     """Give a command --dir and --config, which say where the keys are."""
     directory = click.option(
         "--dir",
         "directory",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
-        help="Directory of the keys; by default security.keys_dir of the configuration.",
+        help=f"Directory of the keys; by default {by_default}.",
     )
     config = click.option(
         "--config",
@@ -40,8 +43,12 @@ def _directory_options(command: F) -> F:
         metavar="FILE",
         help="Configuration file of the daemon whose keys these are.  [env: CPE_CONFIG]",
     )
-    decorated: F = directory(config(debug_option(command)))
-    return decorated
+
+    def give(command: F) -> F:
+        decorated: F = directory(config(debug_option(command)))
+        return decorated
+
+    return give
 
 
 def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -68,11 +75,11 @@ def keys_command() -> None:
     \b
     On the node, once:
       cpe keys new --daemon              then set ingest.listen, and start the daemon
-    Where a trainer runs:
+    Where a trainer runs (both halves go to the directory where one is):
       cpe keys new run-7
-    On the node, with the trainer's public key:
+    On the node, with a copy of the trainer's public key run-7.key:
       cpe keys allow run-7.key --role trainer
-    Where the trainer runs, with the daemon's public key:
+    Where the trainer runs, with a copy of the daemon's public key daemon.key:
       cpe publish ... --to tcp://10.0.0.7:5555 --key run-7.key_secret --server-key daemon.key
 
     What is allowed or revoked counts within a heartbeat, without a restart. Why keys are needed and what they do not
@@ -83,18 +90,18 @@ def keys_command() -> None:
 @keys_command.command("new", short_help="Make a key pair.")
 @click.argument("name", required=False)
 @click.option("--daemon", "of_daemon", is_flag=True, help="The pair of this node's daemon; it is called daemon.")
-@_directory_options
+@_directory_options(f"the one where you are, and with --daemon {_KEYS_DIR}")
 def new_command(name: str | None, of_daemon: bool, directory: Path | None, config: Path | None) -> None:
     """Make a key pair called NAME, and say what to do with it.
 
-    Writes NAME.key_secret, which only its owner may read, and NAME.key, which may be shown to anybody. A pair is
-    never overwritten.
+    Writes NAME.key_secret, which only its owner may read, and NAME.key, which may be shown to anybody: into the
+    directory where you are, and the daemon's pair to where the daemon looks for it. A pair is never overwritten.
 
     \b
     Examples:
       cpe keys new --daemon
       cpe keys new run-7
-      cpe keys new alice --dir .
+      cpe keys new alice --dir ~/keys
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.links.keys import DAEMON_NAME, new_pair, write_pair
 
@@ -103,7 +110,8 @@ def new_command(name: str | None, of_daemon: bool, directory: Path | None, confi
     name = DAEMON_NAME if of_daemon else _checked_name(name or "")
     if name == DAEMON_NAME and not of_daemon:
         raise click.BadParameter("that is the daemon's own name; say --daemon to make its pair", param_hint="NAME")
-    where = _made_directory(directory, config)
+    where = _keys_dir(directory, config) if of_daemon else (directory or Path()).absolute()
+    _make(where)
     pair = new_pair()
     secret, public = write_pair(where, name, pair)
     click.echo(f"public key  {pair.public}\n  in file   {public}\nsecret key\n  in file   {secret}")
@@ -121,7 +129,7 @@ def new_command(name: str | None, of_daemon: bool, directory: Path | None, confi
     help="What its holder may do. May be repeated.",
 )
 @click.option("--name", help="What to call it; by default, the file's name.")
-@_directory_options
+@_directory_options()
 def allow_command(
     key: str, roles: tuple[str, ...], name: str | None, directory: Path | None, config: Path | None
 ) -> None:
@@ -136,13 +144,18 @@ def allow_command(
       cpe keys allow 'rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7' --name bob --role operator
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.links.allowed import Client, allow
-    from cpe_daemon.links.keys import SECRET_SUFFIX, public_key
+    from cpe_daemon.links.keys import PUBLIC_SUFFIX, SECRET_SUFFIX, public_key
 
     public = public_key(key)
     if name is None and not Path(key).is_file():
         raise click.UsageError("give the key a --name")
     file = _allowed_file(directory, config)
     _make(file.parent)
+    if Path(key).name.endswith(SECRET_SUFFIX):
+        click.echo(
+            f"note: {key} holds a secret, which should stay with its owner; the {PUBLIC_SUFFIX} file is enough here",
+            err=True,
+        )
     name = _checked_name(name or Path(key).name.removesuffix(SECRET_SUFFIX).removesuffix(".key"))
     client = Client(name, public, frozenset(map(Role, roles)))
     before = allow(file, client)
@@ -152,7 +165,7 @@ def allow_command(
 
 @keys_command.command("revoke", short_help="Let a key in no more.")
 @click.argument("key", metavar="NAME|KEY", shell_complete=_names)
-@_directory_options
+@_directory_options()
 def revoke_command(key: str, directory: Path | None, config: Path | None) -> None:
     """Let a key in no more, by its name or by the public key itself.
 
@@ -171,7 +184,7 @@ def revoke_command(key: str, directory: Path | None, config: Path | None) -> Non
 
 @keys_command.command("list", short_help="Show the daemon's key, and which are allowed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: daemon, allowed: [name, roles, key].")
-@_directory_options
+@_directory_options()
 def list_command(as_json: bool, directory: Path | None, config: Path | None) -> None:
     """Show the daemon's public key, and the keys that may connect.
 
@@ -214,12 +227,6 @@ def _keys_dir(directory: Path | None, config: Path | None) -> Path:
     return load(config, (), None).config.security.keys_dir
 
 
-def _made_directory(directory: Path | None, config: Path | None) -> Path:
-    where = _keys_dir(directory, config)
-    _make(where)
-    return where
-
-
 def _make(directory: Path) -> None:
     try:
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
@@ -254,8 +261,8 @@ Next:
 def _next_steps(name: str, secret: Path, public: Path) -> str:
     return f"""
 Next:
-  - on each daemon's node, with {public}:
-      cpe keys allow {public.name} --name {name} --role trainer       (or operator)
-  - here, with the daemon's public key, which is in daemon.key there:
+  - on each daemon's node, with a copy of {public}:
+      cpe keys allow {public.name} --name {name} --role trainer       (operator: for `cpe status` and other commands)
+  - here, with a copy of the daemon's public key, which is daemon.key there:
       export CPE_KEY={shlex.quote(str(secret))} CPE_SERVER_KEY=daemon.key
-      cpe status --to tcp://NODE:PORT"""
+      cpe publish DIR --model MODEL --version 1 --to tcp://NODE:PORT"""

@@ -57,6 +57,17 @@ ROLES: Final[Mapping[type[Message], frozenset[Role]]] = {
 }
 """The roles of which one is enough for a message. A message that is not here takes more than any role."""
 
+_ASKS: Final[Mapping[type[Message], str]] = {
+    TrainerHello: "publishing",
+    StatusRequest: "`cpe status`",
+    PushRequest: "`cpe push`",
+    RollbackRequest: "`cpe rollback`",
+    WaitRequest: "`cpe wait`",
+    EngineAdd: "`cpe engine add`",
+    EngineRemove: "`cpe engine remove`",
+}
+"""What somebody did who sent such a message, as they know it."""
+
 
 class Access:
     """The rights of clients with keys. Belongs to the event loop; asked for every message of theirs.
@@ -114,8 +125,9 @@ class Access:
         """
         enough = ROLES.get(kind, frozenset())
         if enough.isdisjoint(client.roles):
+            asked = _ASKS.get(kind, kind.__name__)
             raise AccessError(
-                f"the key {client.name!r} has the role {_listed(client.roles, 'and')}, and {kind.__name__} takes"
+                f"the key {client.name!r} has the role {_listed(client.roles, 'and')}, and {asked} takes"
                 f" {_listed(enough, 'or')}; `cpe keys allow` on the daemon's node changes a key's roles"
             )
 

@@ -70,7 +70,8 @@ def test_message_takes_its_role(name: str, kind: type[Message], may: bool) -> No
     if may:
         access.check(client, kind)
     else:
-        with pytest.raises(AccessError, match=f"the key '{client.name}' has the role .* and {kind.__name__} takes"):
+        asked = {StatusRequest: "`cpe status`", TrainerHello: "publishing"}.get(kind, kind.__name__)
+        with pytest.raises(AccessError, match=f"the key '{client.name}' has the role .* and {asked} takes"):
             access.check(client, kind)
 
 

@@ -46,8 +46,30 @@ def test_new_makes_a_pair_and_says_what_is_next(tmp_path: Path) -> None:
     assert (stat.S_IMODE(secret.stat().st_mode), stat.S_IMODE(secret.parent.stat().st_mode)) == (0o600, 0o750)
     assert pair.public in made.stdout
     assert pair.secret not in made.output
-    for said in ("cpe keys allow run-7.key --name run-7", f"CPE_KEY={secret}", "--to tcp://"):
+    for said in ("cpe keys allow run-7.key --name run-7 --role trainer", f"CPE_KEY={secret}", "cpe publish DIR"):
         assert said in made.stderr
+
+
+def test_clients_pair_is_made_where_one_is_and_can_be_allowed_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the documents say: the pair of the daemon goes to where the daemon looks, a client's to where one stands."""
+    monkeypatch.chdir(tmp_path)
+    environ = {"CPE_SECURITY__KEYS_DIR": str(tmp_path / "configured")}
+    assert keys("new", "--daemon", **environ).exit_code == 0
+    assert keys("new", "run-7", **environ).exit_code == 0
+    assert (tmp_path / "configured/daemon.key").exists()
+    allowed = keys("allow", "run-7.key", "--role", "trainer", **environ)
+    assert (allowed.exit_code, allowed.stderr) == (0, "")
+    (client,) = read_allowed(tmp_path / "configured/allowed").values()
+    assert client.public == load_pair(tmp_path / "run-7.key_secret").public
+
+
+def test_secret_half_is_not_taken_without_a_word(tmp_path: Path) -> None:
+    keys("new", "bob", "--dir", tmp_path)
+    allowed = keys("allow", tmp_path / "bob.key_secret", "--role", "trainer", "--dir", tmp_path)
+    assert allowed.stdout == "bob is allowed: trainer\n"
+    assert "bob.key_secret holds a secret, which should stay with its owner" in allowed.stderr
 
 
 def test_new_pair_of_the_daemon(tmp_path: Path) -> None:
@@ -80,12 +102,11 @@ def test_new_refuses_odd_names(arguments: list[str], status: int, said: str, tmp
 def test_directory_comes_from_the_configuration(tmp_path: Path) -> None:
     config = tmp_path / "cpe.yaml"
     config.write_text(f"security:\n  keys_dir: {tmp_path}/configured\n")
-    assert keys("new", "a", CPE_CONFIG=str(config)).exit_code == 0
-    assert keys("new", "b", "--config", config).exit_code == 0
-    assert keys("new", "c", CPE_SECURITY__KEYS_DIR=f"{tmp_path}/environment").exit_code == 0
-    assert (tmp_path / "configured/a.key").exists()
-    assert (tmp_path / "configured/b.key").exists()
-    assert (tmp_path / "environment/c.key").exists()
+    assert keys("new", "--daemon", CPE_CONFIG=str(config)).exit_code == 0
+    assert keys("new", "--daemon", "--config", config).exit_code == 2, "it is there already"
+    assert keys("new", "--daemon", CPE_SECURITY__KEYS_DIR=f"{tmp_path}/environment").exit_code == 0
+    assert (tmp_path / "configured/daemon.key").exists()
+    assert (tmp_path / "environment/daemon.key").exists()
 
 
 def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
