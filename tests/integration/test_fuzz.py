@@ -38,6 +38,7 @@ from cpe_daemon.wire.messages import (
     Ping,
     Pong,
     PushRequest,
+    RollbackRequest,
     Seal,
     StatusRequest,
     StepDone,
@@ -45,6 +46,7 @@ from cpe_daemon.wire.messages import (
     TrainerHello,
     VersionOpened,
     VersionStatus,
+    WaitRequest,
     Watch,
     WorkerBye,
     WorkerCommand,
@@ -133,7 +135,7 @@ def engines(endpoint: str) -> Peer:
 def state_of(daemon: Daemon) -> dict[str, Any]:
     """Its status without what changes by itself, and without the counters."""
     status = daemon.status()
-    del status["counters"], status["daemon"]["uptime_seconds"]
+    del status["counters"], status["daemon"]["uptime_seconds"], status["journal"]["age_seconds"]
     for version in status["versions"]:
         del version["age_seconds"]
     return status
@@ -192,7 +194,8 @@ def still_serves(request: pytest.FixtureRequest, node: Node, daemon: Daemon) -> 
 
 def strangers(kind: type[Message]) -> Callable[[Message], bool]:
     """What a stranger may not say: anything but a hello, and what operators say, who need none."""
-    return lambda message: not isinstance(message, kind | StatusRequest | PushRequest | EngineAdd | EngineRemove)
+    operators = StatusRequest | PushRequest | RollbackRequest | WaitRequest | EngineAdd | EngineRemove
+    return lambda message: not isinstance(message, kind | operators)
 
 
 # --- strangers -------------------------------------------------------------------------------------------------------
