@@ -168,7 +168,8 @@ def holdings(engines: Iterable[Engine]) -> tuple[dict[str, str], dict[str, str]]
     doubtful: dict[str, str] = {}
     for engine in engines:
         if engine.state is EngineState.CURRENT:
-            held[engine.name] = str(engine.content) if engine.content else "what it started with"
+            content = str(engine.content) if engine.content else "what it started with"
+            held[engine.name] = f"{content}, asleep" if engine.asleep else content
         elif engine.workers:
             doubtful[engine.name] = engine.error.message if engine.error else _WITHOUT_ERROR[engine.state]
     return held, doubtful

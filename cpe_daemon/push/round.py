@@ -181,6 +181,8 @@ class Round:
     async def _ask_whether_it_fits(self) -> None:
         """Drop the engines that cannot take such a version, while they serve; those that loaded one are not asked."""
         asked = [participant for participant in self.alive if not participant.knows(self._specs)]
+        if not asked:
+            return
         seconds = self._deadlines.check_seconds
         for header in announced(self.number, self._specs):
             for participant in asked:

@@ -16,6 +16,7 @@ import torch
 
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import DeadlineError, MisuseError
+from cpe_daemon.links.permission import check_permission
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.receiver import Receiver
 from inference_plugins.torch.gpus import current, gpu_of
@@ -78,7 +79,7 @@ class Attachment:
 
         Raises:
             DeadlineError: an update or a forward pass did not end within ``timeout`` seconds; it is awake.
-            MisuseError: called by ``on_wake``.
+            MisuseError: called by ``on_wake``, or after `close`.
         """
         self._check_thread()
         self._receiver.sleep(timeout)
@@ -95,12 +96,14 @@ class Attachment:
 
         Raises:
             DeadlineError: the receiver's thread was busy all that time.
-            MisuseError: called by ``on_wake``, which need not say it.
+            MisuseError: called by ``on_wake``, which need not say it, or after `close`.
         """
         self._check_thread()
         self._receiver.wake_up(timeout, kept=kept)
 
     def _check_thread(self) -> None:
+        if self._stopped.is_set():
+            raise MisuseError("this worker was detached; the daemon knows it no more")
         if threading.current_thread() is self._thread:
             raise MisuseError("on_wake need only make the memory ready; the engine counts as awake when it returns")
 
@@ -175,6 +178,7 @@ def attach(
 
     Raises:
         DeadlineError: no daemon answered in time.
+        AccessError: this user may not connect to the daemon's socket.
         MisuseError: rank and world size make no sense, the GPU cannot be told or is not visible here, or the daemon
             refuses this worker; says why.
     """
@@ -198,10 +202,16 @@ def attach(
         leader=rank == 0,
         pid=os.getpid(),
     )
-    receiver = Receiver(_endpoint(socket), hello, loader)
+    endpoint = _endpoint(socket)
+    check_permission(endpoint)
+    receiver = Receiver(endpoint, hello, loader)
     try:
         with current(gpu):
             receiver.attach(connect_timeout)
+    except DeadlineError:
+        receiver.close()
+        check_permission(endpoint)  # of a daemon that came while this worker waited
+        raise
     except BaseException:  # task boundary: nothing is kept open, whatever ended the wait
         receiver.close()
         raise
