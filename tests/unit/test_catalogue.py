@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count, pairwise
 
 import msgspec
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cpe_daemon.arena import Arena
 from cpe_daemon.core.admission import History, Used, admit
 from cpe_daemon.core.extents import Extent
+from cpe_daemon.core.keeping import Keeping
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import Manifest, layout, merge
 from cpe_daemon.core.plan import HERE
@@ -54,14 +56,25 @@ def seal(version: Version) -> None:
         part.digests = [bytes(16)] * len(part.shards)
 
 
+EXAMPLES = int(os.environ.get("CPE_TEST_EXAMPLES", "40"))
+"""How often anything happens in any order."""
+
+
 class Shelf:
     """A catalogue over a small arena, with the way to each state."""
 
-    def __init__(self, arena_bytes: int = ARENA_BYTES, retain: int = 1, *, automatic: bool = True) -> None:
+    def __init__(
+        self,
+        arena_bytes: int = ARENA_BYTES,
+        retain: int = 1,
+        *,
+        automatic: bool = True,
+        models: Mapping[str, Keeping] | None = None,
+    ) -> None:
         self.arena = Arena(arena_bytes)
         self.ticks = count(1)
         self.catalogue = Catalogue(
-            self.arena, retain=retain, clock=lambda: float(next(self.ticks)), automatic=automatic
+            self.arena, retain=retain, clock=lambda: float(next(self.ticks)), automatic=automatic, models=models
         )
         self.told: list[tuple[str, str]] = []
         self.catalogue.watch(lambda version: self.told.append((str(version.id), str(version.state))))
@@ -658,9 +671,10 @@ def test_version_that_waits_makes_no_room_by_itself_and_is_named(waiting: Shelf)
 class AnyOrder(RuleBasedStateMachine):
     """Whatever happens, in any order: bytes belong to one version, and stay its own while it has them or is leased."""
 
-    @initialize(retain=st.integers(0, 2), automatic=st.booleans())
-    def begin(self, retain: int, *, automatic: bool) -> None:
-        self.shelf = Shelf(24 * A, retain, automatic=automatic)
+    @initialize(retain=st.integers(0, 2), automatic=st.booleans(), quota=st.sampled_from([0, 12 * A]))
+    def begin(self, retain: int, quota: int, *, automatic: bool) -> None:
+        self.quota = quota or 24 * A
+        self.shelf = Shelf(24 * A, retain, automatic=automatic, models={"b": Keeping(retain, quota)})
         self.automatic = automatic
         self.catalogue, self.arena = self.shelf.catalogue, self.shelf.arena
         self.retain = retain
@@ -712,7 +726,8 @@ class AnyOrder(RuleBasedStateMachine):
         try:
             extent = self.catalogue.contribute(version, rank, shards_of(nbytes, rank), nbytes).extent
         except ArenaFullError:
-            assert align(nbytes) > self.arena.largest_free_bytes
+            over_quota = version.id.model == "b" and self.taken("b") + align(nbytes) > self.quota
+            assert over_quota or align(nbytes) > self.arena.largest_free_bytes
             assert all(v.state is VersionState.RETAINED for v in retained)
         except VersionRefusedError:
             assert rank in version.contributions
@@ -762,6 +777,16 @@ class AnyOrder(RuleBasedStateMachine):
             assert previous.state is kept
         assert len([v for v in self.versions(VersionState.RETAINED) if v.id.model == version.id.model]) <= self.retain
 
+    @precondition(lambda self: self.versions(VersionState.RETAINED))
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        version = data.draw(st.sampled_from(self.versions(VersionState.RETAINED)))
+        previous = self.catalogue.live(version.id.model)
+        self.catalogue.go_live(version, report(version))
+        assert self.catalogue.live(version.id.model) is version
+        assert previous is not None
+        assert previous.state is VersionState.RETAINED
+
     @precondition(lambda self: self.versions(VersionState.RECEIVING, VersionState.STAGED, VersionState.PUSHING))
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
@@ -782,6 +807,11 @@ class AnyOrder(RuleBasedStateMachine):
         at = data.draw(st.integers(0, len(self.leases) - 1))
         self.leases.pop(at)[1].close()
 
+    def taken(self, model: str) -> int:
+        """Bytes of the arena that a model's versions take."""
+        mine = [version for version in self.catalogue if version.id.model == model]
+        return sum(align(part.extent.nbytes) for version in mine for part in version.contributions.values())
+
     @property
     def held(self) -> list[Extent]:
         return [part.extent for version in self.catalogue for part in version.contributions.values()]
@@ -801,6 +831,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.arena.view[extent.offset : extent.end] == bytes([stamp]) * extent.nbytes
 
     @invariant()
+    def quota_is_kept(self) -> None:
+        assert self.taken("b") <= self.quota
+
+    @invariant()
     def leased_version_has_its_bytes(self) -> None:
         for version, _ in self.leases:
             assert self.catalogue.find(version.id) is version
@@ -818,5 +852,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert [str(v.id) for v in live] == [told[0] for told in went_live[-1:]]
 
 
-AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
+AnyOrder.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, derandomize=True)
 test_anything_in_any_order = AnyOrder.TestCase
