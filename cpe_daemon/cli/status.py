@@ -53,7 +53,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
       rollback   [model, live, to: null, or the version that a rollback would bring back]
       engines    [engine, model, kind, state, ready, expected, url, content, world_size,
                  workers: [rank, pid, node, gpu, present], error, last_push_seconds]
-      journal    path, error, age_seconds, lost, not_resident: [model, run, number],
+      journal    path, error, written_at (Unix time), lost, not_resident: [model, run, number],
                  awaited: [engine]
       bootstrap  state, version, dir, message, percent
       trainers   [model, run, rank, world_size, transport, version, received_bytes,

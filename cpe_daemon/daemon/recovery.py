@@ -95,7 +95,7 @@ class Recovery:
         return {
             "path": str(self.journal.path),
             "error": self.journal.trouble or None,
-            "age_seconds": time.time() - self.journal.written_at if self.journal.written_at else None,
+            "written_at": self.journal.written_at or None,
             "lost": self.journal.found.lost,
             "not_resident": [{"model": v.model, "run": v.run, "number": v.number} for v in self.not_resident],
             "awaited": sorted(self.returning.missing),
