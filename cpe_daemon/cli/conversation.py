@@ -82,6 +82,7 @@ class Conversation:
 
     Raises:
         PeerLostError: the endpoint's socket is no file here: no daemon has listened there.
+        AccessError: this user may not connect there.
         ConfigError: the endpoint is malformed.
     """
 
@@ -154,11 +155,15 @@ def ask_status(daemon: DaemonAddress, timeout: float) -> dict[str, Any]:
 
 
 def _look(endpoint: str) -> None:
-    """Fail at once where no daemon ever listened, rather than wait for one to appear.
+    """Fail at once where no daemon ever listened or nobody is let in, rather than wait for that to change.
 
     Raises:
         PeerLostError: the endpoint's socket is no file here.
+        AccessError: this user may not connect there.
     """
+    from cpe_daemon.links.permission import check_permission
+
+    check_permission(endpoint)
     path = endpoint.removeprefix("ipc://")
     if path != endpoint and not Path(path).exists():
         raise PeerLostError(f"no daemon listens at {endpoint}; is `cpe serve` running, and in this --runtime-dir?")

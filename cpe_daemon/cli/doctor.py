@@ -90,7 +90,7 @@ def doctor_command(
 
     \b
     Checks, for --only:
-      installation  config, runtime-dir, systemd
+      installation  config, runtime-dir, state-dir, keys, systemd
       host          kernel, memory, memlock, hugepages, files, numa
       gpus          gpus, pcie, peer-access, compute-mode, mig
       network       rdma, endpoints

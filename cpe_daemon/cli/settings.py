@@ -34,14 +34,14 @@ _SET = click.option(
 )
 _RUNTIME_DIR = click.option(
     "--runtime-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # who may not enter it is told so, and how to be let in
     metavar="DIR",
     help="Directory of the daemon's sockets; the same as --set runtime_dir=DIR.",
 )
 
 LOCAL_DAEMON: Final = click.option(
     "--runtime-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     envvar="CPE_RUNTIME_DIR",
     metavar="DIR",
     help="Talk to the daemon that runs in this directory.  [env: CPE_RUNTIME_DIR]",

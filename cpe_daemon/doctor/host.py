@@ -58,6 +58,7 @@ class Entry:
         inode: its number on its file system.
         device: that file system, as /proc writes it: "00:1a".
         writable: whether this process may write to it.
+        searchable: of a directory, whether this process may look at what is in it by name.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Entry:
     inode: int = 0
     device: str = ""
     writable: bool = True
+    searchable: bool = True
 
 
 class Host(Protocol):
@@ -169,7 +171,8 @@ class LiveHost:
             mode=stat.S_IMODE(found.st_mode),
             inode=found.st_ino,
             device=f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}",
-            writable=os.access(path, os.W_OK),
+            writable=_may(path, os.W_OK),
+            searchable=_may(path, os.X_OK),
         )
 
     def run(self, command: Sequence[str], seconds: float) -> Ran | None:
@@ -209,6 +212,10 @@ class LiveHost:
             return str(error.reason)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return str(error) or type(error).__name__
+
+
+def _may(path: str, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _execute(command: tuple[str, ...], seconds: float) -> Ran | None:

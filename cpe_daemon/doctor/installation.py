@@ -51,6 +51,8 @@ def judge_runtime_dir(subject: Subject) -> Judgement:
         return fail(
             f"{path} may be written to by everybody, who could replace the sockets in it", f"`chmod 0750 {path}`"
         )
+    if subject.shut_out:
+        return skip(f"{path} is {user_name(host, found.uid)}'s, and this user may not enter it: see daemon")
     owner = subject.owner()
     if owner is not None:
         answer = subject.answer()
@@ -93,16 +95,16 @@ def _missing(host: Host, path: str) -> Judgement:
 
 def _not_ours(host: Host, path: str, found: Entry) -> Judgement:
     """Somebody else's directory is only good for somebody else's daemon."""
-    owner = _user(host, found.uid)
+    owner = user_name(host, found.uid)
     if unit(host).get("User", "") == owner:
         return ok(f"{path} is {owner}'s, the user of {SERVICE}")
-    text = f"{path} is {owner}'s, and a daemon of {_user(host, host.uid)} refuses it"
+    text = f"{path} is {owner}'s, and a daemon of {user_name(host, host.uid)} refuses it"
     if host.uid == 0:
         return warn(text, f"run the daemon as {owner}, or choose another runtime_dir")
     return fail(text, f"run the daemon as {owner}, or choose another runtime_dir")
 
 
-def _user(host: Host, uid: int) -> str:
+def user_name(host: Host, uid: int) -> str:
     """A user's name; "uid 990" for one without."""
     for line in (host.read("/etc/passwd") or "").splitlines():
         name, _, number, *_ = (*line.split(":"), "", "", "")

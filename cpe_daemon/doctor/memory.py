@@ -26,8 +26,10 @@ NO_SETTINGS: Final = "the settings are not valid: see config"
 
 def judge_memory(subject: Subject) -> Judgement:
     """Whether the host, its control groups and its overcommit rule have room for the arena."""
-    held = subject.arena_bytes()
-    if subject.status() and held is not None:  # a daemon answers once every page of it is there
+    if subject.shut_out:
+        return skip("nobody knows whether a daemon has its arena: see daemon")
+    held = subject.arena_bytes() or 0 if subject.status() else 0  # a daemon answers once every page of it is there
+    if held and (subject.needs is None or subject.needs.arena_bytes <= held):
         return ok(f"the daemon has its arena of {gib(held)}")
     if (owner := subject.silent()) is not None:
         return skip(f"process {owner} has taken its arena, or is taking it: see daemon")
@@ -36,20 +38,23 @@ def judge_memory(subject: Subject) -> Judgement:
     meminfo = subject.host.read("/proc/meminfo")
     if meminfo is None:
         return skip("/proc/meminfo cannot be read")
-    return _room(subject.needs, meminfo, list(_limits(subject.host)), subject.host)
+    return _room(subject.needs, held, meminfo, list(_limits(subject.host)), subject.host)
 
 
-def _room(needs: Needs, meminfo: str, groups: list[tuple[int, str]], host: Host) -> Judgement:
-    """Compare what is needed with the tightest of all bounds."""
+def _room(needs: Needs, held: int, meminfo: str, groups: list[tuple[int, str]], host: Host) -> Judgement:
+    """Compare what is needed with the tightest of all bounds; ``held`` is what the daemon that runs would give back."""
     bounds = [(_kib(meminfo, "MemAvailable"), "MemAvailable"), *groups]
     if (host.read("/proc/sys/vm/overcommit_memory") or "").strip() == "2":
         left = _kib(meminfo, "CommitLimit") - _kib(meminfo, "Committed_AS")
         bounds.append((max(0, left), "the commit limit (vm.overcommit_memory is 2)"))
     free, bound = min(bounds)
+    free += held
     parts = f"the arena of {gib(needs.arena_bytes)}"
     if needs.slot_bytes:
         parts += f" and slots of {gib(needs.slot_bytes)}"
     found = f"{parts} need {gib(needs.memory_bytes)}, and {bound} leaves {gib(free)}"
+    if held:
+        found += f", with the arena of {gib(held)} that the daemon which runs would give back"
     if needs.memory_bytes > free:
         return fail(found, f"lower arena.size_bytes, or raise {_what_to_raise(bound)}")
     if needs.memory_bytes > _TIGHT * free:

@@ -12,6 +12,7 @@ from cpe_daemon.doctor.finding import Finding, Judgement, fail, warn
 from cpe_daemon.doctor.gpus import judge_compute_mode, judge_gpus, judge_mig
 from cpe_daemon.doctor.installation import judge_config, judge_runtime_dir
 from cpe_daemon.doctor.interconnect import judge_pcie, judge_peer_access
+from cpe_daemon.doctor.keeping import judge_keys, judge_state_dir
 from cpe_daemon.doctor.kernel import judge_files, judge_kernel, judge_numa
 from cpe_daemon.doctor.memory import judge_hugepages, judge_memlock, judge_memory
 from cpe_daemon.doctor.mooncake import judge_mooncake
@@ -36,6 +37,8 @@ class Check:
 CHECKS: Final = (
     Check("config", "installation", judge_config),
     Check("runtime-dir", "installation", judge_runtime_dir),
+    Check("state-dir", "installation", judge_state_dir),
+    Check("keys", "installation", judge_keys),
     Check("systemd", "installation", judge_systemd),
     Check("kernel", "host", judge_kernel),
     Check("memory", "host", judge_memory),

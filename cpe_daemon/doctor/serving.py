@@ -20,6 +20,8 @@ _WELL: Final = frozenset({"current", "updating"})
 
 def judge_daemon(subject: Subject) -> Judgement:
     """Whether a daemon runs, answers soon, and is the release that is installed."""
+    if subject.shut_out:
+        return fail(f"nobody knows: this user may not enter {subject.runtime_dir}", _let_in(subject.runtime_dir))
     answer, owner = subject.answer(), subject.owner()
     if answer is None:
         if owner is not None:
@@ -31,8 +33,8 @@ def judge_daemon(subject: Subject) -> Judgement:
         socket = subject.host.entry(subject.front)
         if socket is not None and not socket.writable:
             return fail(
-                f"this user may not open {subject.front}",
-                "run this as root, as the daemon's user, or in its group (the socket's mode is 0660)",
+                f"this user may not open {subject.front} (the socket's mode is 0660)",
+                _let_in(subject.front),
             )
         if owner is None:
             return skip(f"no daemon runs in {subject.runtime_dir}, where a killed one left its sockets")
@@ -54,6 +56,11 @@ def judge_daemon(subject: Subject) -> Judgement:
             )
         )
     return worst(judged, f"{found} (pid {about.get('pid')}, node {about.get('node')})")
+
+
+def _let_in(path: str) -> str:
+    """What somebody does who is kept out of the daemon's files."""
+    return f"run this as root or as the daemon's user, or join the group of {path}: `usermod -aG GROUP USER`"
 
 
 def judge_engines(subject: Subject) -> Judgement:

@@ -28,6 +28,8 @@ class Needs:
         max_trainers: ranks that may be connected at once.
         endpoints: where it shall listen, besides its own sockets; its HTTP listener included.
         engines_file: where it keeps the engines that it shall expect.
+        state_dir: where it keeps what shall survive it.
+        keys_dir: where it looks for its keys.
         wants_gpu: whether its slots are in GPUs.
         wants_curve: whether it shall ask clients over tcp for keys.
     """
@@ -38,6 +40,8 @@ class Needs:
     max_trainers: int = 1024
     endpoints: tuple[str, ...] = ()
     engines_file: str = ""
+    state_dir: str = ""
+    keys_dir: str = ""
     wants_gpu: bool = False
     wants_curve: bool = False
 
@@ -61,6 +65,8 @@ class Needs:
             max_trainers=config.ingest.max_trainers,
             endpoints=(*config.ingest.listen, *http),
             engines_file=str(config.state_dir / ENGINES_FILE),
+            state_dir=str(config.state_dir),
+            keys_dir=str(config.security.keys_dir),
             wants_gpu=not in_memory,
             wants_curve=over_tcp and not config.ingest.insecure,
         )
@@ -126,6 +132,12 @@ class Subject:
     def front(self) -> str:
         """Path of the socket that a daemon answers at."""
         return f"{self.runtime_dir}/{FRONT_SOCKET}"
+
+    @property
+    def shut_out(self) -> bool:
+        """Whether this user may not enter the runtime directory, and so cannot tell whether a daemon is there."""
+        directory = self.host.entry(self.runtime_dir)
+        return directory is not None and not directory.searchable
 
     def answer(self) -> Answer | None:
         """Return what the daemon says; None if it has no socket, so that there is none to ask."""

@@ -13,7 +13,7 @@ SERVICE: Final = "cpe-daemon.service"
 
 _PROPERTIES: Final = (
     "LoadState,ActiveState,Result,UnitFileState,User,ExecStart,LimitMEMLOCK,LimitNOFILE,MemoryMax,PrivateDevices,"
-    "RuntimeDirectory"
+    "RuntimeDirectory,StateDirectory"
 )
 _COMMAND: Final = ("systemctl", "show", SERVICE, f"--property={_PROPERTIES}")
 _ASK_SECONDS: Final = 5.0
@@ -43,9 +43,18 @@ def unit_config(host: Host) -> str | None:
 
 def unit_runtime_dirs(host: Host) -> list[str]:
     """Return the directories that the unit has made for the daemon when it starts, if it is installed."""
+    return _made_by_unit(host, "RuntimeDirectory", "/run")
+
+
+def unit_state_dirs(host: Host) -> list[str]:
+    """Return the directories of the unit's that survive a restart, if it is installed."""
+    return _made_by_unit(host, "StateDirectory", "/var/lib")
+
+
+def _made_by_unit(host: Host, name: str, where: str) -> list[str]:
     shown = unit(host)
-    names = shown.get("RuntimeDirectory", "") if shown.get("LoadState") == "loaded" else ""
-    return [f"/run/{name}" for name in names.split()]
+    names = shown.get(name, "") if shown.get("LoadState") == "loaded" else ""
+    return [f"{where}/{inside}" for inside in names.split()]
 
 
 def judge_systemd(subject: Subject) -> Judgement:

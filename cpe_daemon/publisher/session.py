@@ -26,6 +26,7 @@ from cpe_daemon.errors import (
 )
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
+from cpe_daemon.links.permission import check_permission
 from cpe_daemon.publisher.asking import Asking
 from cpe_daemon.publisher.delivery import Bell
 from cpe_daemon.publisher.gpus import Gpus
@@ -271,11 +272,13 @@ def greet(dealer: Dealer, hello: TrainerHello, cancelled: Callable[[], bool]) ->
     Raises:
         PeerLostError: somebody listens and does not answer.
         FarewellError: the daemon there is about to stop.
+        AccessError: this user may not connect there.
         CpeError: the daemon refuses; rebuilt from its code.
     """
     while True:
         if cancelled():
             return None
+        check_permission(dealer.endpoint)
         try:
             dealer.send(hello, timeout=_SLICE_SECONDS)
             break
