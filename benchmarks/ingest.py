@@ -83,6 +83,7 @@ class Setting:
         """The daemon's settings."""
         made: dict[str, object] = {
             "runtime_dir": str(self.directory),
+            "state_dir": str(self.directory / "state"),
             "arena": {"size_bytes": align(DENSE[self.model].nbytes * 21 // 10 + 16 * _MIB)},
             "device": {"slots": 1, "slot_bytes": _MIB},  # there is no engine
             "retention": {"versions": 0},

@@ -38,7 +38,12 @@ def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_example_engine_serves_what_the_example_trainer_publishes(runtime_dir: Path) -> None:
-    settings = ("arena.size_bytes=64MiB", "device.slot_bytes=1MiB", "http.listen=127.0.0.1:0")
+    settings = (
+        f"state_dir={runtime_dir}/state",
+        "arena.size_bytes=64MiB",
+        "device.slot_bytes=1MiB",
+        "http.listen=127.0.0.1:0",
+    )
     small = [word for setting in settings for word in ("--set", setting)]
     with (
         running("-m", "cpe_daemon", "serve", "--runtime-dir", runtime_dir, *small) as daemon,
