@@ -14,6 +14,7 @@ from cpe_daemon.core.lifecycle import ENGINE_TABLE, EngineEvent, EngineState, ad
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.worker import Step, Worker
 from cpe_daemon.errors import CpeError, PeerLostError
+from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     Abort,
     Begin,
@@ -57,6 +58,8 @@ class Engine:
         self.last_push_seconds = 0.0
         self.starved = True
         """Whether it waited for buckets, mostly, in its last round; what is supposed before the first."""
+        self.url = hello.url
+        """Where its own API is, if it has one and somebody says."""
         self.incomplete_since: float | None = None
         """Since when some of its workers are missing; None if they are not, or if that was complained of."""
         self.changed: Callable[[], None] = lambda: None
@@ -165,6 +168,16 @@ class EngineWorkers:
         """How many there are to be."""
         return self._engine.world_size
 
+    @property
+    def url(self) -> str:
+        """Where the engine's own API is."""
+        return self._engine.url
+
+    @property
+    def starting(self) -> bool:
+        """Whether any of its workers has not served yet."""
+        return any(worker.starting for worker in self._engine.workers.values())
+
     async def check(self, round: int, seconds: float) -> None:
         """Say whether what was announced fits."""
         await self._all(Check(round), seconds)
@@ -198,6 +211,8 @@ class EngineWorkers:
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
         """Serve again."""
         await self._all(Resume(round, content), seconds)
+        for worker in self._engine.workers.values():
+            worker.starting = False
 
     async def wake(self, seconds: float) -> None:
         """Wake up. Those that are awake say so."""
@@ -208,8 +223,9 @@ class EngineWorkers:
         """Have every worker do it; every answer is awaited before the first error is raised."""
         if not self._engine.complete:
             raise PeerLostError(f"engine {self._engine.name!r} has lost a worker")
-        workers = list(self._engine.workers.values())
-        answers = await asyncio.gather(*(worker.step(step, seconds) for worker in workers), return_exceptions=True)
+        header = encode(step)
+        sent = [worker.post(step, seconds, header) for worker in self._engine.workers.values()]  # now, not in tasks
+        answers = await asyncio.gather(*sent, return_exceptions=True)
         done: list[StepDone] = []
         for answer in answers:
             if isinstance(answer, BaseException):

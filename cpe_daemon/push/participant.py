@@ -76,18 +76,19 @@ class Participant:
             self.error = error
             log.warning("engine.dropped", engine=self.engine.name, round=self._round, error=error.message)
 
-    async def step(self, phase: str, work: Awaitable[object], seconds: float) -> None:
-        """Carry out one phase, time it, and drop the engine if it fails or is late.
+    async def step(self, phase: str, work: Callable[[], Awaitable[object]], seconds: float) -> None:
+        """Carry out one phase, time it, and drop the engine if it fails or is late, or may not be asked any more.
 
         ``seconds`` is the workers' own deadline. A driver gets a little more, so that the error that arrives is the one
         that names the worker.
         """
         began = self._clock()
-        if phase == "pause":
-            self._stopped_at, self._paused = began, True
         try:
+            self._check_attached()
+            if phase == "pause":
+                self._stopped_at, self._paused = began, True
             async with asyncio.timeout(seconds + _MARGIN_SECONDS):
-                await work
+                await work()
             self._check_attached()
         except CpeError as error:  # before TimeoutError: a DeadlineError is one too, and knows who was late
             self.drop(error)
@@ -148,7 +149,7 @@ class Participant:
             worker.loaded = specs
         await self.step(
             "resume",
-            self.engine.driver.resume(self._round, content, self._deadlines.resume_seconds),
+            lambda: self.engine.driver.resume(self._round, content, self._deadlines.resume_seconds),
             self._deadlines.resume_seconds,
         )
         if self.alive and self.engine.state is EngineState.UPDATING:

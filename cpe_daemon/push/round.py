@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Final
 
 import structlog
@@ -188,13 +189,13 @@ class Round:
             for participant in asked:
                 participant.tell(header)
         await asyncio.gather(
-            *(p.step("check", p.engine.driver.check(self.number, seconds), seconds) for p in asked),
+            *(p.step("check", partial(p.engine.driver.check, self.number, seconds), seconds) for p in asked),
         )
         self._check()
 
     async def _each(self, phase: str, work: Callable[[Participant], Awaitable[object]], seconds: float) -> None:
         """One phase for all engines at once; the next begins when the last has done it or was dropped."""
-        await asyncio.gather(*(p.step(phase, work(p), seconds) for p in self.alive))
+        await asyncio.gather(*(p.step(phase, partial(work, p), seconds) for p in self.alive))
         self._check()
 
     async def _gathered(self, loads: Sequence[Awaitable[None]]) -> None:

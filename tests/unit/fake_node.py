@@ -24,7 +24,7 @@ from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import Expected
 from cpe_daemon.engines.registry import Registry
-from cpe_daemon.errors import CpeError, ResourceError
+from cpe_daemon.errors import CpeError, EngineError, ResourceError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Catalogue, Version
@@ -252,9 +252,13 @@ class FakeWorker:
 
     def _answer(self, name: str, step: Any) -> None:
         seq = getattr(step, "seq", 0)
-        if isinstance(step, Wake) and name not in self.script:
+        if isinstance(step, Wake) and self.asleep and name not in self.script:
             self.wake_up()
-        answer: Answer = self.script[name](step) if name in self.script else self.do(step)
+        answer: Answer
+        if self.asleep and not isinstance(step, Wake | Abort | CloseSlots):
+            answer = EngineError("it is asleep")  # it fell asleep while this was on its way
+        else:
+            answer = self.script[name](step) if name in self.script else self.do(step)
         if isinstance(answer, CpeError):
             answer = StepFailed(step.round, name, ErrorInfo(answer.code, answer.message), seq)
         if isinstance(answer, Message) and self._node.registry_knows(self.peer):
@@ -266,7 +270,7 @@ class FakeWorker:
         match step:
             case OpenSlots() | CloseSlots():
                 self.slots = getattr(step, "slots", None)
-            case Pause():
+            case Halt() | Pause():
                 self.paused = True
             case Begin():
                 self._before, self._loaded = (step.round, self.content), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -293,3 +295,34 @@ async def test_engine_that_lacks_a_worker_is_missed_though_another_is_asleep() -
     async with FakeNode.running(gpus=2) as node:
         node.worker("a", rank=0, world_size=2).sleep()
         assert [reason.code for reason in judge(engines=node.registry).reasons] == ["engine_incomplete"]
+
+
+# --- at any moment ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asleep", ["defer", "refuse", "wake"])
+@pytest.mark.parametrize("seed", range(12))
+async def test_engine_that_sleeps_at_any_moment_ends_up_with_the_live_version(seed: int, asleep: str) -> None:
+    """Two ranks nod off whenever no round has paused them, and wake up with their weights or without."""
+    luck = random.Random(seed)
+    async with FakeNode.running(gpus=2, push={"asleep": asleep}) as node:
+        workers = [node.worker("a", rank=rank, world_size=2) for rank in range(2)] + [node.worker("b")]
+        await node.publish(number(1))
+        for n in range(2, 12):
+            version = node.stage(number(n))
+            while version.state in ("staged", "pushing") or luck.random() < 0.8:
+                worker = luck.choice(workers)
+                if worker.asleep and luck.random() < 0.5:
+                    worker.wake_up(kept=luck.random() < 0.5)
+                elif not worker.asleep and not worker.paused and luck.random() < 0.2:
+                    worker.sleep()
+                for _ in range(luck.randrange(6)):
+                    await asyncio.sleep(0)
+        for worker in workers:
+            if worker.asleep:
+                worker.wake_up(kept=False)
+        await node.idle()
+        live = node.catalogue.live("m")
+        assert live is not None
+        assert node.states() == {"a": (CURRENT, live.id), "b": (CURRENT, live.id)}
+        assert not any(worker.paused or worker.content != live.id for worker in workers)
