@@ -117,6 +117,15 @@ def test_switches_turn_on_what_they_say() -> None:
     assert "nvidia.com/gpu" in container(engine_pod(SWITCHES["CUDA"]))["resources"]["limits"]
 
 
+def test_sed_for_gpus_has_the_daemon_use_them(tmp_path: Path) -> None:
+    kinds = []
+    for switch in SWITCHES.values():
+        path = tmp_path / "config.yaml"
+        path.write_text(one("ConfigMap", switch)["data"]["config.yaml"])
+        kinds.append(load_config(path, environ={}).device.kind)
+    assert kinds == ["shm", "cuda", "cuda"]
+
+
 def test_daemon_is_given_what_its_configuration_names(config: Config) -> None:
     pod, daemon = daemon_pod(), container(daemon_pod())
     given, kept = mounts(daemon), volumes(pod)
