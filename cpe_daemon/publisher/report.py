@@ -36,7 +36,7 @@ class PublishReport:
     @property
     def behind(self) -> dict[str, EngineReport]:
         """The engines that do not serve the version: those that failed, kept what they held, or lack a rank."""
-        return {name: report for name, report in self.engines.items() if report.outcome != "updated"}
+        return {name: report for name, report in self.engines.items() if report.outcome not in ("updated", "current")}
 
     @property
     def nbytes(self) -> int:
@@ -60,4 +60,5 @@ class PublishReport:
             + (" (held there already: nothing was sent)" if endpoint in self.held else "")
             for endpoint, node in self.nodes.items()
         ]
-        return "\n".join([*lines, *engine_lines(self.engines)])
+        notes = [f"{endpoint}: {node.note}" for endpoint, node in self.nodes.items() if node.note]
+        return "\n".join([*lines, *notes, *engine_lines(self.engines)])

@@ -20,7 +20,7 @@ from cpe_daemon.wire.messages import (
     VersionOpened,
     WaitReply,
 )
-from cpe_daemon.wire.reports import ErrorInfo, VersionReport
+from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
 
 def version(number: int) -> VersionId:
@@ -55,6 +55,14 @@ def test_every_daemon_is_asked_and_answers() -> None:
     report, errors = rollback(sessions, -1, 5.0, bell)
     assert (report.version, set(report.nodes), errors) == (version(1), {"a", "b"}, {})
     assert sessions["a"].said == [TrainerRollback(-1, -1)]
+
+
+def test_rollback_that_had_nothing_to_do_leaves_nobody_behind() -> None:
+    bell = Bell()
+    done = VersionReport(version(1), 8, 1, engines={"e": EngineReport("current")}, note="m@r#1 is live already")
+    report, _ = rollback({"a": FakeSession(bell, lambda stream: PushReply(done, stream))}, 1, 5.0, bell)
+    assert report.behind == {}
+    assert "a: m@r#1 is live already" in str(report)
 
 
 def test_daemons_that_went_back_to_different_versions_are_named() -> None:
