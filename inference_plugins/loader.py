@@ -20,6 +20,9 @@ class Loader(Protocol):
     touched: bool
     """Whether the weights may be a mixture: true from the first write of an update until `finish` has returned."""
 
+    starting: bool
+    """Whether the engine has not served since its process began: true until the first `resume`, if at all."""
+
     asleep: bool
     """Whether their memory may belong to others: true from `sleep` until `wake_up`. Nothing may touch it meanwhile."""
 
@@ -75,6 +78,10 @@ class Loader(Protocol):
 
     def finish(self, version: VersionId) -> None:
         """Every tensor has been given: post-process, and raise unless each one that was expected came."""
+        ...
+
+    def abandon(self, reason: str) -> None:
+        """The round was given up, whether anything was begun or not: leave the engine such that it could be resumed."""
         ...
 
     def resume(self) -> None:

@@ -158,7 +158,7 @@ class Receiver:
         """
         loader = self._loader
         hello = structs.replace(self._hello, content=loader.content, touched=loader.touched, asleep=loader.asleep)
-        hello = structs.replace(hello, digest=self._steps.digest)
+        hello = structs.replace(hello, digest=self._steps.digest, starting=loader.starting)
         deadline = time.monotonic() + seconds
         refused: CpeError | None = None
         try:
@@ -194,6 +194,7 @@ class Receiver:
 
     def _take_in(self, welcome: WorkerWelcome) -> None:
         """The daemon knows this worker: tie the two lives together, and serve or hold as it says."""
+        self._steps.drop("the daemon began anew")
         self._close_link()
         fd, self._tether = claim(welcome.handoff, welcome.tether)
         os.close(fd)
@@ -203,7 +204,7 @@ class Receiver:
         self._holding.held = welcome.hold or self._loader.asleep
         if welcome.hold:
             self._holding.begin(_HELLO_EVERY_SECONDS)
-        elif self._hello.world_size == 1:  # several ranks are resumed when they all are here, and agree
+        elif self._hello.world_size == 1 and not self._loader.starting:  # the others when all are here, and agree
             self._holding.let_serve()
         awaiting = ", awaiting the live version" if welcome.hold else ""
         log.info("attached to the daemon at %s%s", self.endpoint, awaiting)
@@ -255,8 +256,7 @@ class Receiver:
 
     def _let_go(self) -> None:
         self._welcome = None
-        self._steps.forget()
-        self._steps.under_way = False
+        self._steps.drop("the daemon is gone")
         self._close_link()
         self._holding.let_serve()
 

@@ -175,6 +175,15 @@ class Steps:
         self._assembly.clear()
         self._folder.begin()
 
+    def drop(self, reason: str) -> None:
+        """Give the round up, and have the engine do so; nobody awaits an answer, whatever it raises."""
+        self.attempt(Abort(0, reason), lambda: self._abandon(reason))
+
+    def _abandon(self, reason: str) -> None:
+        self.forget()
+        self.under_way = False
+        self._loader.abandon(reason)
+
     def attempt(self, step: Step | OpenSlots | CloseSlots | Wake, work: Callable[[], object]) -> StepFailed | None:
         """Do something of a step; return what is to be answered if it fails."""
         try:
@@ -223,8 +232,7 @@ class Steps:
 
     def _abort(self, abort: Abort) -> None:
         """Forget the round; a worker that serves already stops again, for others of its engine may not follow."""
-        self.forget()
-        self.under_way = False
+        self._abandon(abort.reason)
         if self._resumed == abort.round:
             self._loader.pause(_PAUSE_AGAIN_SECONDS)
 

@@ -76,6 +76,16 @@ class Workers(Protocol):
         """How many there are."""
         ...
 
+    @property
+    def url(self) -> str:
+        """Where the engine's own API is, as an operator or the engine says; "" if nobody does."""
+        ...
+
+    @property
+    def starting(self) -> bool:
+        """Whether the engine has not served yet: its API may not be there, and nothing has to be paused."""
+        ...
+
     async def check(self, round: int, seconds: float) -> None:
         """As `Steps.check`."""
         ...

@@ -70,6 +70,11 @@ class Expected:
         """What is expected of an engine, if it is expected."""
         return self._specs.get(name)
 
+    def url(self, name: str) -> str:
+        """Where an operator says that an engine's own API is; "" if none says so."""
+        spec = self._specs.get(name)
+        return spec.url if spec is not None else ""
+
     def why_absent(self, spec: EngineSpec) -> str:
         """What keeps an expected engine away of which nobody has been heard."""
         if spec.kind not in self._kinds:

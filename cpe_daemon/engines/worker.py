@@ -91,6 +91,8 @@ class Worker:
         """That version's, as far as it is known (`cpe_daemon.core.identity`)."""
         self.touched = hello.touched
         """Whether its weights may be a mixture."""
+        self.starting = hello.starting
+        """Whether it has not served yet."""
         self.asleep = hello.asleep
         """Whether the memory of its weights may belong to others now."""
         self.naps = 0

@@ -16,7 +16,9 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
 
     ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any, and
     ``digest`` that version's as its `Begin` said; ``touched`` says that it may hold a mixture, ``asleep`` that its
-    weights' memory is lent to others. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose).
+    weights' memory is lent to others. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose). ``url`` is
+    where the engine's own API is, if it has one; ``starting`` says that it has not served yet: nothing has to be
+    paused, and its API may not be there.
     """
 
     protocol: int
@@ -34,6 +36,8 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
     touched: bool = False
     asleep: bool = False
     digest: bytes = b""
+    url: str = ""
+    starting: bool = False
 
 
 class WorkerState(Message, frozen=True, tag="worker_state"):

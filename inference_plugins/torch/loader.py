@@ -43,7 +43,7 @@ class TorchLoader:
     ) -> None:
         self.content: VersionId | None = None
         self.touched = False
-        self.asleep = False
+        self.asleep = self.starting = False
         self._on_wake = on_wake
         self.serving = False
         self._target = target
@@ -110,6 +110,9 @@ class TorchLoader:
         self.content = version
         self.touched = False
         self._trouble = None
+
+    def abandon(self, reason: str) -> None:
+        """What an update has written stays; the lock stays shut until another one is finished."""
 
     def resume(self) -> None:
         """Open the lock."""

@@ -103,6 +103,7 @@ class FakeLoader:
         self.content: VersionId | None = None
         self.touched = False
         self.asleep = False
+        self.starting = False
         self.serving = False
         self.broken: dict[str, BaseException] = {}
         """What to raise, by method."""
@@ -131,6 +132,9 @@ class FakeLoader:
     def finish(self, version: VersionId) -> None:
         self._maybe_break("finish")
         self.content, self.touched = version, False
+
+    def abandon(self, reason: str) -> None:
+        self.abandoned = reason
 
     def resume(self) -> None:
         self._maybe_break("resume")

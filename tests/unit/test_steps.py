@@ -43,6 +43,8 @@ class FakeLoader:
         self.content: VersionId | None = OLD
         self.touched = False
         self.asleep = False
+        self.starting = False
+        self.abandoned = ""
         self.calls: list[str] = []
         self.error: Exception | None = None
         self.misfit: Exception | None = None
@@ -88,6 +90,9 @@ class FakeLoader:
 
     def finish(self, version: VersionId) -> None:
         self.content, self.touched = version, False
+
+    def abandon(self, reason: str) -> None:
+        self.abandoned = reason
 
     def resume(self) -> None:
         self.calls.append("resume")
@@ -478,3 +483,20 @@ def test_abort_tells_whether_the_weights_are_others_than_before(
     steps: Steps, before: list[Step], changed: bool
 ) -> None:
     assert do(steps, *before, Abort(7, "a sibling failed")).touched is changed
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_engine_hears_that_a_round_was_given_up(steps: Steps, loader: FakeLoader, *, begun: bool) -> None:
+    """Also of one that was not begun here: it may hold still for it already."""
+    do(steps, Pause(7, 1.0), *([Begin(7, NEW, 1, 8)] if begun else []), Abort(7, "another engine failed"))
+    assert loader.abandoned == "another engine failed"
+
+
+def test_round_is_dropped_whatever_the_engine_raises(steps: Steps, loader: FakeLoader) -> None:
+    def fail(reason: str) -> None:
+        raise RuntimeError(reason)
+
+    loader.abandon = fail  # type: ignore[method-assign]
+    do(steps, Pause(7, 1.0))
+    steps.drop("the daemon is gone")
+    assert not steps.under_way

@@ -41,6 +41,7 @@ class FakeLoader:
         self.content: VersionId | None = OLD
         self.touched = False
         self.asleep = False
+        self.starting = False
 
     def halt(self) -> int:
         return 0
@@ -59,6 +60,9 @@ class FakeLoader:
 
     def finish(self, version: VersionId) -> None:
         self.content, self.touched = version, False
+
+    def abandon(self, reason: str) -> None:
+        self.abandoned = reason
 
     def resume(self) -> None: ...
 

@@ -1,0 +1,205 @@
+"""The daemon's half for vLLM: pauses and resumes a server by its API; its workers load over their own links."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from cpe_daemon.core.driver import Update, Workers
+from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
+
+API_KEY: Final = "CPE_VLLM_API_KEY"
+CA_FILE: Final = "CPE_VLLM_CA_FILE"
+PAUSE_MODE: Final = "CPE_VLLM_PAUSE_MODE"
+CACHE: Final = "CPE_VLLM_CACHE"
+
+_PREFIXES: Final = ("/cpe", "")
+"""Of our own routes, and of vLLM's for developers; the first that answers is used."""
+
+_MODES: Final = ("keep", "wait", "abort")
+_CACHES: Final = ("recompute", "reset", "keep")
+_MOST_TEXT: Final = 300
+
+
+class VllmDriver:
+    """One server (see `cpe_daemon.core.driver.Driver`).
+
+    While the server starts, its workers take a version before its API is there: then there is nothing to pause.
+
+    What holds for all servers of a node is in the daemon's environment: ``CPE_VLLM_API_KEY``; ``CPE_VLLM_CA_FILE``,
+    for https; ``CPE_VLLM_PAUSE_MODE``: requests in flight wait (``keep``), end first (``wait``) or are aborted;
+    ``CPE_VLLM_CACHE``: what becomes of keys and values that other weights made: requests in flight compute theirs
+    again (``recompute``), only those of ended requests are dropped (``reset``), or none (``keep``).
+
+    Args:
+        engine: its name.
+        workers: of the engine.
+    """
+
+    def __init__(self, engine: str, workers: Workers) -> None:
+        self.engine = engine
+        self._workers = workers
+        self._update: asyncio.Task[None] | None = None
+        self._prefix: str | None = None
+
+    async def check(self, round: int, seconds: float) -> None:
+        """See that the server can be paused, and have the workers say whether a version fits."""
+        if not self._workers.starting:
+            async with self._session() as session:
+                await self._called("/is_paused", seconds, self._find(session))
+        await self._workers.check(round, seconds)
+
+    async def pause(self, round: int, seconds: float) -> None:
+        """Have the server run no more forward passes."""
+        if not self._workers.starting:
+            mode = _choice(PAUSE_MODE, _MODES)
+            await self._post("/pause", seconds, params={"mode": mode, "clear_cache": "false"})
+        await self._workers.pause(round, seconds)
+
+    async def begin(self, update: Update, seconds: float) -> None:
+        """Bring the workers' threads into the update, and have them make ready."""
+        if not self._workers.starting:
+            await self._post("/start_weight_update", seconds)
+            self._update = asyncio.create_task(self._stay())
+        await self._workers.begin(update, seconds)
+
+    async def finish(self, round: int, seconds: float) -> None:
+        """Have the workers complete the update; the server's call returns then."""
+        await self._workers.finish(round, seconds)
+        await self._leave(seconds)
+
+    async def abort(self, round: int, reason: str, seconds: float) -> bool:
+        """Have the workers undo what they can; the server stays paused."""
+        touched = await self._workers.abort(round, reason, seconds)
+        await self._leave(seconds)
+        return touched
+
+    async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
+        """Have the server go on."""
+        starting = self._workers.starting
+        await self._workers.resume(round, content, seconds)
+        if not starting:
+            cache = _choice(CACHE, _CACHES)
+            if cache != "keep":
+                recompute = str(cache == "recompute").lower()
+                await self._post("/reset_prefix_cache", seconds, params={"reset_running_requests": recompute})
+            await self._post("/resume", seconds)
+
+    async def wake(self, seconds: float) -> None:
+        """Not known yet."""
+        raise EngineError(f"engine {self.engine!r}: a vLLM server that sleeps is to be woken up by who had it sleep")
+
+    # --- the server's call that lasts as long as the update -----------------------------------------------------------
+
+    async def _stay(self) -> None:
+        await self._post("/update_weights", None, body={"update_info": {}})
+
+    async def _leave(self, seconds: float) -> None:
+        """Await the end of the call, and tell the server that the session is over.
+
+        Raises:
+            CpeError: the call failed, or did not return in time.
+        """
+        update, self._update = self._update, None
+        if update is None:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await update
+        except TimeoutError:
+            raise DeadlineError(f"engine {self.engine!r}: update_weights did not return within {seconds:g} s") from None
+        await self._post("/finish_weight_update", seconds, body={})
+
+    # --- HTTP --------------------------------------------------------------------------------------------------------
+
+    async def _post(
+        self,
+        path: str,
+        seconds: float | None,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Call the server."""
+
+        async def call() -> None:
+            async with self._session() as session:
+                if self._prefix is None:
+                    self._prefix = await self._find(session)
+                async with session.post(self._prefix + path, params=params, json=body) as reply:
+                    if reply.status >= 400:
+                        raise EngineError(f"engine {self.engine!r}: {path} failed: {await _reason(reply)}")
+
+        await self._called(path, seconds, call())
+
+    async def _called(self, path: str, seconds: float | None, call: Awaitable[object]) -> None:
+        """Await a call to the server.
+
+        Raises:
+            PeerLostError: it cannot be reached.
+            DeadlineError: it does not answer in time.
+            EngineError: it refuses; says why.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await call
+        except TimeoutError:
+            raise DeadlineError(f"engine {self.engine!r}: {path} took longer than {seconds:g} s") from None
+        except aiohttp.ClientError as error:
+            raise PeerLostError(f"engine {self.engine!r} at {self._workers.url}: {path}: {error}") from None
+
+    async def _find(self, session: aiohttp.ClientSession) -> str:
+        """Which routes the server has."""
+        for prefix in _PREFIXES:
+            async with session.get(f"{prefix}/is_paused") as reply:
+                if reply.status in (401, 403):
+                    raise EngineError(f"engine {self.engine!r} takes no calls without its key; set {API_KEY}")
+                if reply.status != 404:
+                    return prefix
+        raise EngineError(
+            f"engine {self.engine!r} at {self._workers.url} cannot be paused by its API: start vLLM with"
+            " VLLM_PLUGINS=cpe, or with VLLM_SERVER_DEV_MODE=1"
+        )
+
+    def _session(self) -> aiohttp.ClientSession:
+        url = self._workers.url
+        if not url:
+            raise EngineError(
+                f"nobody says where engine {self.engine!r} is: `cpe engine add {self.engine} --kind vllm --url URL`, or"
+                " set CPE_ENGINE_URL for the server"
+            )
+        parts = urlsplit(url)
+        connector: aiohttp.BaseConnector
+        if parts.scheme == "unix":
+            connector, url = aiohttp.UnixConnector(parts.path), "http://localhost"
+        else:
+            ca_file = os.environ.get(CA_FILE)
+            connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=ca_file) if ca_file else True)
+        key = os.environ.get(API_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = aiohttp.ClientTimeout(total=None)  # each call has its own
+        return aiohttp.ClientSession(url, connector=connector, headers=headers, timeout=timeout)
+
+
+async def _reason(reply: aiohttp.ClientResponse) -> str:
+    text = (await reply.text())[:_MOST_TEXT]
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = text
+    return f"{reply.status} {said.get('error', said) if isinstance(said, dict) else said}"
+
+
+def _choice(name: str, among: tuple[str, ...]) -> str:
+    given = os.environ.get(name) or among[0]
+    if given not in among:
+        raise EngineError(f"{name} is {given!r}; it may be {', '.join(among)}")
+    return given

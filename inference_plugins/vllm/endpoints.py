@@ -1,0 +1,91 @@
+"""Routes of our own in vLLM's server, for pausing and updating without its routes for developers.
+
+An entry point of ``vllm.endpoint_plugins``; vLLM loads it if ``VLLM_PLUGINS`` names ``cpe``. The server's own
+authentication is in front of these routes as of all others.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Body, FastAPI, HTTPException, Query
+from starlette.datastructures import State
+
+PREFIX: Final = "/cpe"
+
+
+class CpeEndpoints:
+    """What vLLM makes when it starts its server (its ``EndpointPlugin``)."""
+
+    name = "cpe"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._client: Any = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes."""
+        router = APIRouter(prefix=PREFIX)
+        router.get("/is_paused")(self.is_paused)
+        for path, route in (
+            ("/pause", self.pause),
+            ("/resume", self.resume),
+            ("/start_weight_update", self.start_weight_update),
+            ("/start_draft_weight_update", self.start_draft_weight_update),
+            ("/update_weights", self.update_weights),
+            ("/finish_weight_update", self.finish_weight_update),
+            ("/reset_prefix_cache", self.reset_prefix_cache),
+        ):
+            router.post(path)(route)
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Keep the way to the engine; None where there is none."""
+        self._client = engine_client
+
+    @property
+    def _engine(self) -> Any:
+        if self._client is None:
+            raise HTTPException(503, "this server has no engine")
+        return self._client
+
+    async def is_paused(self) -> dict[str, bool]:
+        """Whether the scheduler is paused."""
+        return {"is_paused": await self._engine.is_paused()}
+
+    async def pause(self, mode: Annotated[str, Query()] = "keep", clear_cache: bool = False) -> dict[str, str]:
+        """Run no more forward passes."""
+        await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+        return {"status": "paused"}
+
+    async def resume(self) -> dict[str, str]:
+        """Go on."""
+        await self._engine.resume_generation()
+        return {"status": "resumed"}
+
+    async def start_weight_update(self) -> dict[str, str]:
+        """Begin a session."""
+        await self._engine.start_weight_update()
+        return {"status": "started"}
+
+    async def start_draft_weight_update(self) -> dict[str, str]:
+        """Begin a session for the draft model."""
+        await self._engine.start_draft_weight_update()
+        return {"status": "started"}
+
+    async def update_weights(self, update_info: Annotated[dict[str, Any], Body(embed=True)]) -> dict[str, str]:
+        """Stay in the update until it has ended."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(request=WeightTransferUpdateRequest(update_info=update_info))
+        return {"status": "ended"}
+
+    async def finish_weight_update(self) -> dict[str, str]:
+        """End a session."""
+        await self._engine.finish_weight_update()
+        return {"status": "finished"}
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> dict[str, bool]:
+        """Drop what other weights made."""
+        return {"success": bool(await self._engine.reset_prefix_cache(reset_running_requests))}

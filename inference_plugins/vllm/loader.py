@@ -1,0 +1,164 @@
+"""What a vLLM worker does with the steps of a round: reload its models, while vLLM's own thread waits."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+
+from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.errors import DeadlineError, EngineError
+from inference_plugins.assembly import Place
+from inference_plugins.vllm.gate import Gate
+from inference_plugins.vllm.reload import Reload
+
+_ENTER_SECONDS: Final = 10.0
+"""How long vLLM's thread may take to enter ``update_weights`` once the daemon has asked for that."""
+
+
+class VllmLoader:
+    """The steps of rounds for one worker (see `inference_plugins.steps.Loader`); the receiver's thread calls them.
+
+    Args:
+        models: what is loaded, in this order: the model, and the draft model if there is one.
+        device: where they are.
+        gate: holds vLLM's own thread.
+        needs_version: it is not to serve what it loaded from disk.
+    """
+
+    def __init__(
+        self, models: Callable[[], Sequence[Reload]], device: torch.device, gate: Gate, *, needs_version: bool
+    ) -> None:
+        self.content: VersionId | None = None
+        self.touched = False
+        self.asleep = False
+        self.starting = True
+        self.serving = False
+        self._needs_version = needs_version
+        self._begun = False
+        """Whether modules' parameters were taken away, to be loaded."""
+        self.failure: str | None = None
+        """Why the last update was not taken."""
+        self._models = models
+        self._device = device
+        self._gate = gate
+        self._changed = threading.Condition()
+
+    def halt(self) -> int:
+        """Nothing to count: a server pauses all its workers itself."""
+        return 0
+
+    def pause(self, seconds: float, passes: int | None = None) -> None:
+        """Nothing to do here: the server was paused by its own API."""
+        self._tell(serving=False)
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """VLLM's loaders alone know which names they take."""
+
+    def begin(self) -> None:
+        """Wait for vLLM's thread; what an update before this one left behind is undone."""
+        self._gate.await_held(_ENTER_SECONDS)
+        self.failure = None
+        self._undo()
+
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
+        """Every tensor goes through vLLM's loaders."""
+        return [None] * len(tensors)
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Give tensors to the loaders; from the first on the weights are a mixture."""
+        self._check_held()
+        if not self._begun:
+            self._begun = self.touched = True
+            for model in self._models():
+                model.begin()
+        for model in self._models():
+            model.load(tensors)
+
+    @torch.no_grad()
+    def finish(self, version: VersionId) -> None:
+        """Complete the reload, and let vLLM's thread go."""
+        self._check_held()
+        with self._here():
+            for model in self._models():
+                model.finish()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        self.content, self.touched, self._begun = version, False, False
+        self._gate.release("finished")
+
+    def abandon(self, reason: str) -> None:
+        """An update ended that was not finished: leave nothing on meta, and let vLLM's thread go."""
+        self.failure = reason
+        self._undo()
+        self._gate.release("abandoned")
+
+    def resume(self) -> None:
+        """The daemon says that what is held may be served; a server is resumed by its own API.
+
+        Raises:
+            EngineError: it starts, and is to wait for a version.
+        """
+        if self.content is None and self._needs_version:
+            raise EngineError("it starts, and waits for a version (CPE_VLLM_START)")
+        self.starting = False
+        self._tell(serving=True)
+        self._gate.release("resumed")
+
+    def sleep(self, seconds: float) -> None:
+        """Not known here yet: a server sleeps by its own API."""
+        raise EngineError("a vLLM worker cannot say that it sleeps")
+
+    def rouse(self) -> None:
+        """As `sleep`."""
+        raise EngineError("a vLLM worker cannot be woken up by the daemon")
+
+    def wake_up(self, *, kept: bool) -> None:
+        """As `sleep`."""
+        self.asleep = False
+
+    def await_serving(self, seconds: float) -> None:
+        """Wait, in the thread that starts the worker, until what it holds may be served.
+
+        Raises:
+            DeadlineError: it may not after ``seconds``; says what failed last, if anything did.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.serving:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                last = f"; the last update failed: {self.failure}" if self.failure else ""
+                raise DeadlineError(f"no version that may be served came within {seconds:g} s{last}")
+            self._gate.hold(left)
+            with self._changed:
+                self._changed.wait_for(lambda: self.serving, min(1.0, left))
+
+    def _undo(self) -> None:
+        """Put modules that were not complete back: also after a failure within vLLM, which may fail in this too."""
+        self._begun = False
+        with self._here(), torch.no_grad():
+            for model in self._models():
+                model.undo()
+
+    def _check_held(self) -> None:
+        """VLLM's thread may have left at its deadline; it would run the model while this writes to it.
+
+        Raises:
+            EngineError: it has.
+        """
+        if not self._gate.held:
+            raise EngineError("vLLM's update_weights has ended before the update")
+
+    def _here(self) -> contextlib.AbstractContextManager[object]:
+        """Have the thread work on the worker's GPU."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    def _tell(self, *, serving: bool) -> None:
+        with self._changed:
+            self.serving = serving
+            self._changed.notify_all()

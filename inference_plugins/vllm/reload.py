@@ -1,0 +1,96 @@
+"""vLLM's layerwise reload of one model, made safe: what was begun can be undone, and what is missing is found.
+
+While a module is being reloaded its parameters are on the meta device, and the tensors that its kernels use wait in the
+module's reload info. vLLM puts them back when the module is complete. If an update ends before that, `undo` does: a
+forward pass over meta tensors would end the engine, and vLLM would skip such a module in the next update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+from cpe_daemon.errors import EngineError
+from inference_plugins.vllm.compat import Layerwise
+
+_NAMED: Final = 10
+
+
+class Reload:
+    """One model's reload. Belongs to one thread at a time, while the engine does not run the model.
+
+    Args:
+        model: as vLLM runs it.
+        model_config: vLLM's, of that model.
+        layerwise: vLLM's functions.
+    """
+
+    def __init__(self, model: Any, model_config: Any, layerwise: Layerwise) -> None:
+        self._model = model
+        self._model_config = model_config
+        self._layerwise = layerwise
+        self._pending: list[tuple[str, torch.nn.Module, Any]] = []
+        """The modules that were not complete when last looked at: their name, and their reload info."""
+
+    def begin(self) -> None:
+        """Take the parameters of all modules away, until they have been loaded."""
+        self.undo()
+        self._layerwise.initialize(self._model)
+        infos = ((name, module, self._layerwise.info(module)) for name, module in self._model.named_modules())
+        self._pending = [entry for entry in infos if entry[2].can_load()]
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Give tensors to the model's loader. A module's are written to its parameters when the last of them came.
+
+        What waits for that no longer refers to the memory of ``tensors`` when this returns: it was cloned. It is what
+        came of modules whose tensors are not all in this bucket, one group of modules at the most.
+        """
+        with self._layerwise.any_order():
+            self._model.load_weights(tensors)
+        given = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
+        self._pending = [entry for entry in self._pending if entry[2].can_load()]
+        for _, _, info in self._pending:
+            for _, arguments in info.loaded_weights:
+                for name, value in arguments.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in given:
+                        arguments.arguments[name] = value.clone()
+
+    def finish(self) -> None:
+        """Complete the reload.
+
+        Raises:
+            EngineError: tensors did not come that modules need; nothing was completed.
+        """
+        if missing := list(self._incomplete()):
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise EngineError(f"not all tensors came of {', '.join(missing[:_NAMED])}{more}")
+        self._layerwise.finalize(self._model, self._model_config)
+        self._pending = []
+
+    def undo(self) -> None:
+        """Put the parameters of modules back that were not complete, with the values that they had.
+
+        Modules that were complete keep what was loaded. Does nothing if nothing was begun.
+        """
+        for module in self._model.modules():
+            info = self._layerwise.info(module)
+            if info.can_load():
+                if info.kernel_tensors is not None:
+                    self._layerwise.put_back(module, info)
+                info.reset()
+        self._layerwise.end(self._model)
+        self._pending = []
+
+    def _incomplete(self) -> Iterator[str]:
+        """Modules whose parameters have not all been loaded, and what came of them.
+
+        Buffers may be computed rather than loaded, and attention's scales are optional.
+        """
+        for name, module, info in self._pending:
+            if not info.can_load() or self._layerwise.is_deferred(module):
+                continue
+            parameters, _ = info.kernel_tensors or ({}, {})
+            if parameters and info.load_numel < info.load_numel_total:
+                yield f"{name} ({info.load_numel} of {info.load_numel_total} elements)"

@@ -1,0 +1,165 @@
+"""The weight transfer engine ``cpe`` of a vLLM worker: its link to the daemon, from the end of loading on.
+
+vLLM makes one in every worker when the model has been loaded, before the server takes requests. A thread of its own
+talks to the daemon as long as the worker lives; vLLM's thread only waits in ``update_weights`` while that one loads.
+All that happens in an update is told over the link, so nothing is ever raised across vLLM's own calls between
+processes: these would end the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from cpe_daemon.devices.cuda.slots import gpu_uuid
+from cpe_daemon.errors import DeadlineError
+from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
+from inference_plugins.receiver import Receiver
+from inference_plugins.vllm.compat import check_version, layerwise
+from inference_plugins.vllm.gate import Gate
+from inference_plugins.vllm.loader import VllmLoader
+from inference_plugins.vllm.refusals import check_supported
+from inference_plugins.vllm.reload import Reload
+from inference_plugins.vllm.settings import Settings
+
+log: Final = logging.getLogger(__name__)
+
+KIND: Final = "vllm"
+_CLOSE_SECONDS: Final = 5.0
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing has to be agreed on."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """What the daemon's driver says in ``update_weights``; ``seconds``: how long the update may take."""
+
+    seconds: float = 0.0
+
+
+class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+    """Takes versions from the daemon of this node. Made by vLLM, in the thread that runs the model.
+
+    Raises:
+        EngineError: this vLLM, or what it was told to do, cannot be updated safely; says why.
+        DeadlineError: it was to start with a version of the daemon's, and none came in time.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        check_version()
+        check_supported(vllm_config)
+        self._settings = Settings.read()
+        self._layerwise = layerwise()
+        self._models = [Reload(model, vllm_config.model_config, self._layerwise)]
+        self._gate = Gate()
+        needs_version = self._settings.start == "version"
+        self._loader = VllmLoader(lambda: self._models, device, self._gate, needs_version=needs_version)
+        self._receiver = Receiver(self._settings.socket, _hello(self._settings, vllm_config, device), self._loader)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="cpe-receiver", daemon=True)
+        self._thread.start()
+        try:
+            with set_current_vllm_config(vllm_config):
+                self._start()
+        except BaseException:  # task boundary: a worker that does not start leaves nothing behind
+            self.shutdown()
+            raise
+
+    # --- what vLLM calls ---------------------------------------------------------------------------------------------
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Nothing to do: the link was made when the worker started."""
+
+    def start_weight_update(self) -> None:
+        """Note the draft model, if this session is for it; the reload begins with the first tensors that come."""
+        if self.model is not self._default_model and len(self._models) == 1:
+            self._models.append(Reload(self.model, self.model_config, self._layerwise))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Stay until the update has ended, however that is; the daemon knows from the link."""
+        seconds = self.parse_update_info(update_info).seconds or self._settings.update_seconds
+        with set_current_vllm_config(self.vllm_config):
+            outcome = self._gate.hold(seconds)
+        if outcome != "finished":
+            log.warning("an update was not taken: %s", self._loader.failure or outcome)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Not used: `update_weights` does all."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing is left to do: the update was completed, or undone, before ``update_weights`` returned."""
+
+    def shutdown(self) -> None:
+        """Part from the daemon."""
+        self._stopped.set()
+        self._receiver.wake()
+        self._thread.join(_CLOSE_SECONDS)
+
+    @staticmethod
+    def trainer_send_weights(*arguments: Any, **named: Any) -> None:
+        """Refuse: trainers publish to the daemon."""
+        raise NotImplementedError("trainers publish with cpe_daemon.publisher.Publisher")
+
+    # --- the link ----------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            self._receiver.run(self._stopped)
+        finally:
+            self._receiver.close()
+
+    def _start(self) -> None:
+        """Come up with what the settings ask for."""
+        seconds = self._settings.start_seconds
+        if self._settings.start == "any":
+            return
+        try:
+            self._loader.await_serving(seconds)
+        except DeadlineError as error:
+            raise DeadlineError(
+                f"{error.message}, from the daemon at {self._settings.socket}; CPE_VLLM_START=any serves what was"
+                " loaded from disk until one comes"
+            ) from None
+
+
+def _hello(settings: Settings, vllm_config: VllmConfig, device: torch.device) -> WorkerHello:
+    parallel = vllm_config.parallel_config
+    rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
+    gpu = ""
+    if device.type == "cuda":
+        index: int | None = device.index
+        gpu = gpu_uuid(torch.cuda.current_device() if index is None else index)
+    return WorkerHello(
+        protocol=PROTOCOL,
+        engine=settings.engine or f"vllm-{vllm_config.instance_id}",
+        kind=KIND,
+        rank=rank,
+        world_size=parallel.world_size * parallel.data_parallel_size,
+        incarnation=uuid.uuid4().hex,
+        model=settings.model,
+        node=socket.gethostname(),
+        gpu=gpu,
+        leader=rank == 0,
+        pid=os.getpid(),
+        url=settings.url,
+    )
