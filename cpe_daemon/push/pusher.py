@@ -183,7 +183,7 @@ class Pusher:
             if isinstance(wanted, Rollback):
                 request.finish(await self._roll_back(wanted))
                 return
-            version = choose_version(self._catalogue, wanted)
+            version = choose_version(self._catalogue, wanted, self._registry.adoption.before.live(wanted.model))
             if wanted.dry_run:
                 targets = Targets(self._registry, version, wanted.engines)
                 request.finish(await self.compatibility.report(version, targets))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from cpe_daemon.core.journal import Identity
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.errors import BusyError, CpeError, MisuseError
 from cpe_daemon.push.rollback import Rollback
@@ -41,19 +42,25 @@ class Request:
             self.outcome.set_exception(error)
 
 
-def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
+def choose_version(versions: Iterable[Version], wanted: PushRequest, before: Identity | None = None) -> Version:
     """Return the version that is meant: the newest that waits, else the live one, among those that fit.
 
     A dry run that names a number may mean a retained one, too.
 
     Looked for when its turn has come, for what was newest when it was asked for may be gone by then.
 
+    Args:
+        versions: of this node.
+        wanted: what was asked for.
+        before: the version of the model that is live since a daemon before this one, and whose bytes are not here.
+
     Raises:
         MisuseError: none fits, several models do and none was named, or the one that fits cannot be pushed.
         BusyError: it is being received.
     """
     known = list(versions)
-    model = wanted.model or only_model(known)
+    nothing_here = not any(version.contributions for version in known)
+    model = wanted.model or (before.version.model if before is not None and nothing_here else only_model(known))
     fitting = [
         version
         for version in known
@@ -69,7 +76,10 @@ def choose_version(versions: Iterable[Version], wanted: PushRequest) -> Version:
     if wanted.number >= 0 and fitting:
         raise _refusal(fitting[-1])
     held = ", ".join(f"{version.id} ({version.state})" for version in known if version.contributions)
-    raise MisuseError(f"no version of {model} is staged or live here; there is: {held or 'none'}")
+    absent = ""
+    if before is not None and before.version.model == model:
+        absent = f"; {before} is live, but not resident: publish it again, or set bootstrap"
+    raise MisuseError(f"no version of {model} is staged or live here; there is: {held or 'none'}{absent}")
 
 
 def only_model(versions: Iterable[Version]) -> str:

@@ -33,7 +33,7 @@ from cpe_daemon.journal import Journal
 from cpe_daemon.observe.metrics import Readings
 from cpe_daemon.readiness import judge
 from cpe_daemon.readings import read_versions
-from cpe_daemon.wire.messages import EngineSpec
+from cpe_daemon.wire.messages import EngineSpec, PushRequest
 from tests.unit.fake_node import CURRENT, UNKNOWN, FakeNode, number
 
 ONE, TWO, THREE = number(1), number(2), number(3)
@@ -163,6 +163,14 @@ async def test_version_that_every_engine_holds_already_is_live_without_a_push(lo
         record = node.stage(TWO, DIGEST)
         await node.until(lambda: record.state == "live")
         assert "version.live_without_engines" not in [entry["event"] for entry in logs]
+
+
+@pytest.mark.parametrize("model", ["m", ""])
+async def test_push_of_what_is_not_here_says_how_to_bring_it_back(model: str) -> None:
+    async with FakeNode.running(found=FOUND) as node:
+        node.worker("late", model="m")
+        with pytest.raises(MisuseError, match="m@r#2 is live, but not resident: publish it again, or set bootstrap"):
+            await node.pusher.request(PushRequest(model, engines=("late",)))
 
 
 async def test_engine_without_a_model_is_refused_where_several_were_live() -> None:
