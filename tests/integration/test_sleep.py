@@ -59,6 +59,31 @@ def test_engine_that_sleeps_through_a_restart_of_the_daemon_gets_the_live_versio
     assert engine.ask("forward") == expected
 
 
+def test_engine_that_goes_to_sleep_in_the_midst_of_pushes_wakes_up_with_the_live_version(node: Node) -> None:
+    """Whether the push or the sleep comes first is a matter of milliseconds, and must not matter."""
+    node.start_daemon()
+    trainer, bystander = node.trainer(), node.engine("bystander", recipe=RECIPE)[0]
+    ranks = node.engine("pair", world_size=2, recipe=RECIPE)
+    publish(trainer, 1)
+    for version in range(2, 8):
+        trainer.ask("build", recipe=RECIPE, seed=version)
+        trainer.ask("publish", version=version)
+        sleeping = [(rank, rank.begin("sleep")) for rank in ranks]
+        outcomes = trainer.ask("live", version=version, timeout=20)
+        assert outcomes["bystander"] == "updated"
+        assert outcomes["pair"] in ("updated", "asleep", "failed", "kept")
+        for rank, number in sleeping:
+            rank.result(number)
+        until(lambda: node.daemon.engine("pair")["state"] == "asleep", "the daemon knows")
+        for rank in ranks:
+            rank.ask("wake_up")
+        expected = trainer.ask("digests")
+        for rank in ranks:
+            rank.ask("ready", timeout=15)
+            assert rank.ask("forward") == expected
+        assert bystander.ask("forward") == expected
+
+
 def test_engine_is_woken_up_for_a_version(node: Node) -> None:
     node.start_daemon(push__asleep="wake")
     trainer, engine = node.trainer(), node.engine(recipe=RECIPE, on_wake=True)[0]
