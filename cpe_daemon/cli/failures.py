@@ -53,7 +53,7 @@ class FailingGroup(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # task boundary: the command is over, and this is how it says why
-            ctx.exit(_report(error, debug=bool(ctx.meta.get(_DEBUG))))
+            ctx.exit(_report(error, debug=debugging(ctx)))
 
 
 def _remember(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
@@ -70,6 +70,11 @@ debug_option = click.option(
     help="Show tracebacks of errors.",
 )
 """For `main` and every command alike: one notices only afterwards that one would have liked to say it."""
+
+
+def debugging(ctx: click.Context) -> bool:
+    """Whether --debug was given, at whichever place."""
+    return bool(ctx.meta.get(_DEBUG))
 
 
 def exit_status(error: Exception) -> int:

@@ -52,7 +52,7 @@ _SEND_SECONDS: Final = 60.0
     metavar="SECONDS",
     help="How long to wait for that.",
 )
-@click.option("--force", is_flag=True, help="Publish even where a newer number or run was published.")
+@click.option("--force", is_flag=True, help="Return to a run that another has superseded. Numbers grow all the same.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @debug_option
 def publish_command(
@@ -80,7 +80,7 @@ def publish_command(
       cpe publish ./step-700 --model qwen3 --version 7
       cpe publish ./step-700 --model qwen3 --version 7 --wait staged \\
           --to tcp://10.0.0.7:5555 --key run-7.key_secret --server-key daemon.key
-      cpe publish ./best --model qwen3 --version 3 --force --json
+      cpe publish ./best --model qwen3 --run run-7 --version 12 --force --json
     """  # noqa: D301 - click wants the \b itself
     if rank >= world_size:
         raise click.BadParameter(f"{rank} is not below --world-size {world_size}", param_hint="--rank")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from cpe_daemon.cli.failures import debug_option
+from cpe_daemon.cli.failures import debug_option, debugging, exit_status
 from cpe_daemon.cli.settings import load, settings_options
+from cpe_daemon.errors import CpeError
 
 
 @click.command("serve", short_help="Run the daemon of this node.")
@@ -38,14 +39,22 @@ def serve_command(
     import faulthandler
     import sys
 
+    import structlog
     import uvloop
 
     from cpe_daemon.daemon import serve
     from cpe_daemon.observe.logs import configure_logging
     from cpe_daemon.push.trace import recording
 
-    configure_logging(config.log.level, config.log.format)
+    as_json = configure_logging(config.log.level, config.log.format)
     # A watchdog ends a daemon that is stuck by SIGABRT: then it says where its threads are.
     faulthandler.enable(sys.__stderr__ or sys.stderr)
-    with recording(trace) as recorder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(config, recorder))
+    try:
+        with recording(trace) as recorder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config, recorder))
+    except CpeError as error:
+        ctx = click.get_current_context()
+        if not as_json or debugging(ctx):
+            raise
+        structlog.get_logger(__name__).critical("daemon.failed", error=error.message, code=error.code)
+        ctx.exit(exit_status(error))  # said as all else is: whoever reads the log finds an object a line

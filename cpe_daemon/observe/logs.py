@@ -24,8 +24,11 @@ _PRIORITIES: Final[Mapping[str, int]] = {"debug": 7, "info": 6, "warning": 4, "e
 _FIRST: Final = ("ts", "level", "event", "logger")
 
 
-def configure_logging(level: Level = "info", format: Format = "auto", *, stream: TextIO | None = None) -> None:
+def configure_logging(level: Level = "info", format: Format = "auto", *, stream: TextIO | None = None) -> bool:
     """Send every log event from ``level`` up to ``stream``; replaces what was configured before.
+
+    Returns:
+        Whether they are written as JSON.
 
     Args:
         level: the least important events that are written.
@@ -56,6 +59,7 @@ def configure_logging(level: Level = "info", format: Format = "auto", *, stream:
     root.handlers[:] = [handler]
     root.setLevel(threshold)
     logging.captureWarnings(True)
+    return machine
 
 
 def _shared() -> list[Processor]:

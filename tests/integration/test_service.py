@@ -122,6 +122,10 @@ def test_second_daemon_is_not_ready(node: Node, manager: InitSystem) -> None:
     second = node.launch_daemon(fresh=True, environment=manager.environment)
     second.wait()
     assert second.exit_status == 6
+    (failed,) = events(second, "daemon.failed")
+    assert (failed["level"], failed["code"]) == ("critical", "resource")
+    assert f"another daemon (pid {node.daemon.pid})" in failed["error"]
+    assert "error:" not in second.said, "it is said once, as all else is"
     manager.hear_out()
     assert manager.heard == []
     assert node.daemon.status()["daemon"]["pid"] == node.daemon.pid
