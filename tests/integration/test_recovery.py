@@ -8,8 +8,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from cpe_daemon.cli import main
+from cpe_daemon.cli.tables import lag_text
 from cpe_daemon.core.journal import State, decode
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import EngineError, VersionRefusedError
@@ -43,6 +46,20 @@ def await_written(node: Node, number: int, run: str = RUN) -> None:
         return live is not None and live.version == VersionId(MODEL, run, number) and settled
 
     until(written, f"it is written that {number} is live")
+
+
+def cpe(node: Node, *words: str) -> Result:
+    """Run a command at the node's daemon."""
+    return CliRunner().invoke(main, [*words, "--runtime-dir", str(node.runtime_dir)])
+
+
+def stage_and_push(node: Node, trainer: Trainer, version: int, *words: str) -> dict[str, str]:
+    """Publish what was built to a daemon that waits to be told, tell it, and return what an engine should hold."""
+    trainer.ask("publish", version=version)
+    trainer.ask("staged", version=version, timeout=20)
+    assert cpe(node, "push", *words).exit_code == 0
+    digests: dict[str, str] = trainer.ask("digests")
+    return digests
 
 
 def codes(daemon: Daemon, which: str = "reasons") -> list[tuple[str, str]]:
@@ -116,6 +133,26 @@ def test_daemon_killed_at_rest_is_followed_by_one_that_knows_what_is_live(node: 
     assert reads(late) == meant
     await_ready(daemon)
     assert daemon.status()["journal"]["not_resident"] == []
+
+
+def test_engine_that_holds_another_version_whole_serves_on_and_is_behind(node: Node) -> None:
+    node.start_daemon(push__automatic=False)
+    trainer = node.trainer()
+    first, second = node.engine("first", recipe=RECIPE)[0], node.engine("second", recipe=RECIPE)[0]
+    trainer.ask("build", recipe=RECIPE, seed=1)
+    old = stage_and_push(node, trainer, 1)
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    new = stage_and_push(node, trainer, 2, "--engine", "first")
+    until(lambda: (live := journal(node).models[MODEL].live) is not None and live.version.number == 2, "it is written")
+    node.daemon.kill()
+    daemon = node.start_daemon(push__automatic=False)
+    await_ready(daemon, "first", "second")
+    assert (reads(first), reads(second)) == (new, old)
+    status = daemon.status()
+    behind = {engine["engine"]: lag_text(status, engine) for engine in status["engines"]}
+    assert behind == {"first": "0", "second": "1"}
+    shown = cpe(node, "status").stdout
+    assert f"{MODEL}@{RUN}#2 is live, not resident: publish it again or set bootstrap" in shown
 
 
 def test_daemon_that_ends_well_leaves_word_of_what_engines_hold(node: Node) -> None:
