@@ -49,7 +49,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, seconds: float) -> None:
-        self._file = StateFile(path)
+        self._file = StateFile(path, recreate=True)
         self._seconds = seconds
         self.existed = self._file.content is not None
         """Whether there was a file, whatever it held."""
@@ -150,7 +150,7 @@ class Journal:
 
     async def _put(self, content: bytes) -> None:
         try:
-            if content != self._file.content:
+            if content != self._file.content or self._file.stuck:
                 await self._file.replace(content, self._seconds)
         except CpeError as error:
             self.failures += 1

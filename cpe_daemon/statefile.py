@@ -24,13 +24,15 @@ class StateFile:
 
     Args:
         path: of the file; it need not exist, nor its directory, which is made when something is first written.
+        recreate: one that somebody has removed is written anew. Otherwise that is a change as any other.
 
     Raises:
         ConfigError: it is there and cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, recreate: bool = False) -> None:
         self.path = path
+        self._recreate = recreate
         self._writing: asyncio.Future[None] | None = None
         self.content: bytes | None = None
         """What it held when it was last read or written; None if there was none."""
@@ -60,7 +62,9 @@ class StateFile:
             async with asyncio.timeout(seconds):
                 while self._writing is not None:
                     await asyncio.wait((self._writing,))
-                writing = asyncio.ensure_future(asyncio.to_thread(_replace, self.path, content, self.content))
+                writing = asyncio.ensure_future(
+                    asyncio.to_thread(_replace, self.path, content, self.content, self._recreate)
+                )
                 self._writing = writing
                 writing.add_done_callback(partial(self._written, content))
                 await asyncio.shield(writing)
@@ -87,11 +91,12 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _replace(path: Path, content: bytes, known: bytes | None) -> None:
-    """Replace a file that holds what is ``known``. Runs in a thread."""
+def _replace(path: Path, content: bytes, known: bytes | None, recreate: bool) -> None:
+    """Replace a file that holds what is ``known``, or, to ``recreate`` it, is not there. Runs in a thread."""
     try:
         path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
-        if _read(path) != known:
+        found = _read(path)
+        if found != known and not (recreate and found is None):
             raise BusyError(
                 f"{path} was changed since this daemon read it: restart the daemon to have it read again, and give each"
                 " daemon a state_dir of its own"

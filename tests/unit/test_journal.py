@@ -343,6 +343,30 @@ async def test_file_of_another_daemon_is_left_alone_and_told(path: Path) -> None
         assert held(path) == theirs
 
 
+async def test_journal_that_somebody_removed_is_written_anew(path: Path) -> None:
+    async with running(path) as journal:
+        await journal.decide(ROUND)
+        os.unlink(path)
+        journal.over()
+        await until(lambda: journal.writes == 2)
+        assert read(path) == STATE
+
+
+async def test_late_write_does_not_have_the_last_word(path: Path, disk: Disk) -> None:
+    async with running(path, SHORT_SECONDS) as journal:
+        journal.note()
+        await until(lambda: journal.writes == 1)
+        disk.holding = asyncio.Event()
+        await journal.decide(ROUND)
+        await until(lambda: journal.trouble)
+        journal.over()  # what there is now is what was written before the disk got stuck
+        await until(lambda: journal.failures == 2)
+        disk.holding.set()
+        journal.note()
+        await until(lambda: not journal.trouble)
+        assert read(path) == STATE
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
