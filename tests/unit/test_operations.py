@@ -13,7 +13,8 @@ import structlog
 
 from cpe_daemon.daemon.operations import MAX_REQUESTS, Operations
 from cpe_daemon.engines.expected import Expected
-from cpe_daemon.errors import BusyError, MisuseError
+from cpe_daemon.errors import BusyError, MisuseError, ProtocolError
+from cpe_daemon.ingest.session import Session
 from cpe_daemon.wire.messages import (
     Done,
     EngineAdd,
@@ -23,6 +24,9 @@ from cpe_daemon.wire.messages import (
     Message,
     PushReply,
     PushRequest,
+    RollbackRequest,
+    TrainerHello,
+    TrainerRollback,
 )
 from tests.unit.fake_node import CURRENT, FakeNode, number
 
@@ -43,7 +47,7 @@ class Desk:
         self.state_dir = state_dir
         self.answers: dict[bytes, asyncio.Queue[Message]] = {}
         self.gone: set[bytes] = set()
-        self.operations = Operations(pusher=node.pusher, registry=node.registry, tasks=tasks)
+        self.operations = Operations(pusher=node.pusher, registry=node.registry, tasks=tasks, session=self.session)
         self.operations.connect(self)
 
     def send(self, peer: bytes, message: Message, *frames: bytes | memoryview) -> bool:
@@ -54,6 +58,12 @@ class Desk:
 
     def client(self, peer: bytes) -> str:
         return peer.decode()
+
+    def session(self, peer: bytes) -> Session:
+        if not peer.startswith(b"trainer"):
+            raise ProtocolError("say hello first")
+        model = peer.decode().rpartition(" ")[2]
+        return Session(peer, TrainerHello(1, model, "r", 0, 1), 4, 4096, 0.0)
 
     def say(self, message: Message, peer: bytes = b"operator") -> None:
         self.operations.handlers()[type(message)](peer, message, ())
@@ -102,6 +112,43 @@ async def test_push_is_answered_with_its_report(desk: Desk) -> None:
 
 async def test_push_that_is_not_possible_is_answered_with_the_reason(desk: Desk) -> None:
     assert await desk.refused(PushRequest("m")) == "misuse: no version of m is staged or live here; there is: none"
+
+
+async def two_live(node: FakeNode, model: str = "m") -> None:
+    """Have version 1 retained, and 2 live."""
+    for n in (1, 2):
+        version = node.stage(number(n, model))
+        await node.pusher.request(PushRequest(model))
+        assert version.state == "live"
+
+
+async def test_operator_rolls_any_model_back(desk: Desk) -> None:
+    await two_live(desk.node)
+    answer = await desk.ask(RollbackRequest("m"))
+    assert isinstance(answer, PushReply)
+    assert (answer.report.version, answer.stream) == (ONE, 0)
+    assert "misuse: no version of other is retained here" in await desk.refused(RollbackRequest("other"))
+
+
+async def test_trainer_rolls_back_its_own_model_alone(desk: Desk) -> None:
+    await two_live(desk.node)
+    await two_live(desk.node, "other")
+    desk.say(TrainerRollback(-3), b"trainer of other")
+    answer = await desk.answer(b"trainer of other")
+    assert isinstance(answer, PushReply)
+    assert (answer.report.version, answer.stream) == (number(1, "other"), -3)
+    assert {str(v.id): str(v.state) for v in desk.node.catalogue} == {
+        "m@r#1": "retained",
+        "m@r#2": "live",
+        "other@r#1": "live",
+        "other@r#2": "retained",
+    }
+    desk.say(TrainerRollback(-4, 9), b"trainer of m")
+    refusal = await desk.answer(b"trainer of m")
+    assert isinstance(refusal, ErrorReply)
+    assert (refusal.error.code, refusal.stream) == ("misuse", -4)
+    with pytest.raises(ProtocolError, match="say hello first"):
+        desk.say(TrainerRollback(-1), b"stranger")
 
 
 async def test_operator_who_leaves_does_not_end_the_push(desk: Desk) -> None:
