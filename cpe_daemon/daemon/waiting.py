@@ -27,7 +27,8 @@ from cpe_daemon.wire.reports import ErrorInfo
 log = structlog.get_logger(__name__)
 
 MAX_WAITERS: Final = 256
-"""At a time."""
+MAX_OF_ONE: Final = 16
+"""At a time: of all, and of one client."""
 
 _LONGEST_SECONDS: Final = 7 * 86_400.0
 _BEGUN: Final = (VersionState.RECEIVING, VersionState.STAGED, VersionState.PUSHING)
@@ -174,6 +175,8 @@ class Waiting:
         waiter = _Waiter(peer, stream, wanted, seconds, _now() + seconds, gone)
         if self._ends(waiter):
             return
+        if sum(other == peer for other, _ in self._waiters) >= MAX_OF_ONE:
+            raise BusyError(f"this client waits for {MAX_OF_ONE} versions already")
         if len(self._waiters) >= MAX_WAITERS:
             for other in [other for other in self._waiters.values() if other.gone()]:
                 self._forget(other)

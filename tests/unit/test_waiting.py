@@ -12,7 +12,7 @@ import structlog
 
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon import waiting as module
-from cpe_daemon.daemon.waiting import MAX_WAITERS, Waiting
+from cpe_daemon.daemon.waiting import MAX_OF_ONE, MAX_WAITERS, Waiting
 from cpe_daemon.errors import BusyError, CpeError, MisuseError, PeerLostError, ProtocolError, VersionRefusedError
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.push.rollback import Rollback
@@ -241,6 +241,17 @@ async def test_those_who_wait_are_bounded_and_those_who_left_make_room(desk: Des
     sessions[3].gone = True
     desk.say(WaitRequest(1, 60.0, "m"))
     assert len(desk.waiting) == MAX_WAITERS
+
+
+async def test_one_client_does_not_take_the_place_of_all(desk: Desk) -> None:
+    desk.trainer(b"t")
+    for stream in range(MAX_OF_ONE):
+        desk.say(TrainerWait(-1 - stream, 1, 60.0), b"t")
+    with pytest.raises(BusyError, match="this client waits for 16 versions already"):
+        desk.say(TrainerWait(-99, 1, 60.0), b"t")
+    desk.say(TrainerWait(-1, 1, 60.0), b"t")
+    desk.say(WaitRequest(1, 60.0, "m"))
+    assert len(desk.waiting) == MAX_OF_ONE + 1
 
 
 async def test_operator_who_does_not_say_it_again_is_forgotten(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
