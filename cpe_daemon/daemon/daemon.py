@@ -192,9 +192,10 @@ class Daemon:
 
         Raises:
             ConfigError: the keys or an endpoint cannot be had.
-            ResourceError: the memory or a GPU cannot be had now.
+            ResourceError: the memory, a GPU or an address cannot be had now.
         """
         await self._front.load_keys()
+        self._front.check_addresses()  # `open` binds them when the memory is there, which may take minutes
         self._listen()
         settings = self._config.arena
         await asyncio.to_thread(place, settings.numa, self.arena, self.device)
@@ -264,7 +265,8 @@ class Daemon:
         await asyncio.to_thread(self._pool.shutdown)
         await self.device.close()
         await asyncio.to_thread(self.arena.close)  # minutes, for some terabytes
-        log.info("daemon.stopped")
+        if self.accounts.started:
+            log.info("daemon.stopped")
 
     def _listen(self) -> None:
         """Listen for probes and scrapers, before memory is provided: that may take minutes, and is watched."""

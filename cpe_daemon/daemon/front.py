@@ -20,6 +20,7 @@ from cpe_daemon.core.rates import Rates
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.errors import AccessError
 from cpe_daemon.ingest.trainers import Trainers
+from cpe_daemon.links.address import check_address
 from cpe_daemon.links.curve import Curve
 from cpe_daemon.links.identity import is_keyed
 from cpe_daemon.links.router import Handler, Router
@@ -101,6 +102,16 @@ class Front:
         if self._curve is not None and self._curve.trouble:
             lines.append(self._curve.trouble)
         return lines
+
+    def check_addresses(self) -> None:
+        """Refuse tcp endpoints that `open` could not bind, while nothing that takes long has begun.
+
+        Raises:
+            ConfigError: one never can be.
+            ResourceError: one cannot be now; names it and the mend.
+        """
+        for endpoint in self._over_tcp:
+            check_address(endpoint)
 
     async def load_keys(self) -> None:
         """Read the keys, if any endpoint takes them.

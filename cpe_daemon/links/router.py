@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import time
@@ -24,6 +23,7 @@ import zmq
 from cpe_daemon.core.rates import Rates
 from cpe_daemon.errors import AccessError, BusyError, ConfigError, CpeError, ProtocolError, ResourceError
 from cpe_daemon.links.access import Access
+from cpe_daemon.links.address import cannot_listen
 from cpe_daemon.links.allowed import Client
 from cpe_daemon.links.curve import secure
 from cpe_daemon.links.frames import receive_frames, send_frames
@@ -64,7 +64,6 @@ _KEEPALIVE: Final = (
 """Hosts that vanish are noticed by the kernel, and not by libzmq's heartbeats: libzmq (4.3.5, its issues 4364 and 4767)
 aborts the process if one of its timers comes due for a peer that has filled its queue and left."""
 
-_NOT_NOW: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENODEV)
 _SOCKET_MODE: Final = 0o660
 _BACKLOG: Final = 1024
 _LINGER_MILLISECONDS: Final = 500
@@ -153,8 +152,7 @@ class Router:
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
-            kind = ResourceError if error.errno in _NOT_NOW else ConfigError
-            raise kind(f"cannot listen on {endpoint}: {error}") from None
+            raise cannot_listen(endpoint, error.errno or 0, str(error)) from None
         finally:
             os.umask(umask)
         if path is not None:

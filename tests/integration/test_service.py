@@ -132,6 +132,22 @@ def test_second_daemon_is_not_ready(node: Node, manager: InitSystem) -> None:
     second.log.write_text("")  # it has nothing more to tell
 
 
+def test_taken_address_is_noticed_before_memory_is_provided(node: Node, manager: InitSystem) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        daemon = node.launch_daemon(
+            environment=manager.environment, ingest__insecure=True, ingest__listen=[endpoint], http__listen=""
+        )
+        daemon.wait()
+    assert daemon.exit_status == 6
+    (failed,) = events(daemon, "daemon.failed")
+    assert f"cannot listen on {endpoint} (ingest.listen)" in failed["error"]
+    assert "give ingest.listen another port" in failed["error"]
+    assert not events(daemon, "daemon.stopped"), "it never ran"
+    manager.hear_out()
+    assert manager.said("EXTEND_TIMEOUT_USEC") == manager.said("READY") == [], "nothing that takes long had begun"
+
+
 # --- the watchdog ----------------------------------------------------------------------------------------------------
 
 
