@@ -34,8 +34,8 @@ class Repair:
         """Give engines that a round left in doubt what they held before, else what is live; else quarantine them.
 
         Those that answered when they were dropped come first, those of one version together: they have been paused for
-        long enough, and shall not wait for one that hangs. Engines that hold ``taken``
-        are given what they held as well.
+        long enough, and shall not wait for one that hangs. Engines that hold ``taken`` are given what they held as
+        well.
         """
         groups: dict[tuple[bool, VersionId | None, str], list[Participant]] = {}
         for dropped in sorted(failed, key=_hangs):
