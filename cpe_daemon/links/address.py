@@ -49,7 +49,7 @@ def cannot_listen(endpoint: str, number: int, why: str) -> CpeError:
         why: its text.
     """
     kind = ResourceError if number in _NOT_NOW else ConfigError
-    mend = (
-        f" (ingest.listen): {why}: {_MENDS[number]}" if endpoint.startswith(_TCP) and number in _MENDS else f": {why}"
-    )
-    return kind(f"cannot listen on {endpoint}{mend}")
+    if not endpoint.startswith(_TCP):
+        return kind(f"cannot listen on {endpoint}: {why}")
+    mend = _MENDS.get(number, "choose another one")
+    return kind(f"cannot listen on {endpoint} (ingest.listen): {why}: {mend}")
