@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cpe_daemon.config.model import Config, settings
-from cpe_daemon.config.sources import NAME, Key, Layer, Problem, did_you_mean, lay_environment, lay_flags
+from cpe_daemon.config.sources import DEFAULT, NAME, Key, Layer, Problem, did_you_mean, lay_environment, lay_flags
 from cpe_daemon.config.units import format_bytes, format_seconds
 from cpe_daemon.config.yamlfile import read_yaml
 from cpe_daemon.errors import ConfigError
@@ -104,7 +104,10 @@ def _problem(layer: Layer, entry: ErrorDetails) -> Problem:
     """Say one of pydantic's findings in the words of somebody who writes a configuration."""
     key: Key = tuple(entry["loc"])
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
-    return Problem(layer.where(key), dotted, _sentence(key, entry))
+    where = layer.where(key)
+    if where == DEFAULT:
+        where = ""  # nobody wrote it, and so it is wrong
+    return Problem(where, "" if where == f"--set {dotted}" else dotted, _sentence(key, entry))
 
 
 def _sentence(key: Key, entry: ErrorDetails) -> str:

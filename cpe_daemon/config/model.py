@@ -5,6 +5,7 @@ The descriptions are for operators: ``cpe config --default`` and ``configs/defau
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -40,7 +41,16 @@ def _checked_endpoint(endpoint: str) -> str:
 
 
 def _split(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Take a list as an environment variable or a flag spells it: as JSON does, or with commas between."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            text = text[1:-1]  # a shell has taken the quotes away
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _slots(value: object) -> object:
@@ -149,7 +159,6 @@ class IngestConfig(Section):
     @field_validator("listen", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
-        """Take "a,b" for a list, since an environment variable has no other way to be one."""
         return _split(value)
 
     @property
@@ -210,7 +219,6 @@ class DeviceConfig(Section):
     @field_validator("uuids", mode="before")
     @classmethod
     def _split_uuids(cls, value: object) -> object:
-        """Take "a,b" for a list, since an environment variable has no other way to be one."""
         return _split(value)
 
     @property
@@ -267,7 +275,7 @@ class Config(Section):
         default_factory=default_state_dir,
         description="Holds what the daemon shall know after a restart: the engines of `cpe engine add`, and a journal "
         "of versions and engines; one daemon a directory. Made when first needed. Default: /var/lib/cpe-daemon for "
-        "root and where it exists, else $XDG_STATE_HOME/cpe, else ~/.local/state/cpe.",
+        "root and who may write to it, else $XDG_STATE_HOME/cpe, else ~/.local/state/cpe.",
     )
     node: str = Field(
         default_factory=socket.gethostname,

@@ -45,11 +45,11 @@ def default_runtime_dir(environ: Mapping[str, str] | None = None) -> Path:
 def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return where the daemon keeps what it shall know after a restart, unless told otherwise.
 
-    ``/var/lib/cpe-daemon`` for root and wherever it exists (the systemd unit makes it), else ``$XDG_STATE_HOME/cpe``,
-    else ``~/.local/state/cpe``.
+    ``/var/lib/cpe-daemon`` for root and where it can be written to (the systemd unit makes it, for the service's user),
+    else ``$XDG_STATE_HOME/cpe``, else ``~/.local/state/cpe``.
     """
     environ = os.environ if environ is None else environ
-    if os.getuid() == 0 or SYSTEM_STATE_DIR.is_dir():
+    if os.getuid() == 0 or os.access(SYSTEM_STATE_DIR, os.R_OK | os.W_OK | os.X_OK):
         return SYSTEM_STATE_DIR
     personal = environ.get("XDG_STATE_HOME", "")
     if personal.startswith("/"):

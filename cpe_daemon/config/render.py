@@ -27,7 +27,7 @@ CPE_DEVICE__SLOTS=4 or CPE_NODE=gpu-17), then the file, then the default. A name
 such as a model's, is written as it is: CPE_MODELS__NAME__VERSIONS=2, --set models.NAME.versions=2.
 
 Sizes are bytes, or have a unit: 256MiB, 1.5GiB, 2GB. Durations are seconds, or have a unit: 500ms,
-30s, 5m, 1h."""
+30s, 5m, 1h. In flags and in the environment a list is JSON, ["a", "b"], or has commas between: a,b."""
 
 
 def annotated_default() -> str:

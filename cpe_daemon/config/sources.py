@@ -17,6 +17,9 @@ ENV_SEPARATOR: Final = "__"
 NAME: Final = "NAME"
 """In the path of a setting: any name, such as a model's, as it is. In a flag it may have dots of its own."""
 
+DEFAULT: Final = "default"
+"""Where a setting comes from that nobody wrote."""
+
 Key = tuple[str | int, ...]
 """Path of a setting; a number is a place in a list."""
 
@@ -54,11 +57,11 @@ class Layer:
         self.origins[path] = where
 
     def where(self, key: Key) -> str:
-        """Return where ``key``, or the nearest thing around it, was written; "default" if nowhere."""
+        """Return where ``key``, or the nearest thing around it, was written; `DEFAULT` if nowhere."""
         for length in range(len(key), 0, -1):
             if key[:length] in self.origins:
                 return self.origins[key[:length]]
-        return "default"
+        return DEFAULT
 
 
 def lay_environment(layer: Layer, environ: Mapping[str, str], known: Iterable[tuple[str, ...]]) -> None:

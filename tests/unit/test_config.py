@@ -121,6 +121,36 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert re.search(rf"slot_bytes: 1MiB +# {re.escape(str(path))}:4\n", shown)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("GPU-9c1f, GPU-77a0", ("GPU-9c1f", "GPU-77a0")),
+        ('["GPU-9c1f", "GPU-77a0"]', ("GPU-9c1f", "GPU-77a0")),
+        ("[GPU-9c1f,GPU-77a0]", ("GPU-9c1f", "GPU-77a0")),  # what a shell leaves of it without quotes around it
+        ("[]", ()),
+        ("", ()),
+    ],
+)
+def test_list_may_be_written_as_json_or_with_commas(written: str, read: tuple[str, ...]) -> None:
+    assert load_config(environ={}, overrides={"device.uuids": written}).device.uuids == read
+    assert load_config(environ={"CPE_DEVICE__UUIDS": written}).device.uuids == read
+
+
+def test_endpoints_may_be_written_as_in_the_file() -> None:
+    listen = load_config(
+        environ={}, overrides={"ingest.listen": '["tcp://[::1]:0", "tcp://0.0.0.0:5555"]'}
+    ).ingest.listen
+    assert listen == ("tcp://[::1]:0", "tcp://0.0.0.0:5555")
+    with pytest.raises(ConfigError, match="must be text"):
+        load_config(environ={}, overrides={"device.uuids": "[1]"})
+
+
+def test_flag_is_named_once_in_what_is_wrong_with_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(environ={}, overrides={"device.slots": "x"})
+    assert str(caught.value).startswith("--set device.slots: must be")
+
+
 def test_environment_is_read_as_the_file_is() -> None:
     config = load_config(
         environ={
@@ -181,7 +211,7 @@ nod: x
         "environment variable CPE_LOG__LEVL: names no setting; did you mean CPE_LOG__LEVEL?",
         "--set deadlines.pause: names no setting; did you mean deadlines.pause_seconds?",
         "environment variable CPE_DEVICE__GPUS: device.gpus: must be at most 8, not '12'",
-        "--set retention.versions: retention.versions: must be at least 0, not '-1'",
+        "--set retention.versions: must be at least 0, not '-1'",
     ]
 
 
@@ -356,6 +386,9 @@ def test_default_state_dir_follows_the_user(monkeypatch: pytest.MonkeyPatch, tmp
     assert default_state_dir({"XDG_STATE_HOME": "relative", **home}) == Path("/home/ann/.local/state/cpe")
     (tmp_path / "lib").mkdir()
     assert default_state_dir(home) == tmp_path / "lib"
+    with monkeypatch.context() as others:
+        others.setattr("os.access", lambda path, mode: False)
+        assert default_state_dir(home) == Path("/home/ann/.local/state/cpe"), "it is the service's, and not for ann"
     (tmp_path / "lib").rmdir()
     monkeypatch.setattr("os.getuid", lambda: 0)
     assert default_state_dir(home) == tmp_path / "lib"
@@ -365,7 +398,7 @@ def test_default_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("cpe_daemon.config.paths.SYSTEM_DIR", tmp_path / "absent")
     monkeypatch.setattr("os.getuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/x" * 60)
-    with pytest.raises(ConfigError, match=r"^default: runtime_dir: the path has"):
+    with pytest.raises(ConfigError, match=r"^runtime_dir: the path has"):
         load_config(environ={})
 
 
