@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import yaml
 
 from cpe_daemon.config import annotated_default
+from cpe_daemon.config.units import format_seconds
+from cpe_daemon.config.waits import WAITS, Wait, seconds_of
 from cpe_daemon.core.lifecycle import (
     ENGINE_TABLE,
     ROUND_TABLE,
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 METRICS = ROOT / "docs" / "METRICS.md"
 SETTINGS = ROOT / "configs" / "default.yaml"
+DEADLINES = ROOT / "docs" / "DEADLINES.md"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 
 _METRICS_HEAD = """\
@@ -58,6 +61,17 @@ when somebody asks.
 _METRICS_TAIL = """\
 `process_*` (processor time, resident and virtual memory, open descriptors, start) and `python_gc_*` are those that
 Prometheus's client for Python shows of any process. The arena is shared memory, and part of the resident memory.
+"""
+
+
+_DEADLINES_HEAD = """\
+# Deadlines
+
+<!-- Written by `make docs` out of cpe_daemon/config/waits.py, where the test of each is named as well: change that. -->
+
+Nothing waits for ever. What takes longer than its deadline fails, and says which peer, phase and version it waited for.
+A driver of an engine gets a second more than its workers, so that the error that arrives is the one that names the
+worker. Errors are the codes of `--json` and of the label `code`; a command's own `--timeout` comes on top.
 """
 
 
@@ -138,9 +152,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
+def deadlines() -> str:
+    """The document of the waits."""
+    rows = [_wait(wait) for wait in WAITS]
+    return _DEADLINES_HEAD + "\n" + _table(("waits for", "by default", "setting", "then", "error", "counted by"), rows)
+
+
+def _wait(wait: Wait) -> tuple[str, ...]:
+    setting = f"`{wait.where}`" if wait.where.startswith("deadlines.") else "fixed"
+    error, metric = (f"`{name}`" if name != "-" else "-" for name in (wait.error, wait.metric))
+    return wait.what, format_seconds(seconds_of(wait)), setting, wait.then, error, metric
+
+
 DOCUMENTS: Mapping[Path, Callable[[], str]] = {
     ARCHITECTURE: lambda: generated(ARCHITECTURE.read_text()),
     METRICS: metrics,
+    DEADLINES: deadlines,
     SETTINGS: annotated_default,
 }
 """Every document that is made of the code, or of itself and the code."""

@@ -17,6 +17,7 @@ import pytest
 import uvloop
 
 from tests.leaks import Holdings
+from tests.unit.virtual_time import VirtualTimeLoop
 
 # A shell that starts a job in the background has it ignore SIGINT, and every process below it: tests that interrupt one
 # would wait for ever.
@@ -25,12 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _LEAK_WAIT_SECONDS = 5.0
 _EXIT_SECONDS = 60.0
+_ON_VIRTUAL_TIME = {"test_deadlines.py"}
 _ON_UVLOOP = {"test_http.py"}
 """What is close to the loop's own transports is tested on the loop that the daemon runs on."""
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Say which event loop a test runs on."""
+    if item.path.name in _ON_VIRTUAL_TIME:
+        return {"virtual time": VirtualTimeLoop}
     if item.path.name in _ON_UVLOOP:
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -284,3 +285,14 @@ def test_numa_node_of_a_gpu_is_what_the_host_says(written: str, node: int | None
     (tmp_path / "0000:1a:00.0" / "numa_node").write_text(written)
     assert numa_node("0000:1A:00.0", tmp_path) == node
     assert numa_node("0000:1B:00.0", tmp_path) is None
+
+
+async def test_exchange_does_not_wait_for_ever_for_a_fetch_that_is_not_issued(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ISSUE_SECONDS", 0.01)
+    async with made(FakeDriver(2)) as device:
+        device._fetches[1, 0] = Future()
+        with pytest.raises(ResourceError, match="were not issued within"):
+            await device.exchange(0, 0, [PeerCopy(1, 0, 64)])
+        device._fetches.clear()

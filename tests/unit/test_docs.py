@@ -32,7 +32,9 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "docs/METRICS.md", "configs/default.yaml"])
+@pytest.mark.parametrize(
+    "document", ["ARCHITECTURE.md", "docs/DEADLINES.md", "docs/METRICS.md", "configs/default.yaml"]
+)
 def test_generated_document_is_current(document: str) -> None:
     made = generator().DOCUMENTS[ROOT / document]()
     assert made == (ROOT / document).read_text(), "run `make docs`"

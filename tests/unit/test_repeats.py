@@ -17,7 +17,7 @@ from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import layout, merge
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.devices.copypool import CopyPool
-from cpe_daemon.errors import BusyError, EngineError, ProtocolError, VersionRefusedError
+from cpe_daemon.errors import BusyError, DeadlineError, EngineError, ProtocolError, VersionRefusedError
 from cpe_daemon.ingest.ingest import Ingest
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.handoff import HandoffServer
@@ -307,3 +307,42 @@ def test_rank_that_comes_again_while_its_version_is_made_whole_is_told_to_wait(d
     with pytest.raises(BusyError, match="rank 0 is contributing to m@r#1 already"):
         desk.say(OpenVersion(1, V1, 1, 256))
     assert record.state is VersionState.RECEIVING
+
+
+# --- a version that does not come ------------------------------------------------------------------------------------
+
+
+def receiving(desk: Desk, numbers: range) -> list[Version]:
+    """Versions of which one rank of two has come."""
+    return [desk.catalogue.open(VersionId("m", "r", number), 2) for number in numbers]
+
+
+def test_version_that_stalls_fails_at_its_deadline(desk: Desk) -> None:
+    limit = Config.model_validate({}).deadlines.receive_idle_seconds
+    moving, still = receiving(desk, range(1, 3))
+    for version in (moving, still):
+        desk.ingest._touch(version)
+    desk.now = limit
+    desk.ingest.fail_stalled()
+    desk.ingest._touch(moving)
+    assert (moving.state, still.state) == (VersionState.RECEIVING, VersionState.RECEIVING)
+    desk.now = limit + 0.1
+    desk.ingest.fail_stalled()
+    assert (moving.state, still.state) == (VersionState.RECEIVING, VersionState.FAILED)
+    assert isinstance(still.error, DeadlineError)
+    assert f"nothing came for {limit:g} s" in still.error.message
+
+
+def test_version_that_takes_too_long_in_all_fails(desk: Desk) -> None:
+    limits = Config.model_validate({}).deadlines
+    (version,) = receiving(desk, range(1, 2))
+    while desk.now < limits.receive_total_seconds:
+        desk.ingest.fail_stalled()
+        assert version.state is VersionState.RECEIVING
+        desk.now += limits.receive_idle_seconds / 2
+        desk.ingest._touch(version)
+    desk.now += 0.1
+    desk.ingest.fail_stalled()
+    assert version.state is VersionState.FAILED
+    assert isinstance(version.error, DeadlineError)
+    assert f"after {limits.receive_total_seconds:g} s" in version.error.message

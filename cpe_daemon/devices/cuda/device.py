@@ -146,8 +146,11 @@ class CudaDevice:
         fetches = [fetch for source in sources if (fetch := self._fetches.get((source, slot))) is not None]
 
         def issue(stream: int) -> None:
-            for fetch in fetches:
-                fetch.result(_ISSUE_SECONDS)
+            try:
+                for fetch in fetches:
+                    fetch.result(_ISSUE_SECONDS)
+            except TimeoutError:
+                raise ResourceError(f"copies of other GPUs were not issued within {_ISSUE_SECONDS:g} s") from None
             for source in sources:
                 self._driver.await_event(stream, self._gpus[source].fetched[slot])
             for item in copies:
