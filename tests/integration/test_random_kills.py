@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from tests.integration.harness import MODEL, RUN, Node, Trainer, Worker
 from tests.integration.processes import Child, until
 
 RECIPE = {"plain": 12, "nbytes": 512 << 10}
-TENSORS, CHUNKS = 12, 24
+LENGTH = {"chunk": 24, "tensor": 12, "millisecond": 60}
+"""How long an update is, more or less."""
+
 KILLS = 4
 SEEDS = int(os.environ.get("CPE_TEST_SEEDS", "2"))
 
@@ -41,16 +44,21 @@ class Scene:
             assert worker.ask("forward") == expected
 
     def kill(self, victim: str, stage: str, at: int) -> None:
-        """Kill a process when a publish has come to a chunk or a tensor, and replace it."""
+        """Kill a process when a publish has come to a chunk, a tensor or a millisecond, and replace it."""
         self._build()
-        stopped: Child = self.trainer if stage == "chunk" else self.gated
-        stopped.ask("arm", at=at)
-        self.trainer.begin("publish", version=self.version)
-        stopped.event("reached")
         doomed = {"trainer": self.trainer, "gated": self.gated, "pair": self.pair[at % 2], "daemon": self.node.daemon}
-        doomed[victim].kill()
-        if doomed[victim] is not stopped:
-            stopped.ask("go")
+        if stage == "millisecond":
+            self.trainer.begin("publish", version=self.version)
+            time.sleep(at / 1000)
+            doomed[victim].kill()
+        else:
+            stopped: Child = self.trainer if stage == "chunk" else self.gated
+            stopped.ask("arm", at=at)
+            self.trainer.begin("publish", version=self.version)
+            stopped.event("reached")
+            doomed[victim].kill()
+            if doomed[victim] is not stopped:
+                stopped.ask("go")
         self._replace(victim, at)
         self._check_whole()
 
@@ -115,8 +123,8 @@ def test_next_publish_works_whatever_was_killed(node: Node, seed: int) -> None:
     scene = Scene(node)
     scene.publish()
     for _ in range(KILLS):
-        stage = chance.choice(["chunk", "tensor"])
-        at = chance.randint(1, CHUNKS if stage == "chunk" else TENSORS)
+        stage = chance.choice(list(LENGTH))
+        at = chance.randint(1, LENGTH[stage])
         victim = chance.choice(["trainer", "gated", "pair", "daemon"])
         print(f"kill {victim} at {stage} {at}")
         scene.kill(victim, stage, at)
