@@ -91,7 +91,7 @@ class Conversation:
         from cpe_daemon.wire.messages import FrontReply
 
         self.endpoint = daemon.endpoint
-        _look(daemon.endpoint)
+        look_for_daemon(daemon.endpoint)
         self._dealer = Dealer(daemon.endpoint, FrontReply, daemon.credentials)
 
     def __enter__(self) -> Self:
@@ -154,7 +154,7 @@ def ask_status(daemon: DaemonAddress, timeout: float) -> dict[str, Any]:
         return conversation.status(timeout)
 
 
-def _look(endpoint: str) -> None:
+def look_for_daemon(endpoint: str) -> None:
     """Fail at once where no daemon ever listened or nobody is let in, rather than wait for that to change.
 
     Raises:

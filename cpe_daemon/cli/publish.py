@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from cpe_daemon.cli.conversation import look_for_daemon
 from cpe_daemon.cli.failures import debug_option
 from cpe_daemon.cli.settings import KEY, LOCAL_DAEMON, SERVER_KEY, front_endpoint
 from cpe_daemon.cli.text import plain_struct
@@ -85,9 +86,12 @@ def publish_command(
     if rank >= world_size:
         raise click.BadParameter(f"{rank} is not below --world-size {world_size}", param_hint="--rank")
     from cpe_daemon.publisher import Publisher
+    from cpe_daemon.publisher.reach import endpoint_of
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")  # what the publisher's threads say
-    targets = list(endpoints) or [front_endpoint(runtime_dir)]
+    targets = [endpoint_of(name) for name in endpoints] or [front_endpoint(runtime_dir)]
+    for target in targets:
+        look_for_daemon(target)
     with Publisher(
         targets,
         model=model,

@@ -63,7 +63,10 @@ class Dealer:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._close_socket()
-            raise ConfigError(f"cannot use endpoint {endpoint!r}: {error}") from None
+            raise ConfigError(
+                f"cannot use endpoint {endpoint!r} ({zmq.strerror(error.errno or 0)}): write tcp://ADDRESS:PORT, with a port"
+                " of the daemon's ingest.listen, or ipc:///PATH"
+            ) from None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -86,8 +89,9 @@ class Dealer:
             except zmq.Again:
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    port = ", and is that port in its ingest.listen" if self.endpoint.startswith("tcp://") else ""
                     raise PeerLostError(
-                        f"the daemon at {self.endpoint} took no message for {timeout:g} s; is it running there?"
+                        f"no daemon at {self.endpoint} took a message for {timeout:g} s; is it running there{port}?"
                     ) from None
                 self._await_room(min(left, 1.0))
             else:

@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import AccessError, CpeError, DeadlineError, PeerError, PeerLostError, PublishError, from_code
+from cpe_daemon.errors import AccessError, CpeError, PeerError, PeerLostError, PublishError, from_code
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.keys import Credentials
 from cpe_daemon.publisher.delivery import Bell
@@ -74,7 +74,7 @@ class Link:
 
         Raises:
             CpeError: the daemon refuses this rank.
-            DeadlineError: nobody answers there.
+            PeerLostError: nobody answers there.
         """
         self._greet_now.set()
         with self._bell.lock:
@@ -89,8 +89,8 @@ class Link:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closing.is_set():
                     away = time.monotonic() - self._away_since
-                    raise DeadlineError(
-                        f"no daemon answers at {self.endpoint} since {away:.1f} s (connecting, for {version});"
+                    raise PeerLostError(
+                        f"no daemon answered at {self.endpoint} for {away:.1f} s (connecting, for {version});"
                         " is it running there?"
                     )
                 self._bell.changed.wait(left)

@@ -141,7 +141,8 @@ class Publisher:
 
         Raises:
             ManifestError: the source cannot be published.
-            DeadlineError: no daemon answers, or the publish before this one does not come to its end.
+            PeerLostError: no daemon answers.
+            DeadlineError: the publish before this one does not come to its end.
             ResourceError: a GPU failed, or the host is short of memory.
             CpeError: every daemon refuses this rank. What becomes of the version itself, the handle tells.
         """
@@ -171,7 +172,8 @@ class Publisher:
         Raises:
             MisuseError: no such version is retained; or a rank other than 0 names none: ranks would undo each other.
             EngineError: no engine took it; what was live stays live.
-            DeadlineError: a daemon does not answer, or not in time.
+            PeerLostError: a daemon does not answer.
+            DeadlineError: one does not answer in time.
             PublishError: it failed at some of several daemons; names them.
         """
         if to is None and self._rank:

@@ -20,6 +20,7 @@ import yaml
 import zmq
 from click.testing import CliRunner, Result
 
+import cpe_daemon.publisher
 from cpe_daemon import __version__, errors
 from cpe_daemon.cli import main
 from cpe_daemon.cli.failures import exit_status
@@ -366,10 +367,27 @@ def publisher(monkeypatch: pytest.MonkeyPatch) -> type[FakePublisher]:
     """Put the fake in the place of the real one."""
     module = types.ModuleType("cpe_daemon.publisher")
     module.Publisher = FakePublisher  # type: ignore[attr-defined]
+    module.__path__ = cpe_daemon.publisher.__path__
+    monkeypatch.setattr("cpe_daemon.cli.publish.look_for_daemon", lambda endpoint: None)
     monkeypatch.setitem(sys.modules, "cpe_daemon.publisher", module)
     monkeypatch.setattr(FakePublisher, "made", [])
     monkeypatch.setattr(FakePublisher, "fails", None)
     return FakePublisher
+
+
+def test_publish_without_a_daemon_fails_at_once_as_every_command_does(tmp_path: Path, runtime_dir: Path) -> None:
+    for where in (["--runtime-dir", runtime_dir], ["--to", f"ipc://{runtime_dir}/front.sock"], ["--to", runtime_dir]):
+        result = cpe("publish", tmp_path, "--model", "m", "--version", "7", *where)
+        assert result.exit_code == 4
+        assert f"no daemon listens at ipc://{runtime_dir}/front.sock; is `cpe serve` running" in result.stderr
+
+
+@pytest.mark.parametrize("endpoint", ["foo", "tcp://127.0.0.1", "tcp://127.0.0.1:x"])
+@pytest.mark.parametrize("command", [("status",), ("publish", ".", "--model", "m", "--version", "1")])
+def test_what_is_no_endpoint_is_refused_with_how_to_write_one(command: tuple[str, ...], endpoint: str) -> None:
+    result = cpe(*command, "--to", endpoint)
+    assert result.exit_code == 2
+    assert "write tcp://ADDRESS:PORT" in result.stderr
 
 
 def test_publish_waits_until_live_and_reports(publisher: type[FakePublisher], tmp_path: Path) -> None:
