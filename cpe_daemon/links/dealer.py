@@ -63,9 +63,10 @@ class Dealer:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._close_socket()
+            why = zmq.strerror(error.errno or 0)
             raise ConfigError(
-                f"cannot use endpoint {endpoint!r} ({zmq.strerror(error.errno or 0)}): write tcp://ADDRESS:PORT, with a port"
-                " of the daemon's ingest.listen, or ipc:///PATH"
+                f"cannot use endpoint {endpoint!r} ({why}): write tcp://ADDRESS:PORT, with a port of the daemon's"
+                " ingest.listen, or ipc:///PATH"
             ) from None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = zmq.Poller()
