@@ -80,6 +80,8 @@ class Steps:
         self._expected: list[TensorSpec] = []
         self._compared: tuple[int, CpeError | None] | None = None
         """What was last compared with this engine, by its number, and why it does not fit, if so."""
+        self._told = ""
+        """Why the version that was last compared does not fit, as the log has it; "" if it does."""
         self._resumed = 0
         """The last round after which the engine was let serve."""
         self.under_way = False
@@ -112,10 +114,14 @@ class Steps:
         try:
             self._loader.expect(tensors)
         except CpeError as error:
+            if error.message != self._told:
+                log.warning("a version does not fit this engine, which does not get it: %s", error.message)
+            self._told = error.message
             return error
         except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
             log.exception("expect failed in the engine")
             return EngineError(f"{type(error).__name__}: {error}")
+        self._told = ""
         return None
 
     def carry_out(self, step: Step, slots: Slots | None) -> list[Answer]:
@@ -189,6 +195,8 @@ class Steps:
         try:
             work()
         except CpeError as error:
+            if not isinstance(step, Check):  # `expect` has said it
+                log.warning("%s failed: %s", name_of(step), error.message)
             return StepFailed(step.round, name_of(step), ErrorInfo(error.code, error.message), getattr(step, "seq", 0))
         except Exception as error:  # task boundary: what the engine raises is reported, never raised across the link
             log.exception("%s failed in the engine", name_of(step))

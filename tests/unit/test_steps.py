@@ -335,6 +335,23 @@ def test_version_that_does_not_fit_is_refused_at_its_beginning(steps: Steps, loa
     do(steps, Begin(8, NEW, 1, 8))
 
 
+def test_engine_says_itself_why_it_does_not_get_a_version(
+    steps: Steps, loader: FakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that has just attached is paused for it; whoever looks at its log would see nothing else."""
+    loader.misfit = ManifestError("no tensor here is called b")
+    for number in (7, 8):
+        steps.expect(Expect(number, 0, 0, []))
+        answered(steps, Check(number))
+    (said,) = (record.message for record in caplog.records)
+    assert said == "a version does not fit this engine, which does not get it: no tensor here is called b"
+
+
+def test_step_that_fails_is_in_the_engines_log(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    refused(steps, Finish(7))
+    assert [record.message for record in caplog.records] == ["finish failed: round 7 was not begun here"]
+
+
 def test_engine_that_raises_when_it_compares_is_reported(steps: Steps, loader: FakeLoader) -> None:
     loader.misfit = ValueError("broken")
     steps.expect(Expect(7, 0, 0, []))
