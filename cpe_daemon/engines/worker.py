@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cpe_daemon.core.types import TensorSpec
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError, VerificationError
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     Abort,
@@ -175,10 +175,11 @@ class Worker:
             future.set_exception(self._failure(message))
 
     def _failure(self, message: StepFailed) -> CpeError:
-        """What a worker's failure is called: one that cannot take a version is not at fault."""
+        """What a worker's failure is called: one that cannot take a version, or was handed another, is not at fault."""
         if message.step == step_name(Check) and message.error.code == ManifestError.code:
             return ManifestError(f"{self.name} cannot take it: {message.error.message}")
-        return EngineError(f"{self.name} could not {message.step}: {message.error.message}")
+        kind = VerificationError if message.error.code == VerificationError.code else EngineError
+        return kind(f"{self.name} could not {message.step}: {message.error.message}")
 
     def lose(self, reason: str) -> None:
         """Everything that waits for this worker fails now."""

@@ -172,3 +172,12 @@ async def test_workers_are_told_the_fold_of_a_version_that_has_one(fold: int | N
     assert [command.fold for command in worker.commands if isinstance(command, Begin)] == [fold]
     assert version.report is not None
     assert version.report.engines["a"].verified is (fold is not None)
+
+
+async def test_engine_that_was_handed_other_bytes_is_counted_as_such() -> None:
+    with structlog.testing.capture_logs():
+        async with FakeNode.running() as node:
+            node.worker("a").script["finish"] = lambda _: VerificationError("other bytes than were staged")
+            version = await node.publish(number(1))
+            assert version.state == "failed"
+            assert node.metrics.snapshot()['cpe_engine_failures_total{code="verification"}'] >= 1
