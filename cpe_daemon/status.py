@@ -53,6 +53,7 @@ def version_status(version: Version, now: float) -> dict[str, Any]:
         "ranks_sealed": sum(part.digests is not None for part in version.contributions.values()),
         "world_size": version.world_size,
         "age_seconds": now - version.opened_at,
+        "stage_seconds": version.stage_seconds,
         "error": _text(version.error),
     }
 

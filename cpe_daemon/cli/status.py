@@ -47,7 +47,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
       device     kind, gpus: [uuid, slots, slot_bytes]
       models     [model, used_bytes, quota_bytes (0: none), versions (kept for rollback)]
       versions   [model, run, number, state, nbytes, tensors, ranks_sealed, world_size,
-                 age_seconds, error]
+                 age_seconds, stage_seconds (from its opening; 0 until it is staged), error]
       push       automatic, waiting, round: null, or number, version, phase, seconds,
                  nbytes, loaded_bytes, engines, dropped
       rollback   [model, live, to: null, or the version that a rollback would bring back]

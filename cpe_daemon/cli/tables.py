@@ -30,6 +30,7 @@ _COLOURS: Final[Mapping[str, str]] = {
 }
 
 _WHOLE: Final = ("staged", "pushing", "live")
+_GONE: Final = ("evicted", "failed")
 
 Columns = Mapping[str, str | Callable[[Mapping[str, Any]], object]]
 """By heading: the key of an entry, or what is made of the entry."""
@@ -153,11 +154,30 @@ def _workers(row: Mapping[str, Any]) -> str:
 
 
 def newest(status: Mapping[str, Any], model: object) -> Mapping[str, Any] | None:
-    """Return the version of a model that was staged last, if its bytes are still there; else what was live before."""
-    known = [row for row in entries(status, "versions") if row.get("state") in _WHOLE]
-    known = entries(section(status, "journal"), "not_resident") + known
-    fitting = [row for row in known if row.get("model") == model]
-    return fitting[-1] if fitting else None
+    """Return the version of a model that was staged last, whatever became of it; else what was live before.
+
+    So does `cpe_engine_lag_versions`: an engine is behind a version that it failed to take.
+    """
+    known = [row for row in entries(status, "versions") if row.get("model") == model and _staged(row)]
+    before = [row for row in entries(section(status, "journal"), "not_resident") if row.get("model") == model]
+    return min(reversed(known), key=_since_staged) if known else before[-1] if before else None
+
+
+def _staged(row: Mapping[str, Any]) -> bool:
+    """Whether a version was whole here at any time; a daemon that does not say when tells by the state."""
+    seconds = row.get("stage_seconds")
+    return bool(seconds) if isinstance(seconds, int | float) else row.get("state") in _WHOLE
+
+
+def _since_staged(row: Mapping[str, Any]) -> float:
+    age, staging = row.get("age_seconds"), row.get("stage_seconds")
+    known = isinstance(age, int | float) and isinstance(staging, int | float)
+    return age - staging if known else 0.0
+
+
+def _of_bytes(row: Mapping[str, Any], text: str) -> str:
+    """What is to be said of a version's bytes: nothing, once they are gone."""
+    return "-" if row.get("state") in _GONE and not row.get("nbytes") else text
 
 
 def journal_text(status: Mapping[str, Any]) -> str:
@@ -257,9 +277,11 @@ MODEL_COLUMNS: Final[Columns] = {
 VERSION_COLUMNS: Final[Columns] = {
     "version": version_text,
     "state": "state",
-    "size": lambda row: bytes_text(row.get("nbytes")),
-    "tensors": "tensors",
-    "ranks": lambda row: f"{plain_text(row.get('ranks_sealed'))} of {plain_text(row.get('world_size'))}",
+    "size": lambda row: _of_bytes(row, bytes_text(row.get("nbytes"))),
+    "tensors": lambda row: _of_bytes(row, plain_text(row.get("tensors"))),
+    "ranks": lambda row: _of_bytes(
+        row, f"{plain_text(row.get('ranks_sealed'))} of {plain_text(row.get('world_size'))}"
+    ),
     "age": lambda row: seconds_text(row.get("age_seconds")),
     "error": "error",
 }

@@ -79,7 +79,11 @@ def choose_version(versions: Iterable[Version], wanted: PushRequest, before: Ide
     absent = ""
     if before is not None and before.version.model == model:
         absent = f"; {before} is live, but not resident: publish it again, or set bootstrap"
-    raise MisuseError(f"no version of {model} is staged or live here; there is: {held or 'none'}{absent}")
+    run = f"@{wanted.run}" if wanted.run else ""
+    no = (
+        f"no {model}{run}#{wanted.number} is" if wanted.number >= 0 else f"no version of {model}{run} is staged or live"
+    )
+    raise MisuseError(f"{no} here; there is: {held or 'none'}{absent}")
 
 
 def only_model(versions: Iterable[Version]) -> str:

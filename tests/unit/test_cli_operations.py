@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from cpe_daemon.cli import main
-from cpe_daemon.cli.tables import lag_text, push_text
+from cpe_daemon.cli.tables import VERSION_COLUMNS, lag_text, push_text
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, MisuseError, PeerLostError
 from cpe_daemon.wire.messages import (
@@ -433,6 +433,34 @@ def test_watch_on_a_terminal_has_a_screen_of_its_own(
 )
 def test_lag_is_counted_from_the_newest_that_is_staged(held: object, text: str) -> None:
     assert lag_text(WORKING, {"model": "qwen3", "content": held}) == text
+
+
+def test_engine_is_behind_a_version_that_failed_in_its_push() -> None:
+    """As the metric has it, which is of the version that was staged last, whatever became of it."""
+
+    def row(number: int, state: str, age: float, staging: float) -> dict[str, Any]:
+        return {
+            "model": "m", "run": "r", "number": number, "state": state, "age_seconds": age, "stage_seconds": staging
+        }  # fmt: skip
+
+    engine = {"model": "m", "content": "m@r#1"}
+    versions = [row(1, "live", 90.0, 1.0), row(2, "failed", 60.0, 1.0), row(3, "failed", 30.0, 0.0)]
+    assert lag_text({"versions": versions}, engine) == "1", "3 was never whole here"
+    versions.append(row(4, "receiving", 9.0, 0.0))
+    assert lag_text({"versions": versions}, engine) == "1"
+    versions.insert(0, row(5, "evicted", 80.0, 79.0))
+    assert lag_text({"versions": versions}, engine) == "4", "it was staged last, though it was opened before 2"
+
+
+def test_version_whose_bytes_are_gone_has_no_sizes() -> None:
+    gone = {"state": "evicted", "nbytes": 0, "tensors": 0, "ranks_sealed": 0, "world_size": 1}
+    kept = {"state": "live", "nbytes": 8, "tensors": 1, "ranks_sealed": 1, "world_size": 1}
+
+    def shown(row: dict[str, Any]) -> list[object]:
+        cells = [VERSION_COLUMNS[name] for name in ("size", "tensors", "ranks")]
+        return [cell(row) for cell in cells if callable(cell)]
+
+    assert (shown(gone), shown(kept)) == (["-", "-", "-"], ["8 B", "1", "1 of 1"])
 
 
 def test_lag_is_unknown_where_nothing_is_staged() -> None:

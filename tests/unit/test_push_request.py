@@ -211,7 +211,7 @@ async def test_version_that_cannot_be_pushed_is_refused_with_the_reason() -> Non
         await node.publish(TWO)
         with pytest.raises(MisuseError, match=r"m@r#1 is retained: `cpe rollback m@r --to 1` brings it back into all"):
             await push(node, n=1)
-        with pytest.raises(MisuseError, match=r"no version of m is staged or live here; there is: m@r#1 \(retained\)"):
+        with pytest.raises(MisuseError, match=r"no m#9 is here; there is: m@r#1 \(retained\)"):
             await push(node, n=9)
         with pytest.raises(MisuseError, match="no version of unheard-of is staged or live"):
             await push(node, "unheard-of")
