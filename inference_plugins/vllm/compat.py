@@ -65,6 +65,7 @@ class Layerwise:
         put_back: gives a module the tensors that its kernels use.
         is_deferred: whether a module is processed only at the end, as attention is.
         any_order: in it, loaders do not insist on all tensors of a draft model.
+        uncounted: names of tensors that are never loaded, which no count of elements has.
     """
 
     initialize: Callable[[torch.nn.Module], None]
@@ -73,6 +74,7 @@ class Layerwise:
     put_back: Callable[[torch.nn.Module, Any], None]
     is_deferred: Callable[[torch.nn.Module], bool]
     any_order: Callable[[], contextlib.AbstractContextManager[None]]
+    uncounted: frozenset[str] = frozenset()
 
     def end(self, model: torch.nn.Module) -> None:
         """Undo what `initialize` does to the model itself."""
@@ -88,6 +90,7 @@ def layerwise() -> Layerwise:
     """
     try:
         from vllm.model_executor.model_loader.reload import layerwise as module
+        from vllm.model_executor.model_loader.reload import meta
 
         return Layerwise(
             initialize=module.initialize_layerwise_reload,
@@ -96,6 +99,7 @@ def layerwise() -> Layerwise:
             put_back=module._place_kernel_tensors,
             is_deferred=_is_deferred(module),
             any_order=_any_order(),
+            uncounted=frozenset(getattr(meta, "SKIP_LOAD_TENSORS", None) or meta.SKIP_TENSORS),
         )
     except (ImportError, AttributeError) as error:
         raise EngineError(f"vLLM {vllm_version()} reloads weights in another way: {error}") from None

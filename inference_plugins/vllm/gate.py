@@ -39,7 +39,7 @@ class Gate:
             EngineError: it did not come within ``seconds``.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._held, seconds):
+            if not self._changed.wait_for(lambda: self._held and self._outcome is None, seconds):
                 raise EngineError(f"vLLM did not enter update_weights within {seconds:g} s")
 
     @property

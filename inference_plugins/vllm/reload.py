@@ -84,13 +84,21 @@ class Reload:
         self._pending = []
 
     def _incomplete(self) -> Iterator[str]:
-        """Modules whose parameters have not all been loaded, and what came of them.
+        """Modules whose tensors have not all been loaded, and what came of them.
 
-        Buffers may be computed rather than loaded, and attention's scales are optional.
+        Attention's scales are optional, and buffers outside of checkpoints are computed. vLLM would fill other buffers
+        that nothing came for with what happens to be in memory.
         """
         for name, module, info in self._pending:
             if not info.can_load() or self._layerwise.is_deferred(module):
                 continue
             parameters, _ = info.kernel_tensors or ({}, {})
-            if parameters and info.load_numel < info.load_numel_total:
-                yield f"{name} ({info.load_numel} of {info.load_numel_total} elements)"
+            needed = info.load_numel_total - self._computed(module, info)
+            if parameters and info.load_numel < needed:
+                yield f"{name} ({info.load_numel} of {needed} elements)"
+
+    def _computed(self, module: torch.nn.Module, info: Any) -> int:
+        """How many of the elements that vLLM counts are not loaded from a checkpoint."""
+        names = set(getattr(info, "kernel_non_persistent_buffers", ())) - self._layerwise.uncounted
+        names -= {name for name, _ in info.loaded_weights}
+        return sum(buffer.numel() for name, buffer in module.named_buffers(recurse=False) if name in names)

