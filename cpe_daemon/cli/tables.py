@@ -171,8 +171,9 @@ def _staged(row: Mapping[str, Any]) -> bool:
 
 def _since_staged(row: Mapping[str, Any]) -> float:
     age, staging = row.get("age_seconds"), row.get("stage_seconds")
-    known = isinstance(age, int | float) and isinstance(staging, int | float)
-    return age - staging if known else 0.0
+    if isinstance(age, int | float) and isinstance(staging, int | float):
+        return age - staging
+    return 0.0
 
 
 def _of_bytes(row: Mapping[str, Any], text: str) -> str:

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 import msgspec
 import structlog
 
-from cpe_daemon.errors import BusyError, ConfigError, MisuseError
+from cpe_daemon.core.names import check_names
+from cpe_daemon.errors import BusyError, ConfigError, MisuseError, ProtocolError
 from cpe_daemon.statefile import StateFile
-from cpe_daemon.wire.messages import EngineSpec
+from cpe_daemon.wire.messages import EngineSpec, WorkerHello
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +89,7 @@ class Expected:
             MisuseError: it has no name, no plugin, a URL that is none, or is expected otherwise already.
         """
         _check_terms(spec)
+        check_names(engine=spec.name, model=spec.model)
         if spec.kind not in self._kinds:
             installed = ", ".join(sorted(self._kinds))
             raise MisuseError(f"no plugin for engines of kind {spec.kind!r} is installed; there is: {installed}")
@@ -132,6 +134,18 @@ class Expected:
                 self._specs = before
 
 
+def check_hello(hello: WorkerHello) -> None:
+    """Refuse a worker whose engine has no name that can be used.
+
+    Raises:
+        ProtocolError: a name is missing or too long, or no incarnation is said.
+        MisuseError: a name has blanks or control characters.
+    """
+    if not 0 < len(hello.engine) <= MAX_NAME_CHARS or len(hello.model) > MAX_NAME_CHARS or not hello.incarnation:
+        raise ProtocolError(f"an engine needs a name of 1 to {MAX_NAME_CHARS} characters, and an incarnation")
+    check_names(engine=hello.engine, model=hello.model)
+
+
 def check_fit(spec: EngineSpec, *, kind: str, model: str, world_size: int) -> None:
     """Refuse an engine that is not the one expected by its name.
 
@@ -174,18 +188,22 @@ def _check_terms(spec: EngineSpec) -> None:
 
 
 def _check_url(url: str) -> None:
-    """Refuse what is not the address of an HTTP server.
+    """Refuse what is not the address of an HTTP server, on a port or on a Unix socket.
 
     Raises:
         MisuseError: says what to write.
     """
-    wanted = f"{url!r} is not a URL of an engine; write http://HOST:PORT, as in http://127.0.0.1:8000"
+    wanted = f"{url!r} is not a URL of an engine; write http://HOST:PORT, as in http://127.0.0.1:8000, or unix:///PATH"
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
         raise MisuseError(f"{wanted} ({error})") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port or not url.isprintable() or " " in url:
+    if parts.scheme == "unix":
+        there = not parts.netloc and len(parts.path) > 1
+    else:
+        there = parts.scheme in ("http", "https") and bool(parts.hostname) and bool(port)
+    if not there or not url.isprintable() or " " in url:
         raise MisuseError(wanted)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise MisuseError(f"{wanted}; everybody who may ask for the status sees it, so no secret belongs in it")

@@ -16,7 +16,7 @@ from cpe_daemon.core.recovery import Before
 from cpe_daemon.devices.device import Device
 from cpe_daemon.engines.adoption import Adoption
 from cpe_daemon.engines.engine import Engine
-from cpe_daemon.engines.expected import MAX_NAME_CHARS, MAX_WORKERS, Expected, check_fit
+from cpe_daemon.engines.expected import MAX_WORKERS, Expected, check_fit, check_hello
 from cpe_daemon.engines.sleep import take_state
 from cpe_daemon.engines.worker import Handoff, Sender, Worker
 from cpe_daemon.errors import BusyError, DeadlineError, EngineError, MisuseError, ProtocolError
@@ -207,8 +207,7 @@ class Registry:
     def _check(self, hello: WorkerHello) -> None:
         if not OLDEST_PROTOCOL <= hello.protocol <= PROTOCOL:
             raise ProtocolError(f"protocol {hello.protocol}; this daemon speaks {OLDEST_PROTOCOL} to {PROTOCOL}")
-        if not 0 < len(hello.engine) <= MAX_NAME_CHARS or len(hello.model) > MAX_NAME_CHARS or not hello.incarnation:
-            raise ProtocolError(f"an engine needs a name of 1 to {MAX_NAME_CHARS} characters, and an incarnation")
+        check_hello(hello)
         if not 0 <= hello.rank < hello.world_size <= MAX_WORKERS:
             raise ProtocolError(f"rank {hello.rank} of {hello.world_size}")
         if hello.kind not in self._drivers:

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 import structlog
 
 from cpe_daemon.config import Config
+from cpe_daemon.core.names import check_names
 from cpe_daemon.devices.memory import SharedMemory
 from cpe_daemon.errors import BusyError, CpeError, ProtocolError
 from cpe_daemon.ingest.session import Session
@@ -150,6 +151,7 @@ class Trainers:
             raise ProtocolError(f"rank {hello.rank} of {hello.world_size}")
         if not (0 < len(hello.model) <= _MAX_NAME_CHARS and 0 < len(hello.run) <= _MAX_NAME_CHARS):
             raise ProtocolError(f"model and run need 1 to {_MAX_NAME_CHARS} characters")
+        check_names(model=hello.model, run=hello.run)
         if peer in self._sessions:
             self._lose(self._sessions[peer], "said hello again")
         if len(self._sessions) >= self._config.ingest.max_trainers:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final, Self, SupportsIndex
 
 from cpe_daemon.core.manifest import Layout
+from cpe_daemon.core.names import check_names
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseError
 from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_for
@@ -85,6 +86,7 @@ class Publisher:
             raise MisuseError(f"give one or more endpoints, each once, not {names}")
         if not model or not run or not 0 <= rank < world_size:
             raise MisuseError(f"a publisher of {model!r} in run {run!r} as rank {rank} of {world_size} makes no sense")
+        check_names(model=model, run=run)
         self._model, self._run, self._rank, self._world_size = model, run, rank, world_size
         self._connect_timeout, self._send_timeout = connect_timeout, send_timeout
         self._bell = Bell()

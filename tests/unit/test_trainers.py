@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from cpe_daemon.config import Config
-from cpe_daemon.errors import ResourceError
+from cpe_daemon.errors import MisuseError, ResourceError
 from cpe_daemon.ingest.trainers import Trainers
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.observe.metrics import Metrics
@@ -24,7 +24,7 @@ class FullHandoff:
         raise ResourceError("no descriptor is left")
 
 
-def test_ring_that_cannot_be_offered_is_given_back(runtime_dir: Path, no_leaks: None) -> None:
+def test_trainer_that_cannot_be_taken_leaves_nothing(runtime_dir: Path, no_leaks: None) -> None:
     trainers = Trainers(
         config=Config.model_validate({"runtime_dir": runtime_dir}),
         generation="g",
@@ -34,6 +34,9 @@ def test_ring_that_cannot_be_offered_is_given_back(runtime_dir: Path, no_leaks: 
         clock=lambda: 0.0,
     )
     hello = trainers.handlers()[TrainerHello]
+    for model, run in (("a b", "r"), ("m", "r\n")):
+        with pytest.raises(MisuseError, match="no blanks"):
+            hello(b"peer", TrainerHello(PROTOCOL, model, run, 0, 1), [])
     with pytest.raises(ResourceError, match="no descriptor"):
         hello(b"peer", TrainerHello(PROTOCOL, "m", "r", 0, 1, boot_id="this host"), [])
     assert not list(trainers)
