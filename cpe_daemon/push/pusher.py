@@ -25,6 +25,7 @@ from cpe_daemon.push.compatibility import Compatibility
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.repair import Repair
 from cpe_daemon.push.request import Request, choose_version, only_model
+from cpe_daemon.push.retries import Retries
 from cpe_daemon.push.rollback import Rollback, already_live, choose_retained
 from cpe_daemon.push.round import Round
 from cpe_daemon.push.rounds import Decisions, Rounds
@@ -79,6 +80,7 @@ class Pusher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._retries = Retries(self._on_joined)
         catalogue.watch(self._on_version)
         registry.on_joined(self._on_joined)
 
@@ -117,6 +119,7 @@ class Pusher:
     async def drain(self) -> None:
         """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
         self._draining = True
+        self._retries.close()
         while self._asked:
             self._asked.popleft().fail(BusyError("this daemon stops; nothing was pushed"))
         for version in [version for version in self._catalogue if version.state is VersionState.STAGED]:
@@ -239,6 +242,7 @@ class Pusher:
             self._catalogue.begin_push(version)
         new = before is not VersionState.LIVE
         participants = await self._rounds.run(version, targets.engines, undoable=new)
+        self._retries.look(participants)
         report = targets.report(participants, self._clock() - began)
         verdict = self._judge(version, participants) if new else Verdict.LIVE
         if new:
@@ -305,9 +309,9 @@ class Pusher:
         if engine.ready and (live is None or engine.holds(live.id, live.digest)):
             await self._let_serve(engine)
         elif live is not None and engine.complete:
-            await self._repair.restore(
-                [failed for failed in await self._rounds.run(live, [engine]) if not failed.alive]
-            )
+            participants = await self._rounds.run(live, [engine])
+            self._retries.look(participants)
+            await self._repair.restore([participant for participant in participants if not participant.alive])
 
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
