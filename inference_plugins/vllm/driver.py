@@ -53,8 +53,7 @@ class VllmDriver:
     async def check(self, round: int, seconds: float) -> None:
         """See that the server can be paused, and have the workers say whether a version fits."""
         if not self._workers.starting:
-            async with self._session() as session:
-                await self._called("/is_paused", seconds, self._find(session))
+            await self._called("/is_paused", seconds, self._look())
         await self._workers.check(round, seconds)
 
     async def pause(self, round: int, seconds: float) -> None:
@@ -156,6 +155,11 @@ class VllmDriver:
         except aiohttp.ClientError as error:
             raise PeerLostError(f"engine {self.engine!r} at {self._workers.url}: {path}: {error}") from None
 
+    async def _look(self) -> None:
+        """See which routes the server has: it may have been started again, with others."""
+        async with self._session() as session:
+            self._prefix = await self._find(session)
+
     async def _find(self, session: aiohttp.ClientSession) -> str:
         """Which routes the server has."""
         for prefix in _PREFIXES:
@@ -181,8 +185,7 @@ class VllmDriver:
         if parts.scheme == "unix":
             connector, url = aiohttp.UnixConnector(parts.path), "http://localhost"
         else:
-            ca_file = os.environ.get(CA_FILE)
-            connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=ca_file) if ca_file else True)
+            connector = aiohttp.TCPConnector(ssl=_authorities())
         key = os.environ.get(API_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=None)  # each call has its own
@@ -196,6 +199,15 @@ async def _reason(reply: aiohttp.ClientResponse) -> str:
     except ValueError:
         said = text
     return f"{reply.status} {said.get('error', said) if isinstance(said, dict) else said}"
+
+
+def _authorities() -> ssl.SSLContext | bool:
+    """Who may vouch for servers; True: those that the host trusts."""
+    ca_file = os.environ.get(CA_FILE)
+    try:
+        return ssl.create_default_context(cafile=ca_file) if ca_file else True
+    except OSError as error:  # of OpenSSL, too
+        raise EngineError(f"{CA_FILE}: {ca_file} cannot be used: {error}") from None
 
 
 def _choice(name: str, among: tuple[str, ...]) -> str:

@@ -122,7 +122,9 @@ async def test_terms_that_no_engine_has_are_refused(spec: EngineSpec, says: str,
     assert not is_there(path)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://gpu-17.cluster:30000/v1", "http://[::1]:8000/"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000", "https://gpu-17.cluster:30000/v1", "http://[::1]:8000/", "unix:///run/vllm/v.sock"]
+)
 async def test_url_of_a_server_is_taken(url: str, path: Path) -> None:
     await expected(path).add(EngineSpec("v", "vllm", url=url))
 
@@ -145,6 +147,9 @@ async def test_url_of_a_server_is_taken(url: str, path: Path) -> None:
         "http://user:secret@a:8000",
         "http://a:8000/?token=1",
         "http://a:8000/#x",
+        "unix://run/v.sock",
+        "unix:///",
+        "unix:///run/v.sock?token=1",
     ],
 )
 async def test_url_of_no_server_is_refused(url: str, path: Path) -> None:
