@@ -135,7 +135,7 @@ def engines(endpoint: str) -> Peer:
 def state_of(daemon: Daemon) -> dict[str, Any]:
     """Its status without what changes by itself, and without the counters."""
     status = daemon.status()
-    del status["counters"], status["daemon"]["uptime_seconds"], status["journal"]["age_seconds"]
+    del status["counters"], status["daemon"]["uptime_seconds"], status["journal"]["written_at"]
     for version in status["versions"]:
         del version["age_seconds"]
     return status
