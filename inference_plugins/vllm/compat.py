@@ -7,6 +7,7 @@ to try sets ``CPE_VLLM_UNTESTED=1``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
@@ -52,6 +53,36 @@ def vllm_version() -> str:
 
 def _text(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+def let_sessions_lapse(ours: type) -> None:
+    """Have a session that nobody ended, as one of a daemon that was killed, end when the next one begins.
+
+    A vLLM worker refuses to begin another. What it raises there leaves the answers of its siblings unread, which vLLM
+    then takes for those to its next call.
+
+    Args:
+        ours: the weight transfer engine whose sessions may be left so: it has undone, or finished, what they began.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for name in ("start_weight_update", "start_draft_weight_update"):
+        begin = getattr(Worker, name, None)
+        if begin is not None and not hasattr(begin, "lapses"):
+            setattr(Worker, name, _lapsing(begin, ours))
+
+
+def _lapsing(begin: Callable[..., None], ours: type) -> Callable[..., None]:
+    @functools.wraps(begin)
+    def start(worker: Any) -> None:
+        is_ours = isinstance(worker.weight_transfer_engine, ours)
+        if is_ours and worker._weight_update_active:
+            worker._weight_update_active = False
+            worker.weight_transfer_engine.reset_weight_update_target()
+        begin(worker)
+
+    start.lapses = True  # type: ignore[attr-defined]
+    return start
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
-from cpe_daemon.errors import DeadlineError, EngineError
+from cpe_daemon.errors import DeadlineError, EngineError, ManifestError
 from inference_plugins.assembly import Place
 from inference_plugins.vllm.gate import Gate
 from inference_plugins.vllm.reload import Reload
 
 _ENTER_SECONDS: Final = 10.0
 """How long vLLM's thread may take to enter ``update_weights`` once the daemon has asked for that."""
+_NAMED: Final = 10
 
 
 class VllmLoader:
@@ -28,10 +30,17 @@ class VllmLoader:
         device: where they are.
         gate: holds vLLM's own thread.
         needs_version: it is not to serve what it loaded from disk.
+        shapes: of tensors that it loaded from disk, by name, as far as they are known.
     """
 
     def __init__(
-        self, models: Callable[[], Sequence[Reload]], device: torch.device, gate: Gate, *, needs_version: bool
+        self,
+        models: Callable[[], Sequence[Reload]],
+        device: torch.device,
+        gate: Gate,
+        *,
+        needs_version: bool,
+        shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self.content: VersionId | None = None
         self.touched = False
@@ -39,6 +48,10 @@ class VllmLoader:
         self.starting = True
         self.serving = False
         self._needs_version = needs_version
+        self._shapes = dict(shapes)
+        """Of what is loaded."""
+        self._coming: dict[str, tuple[int, ...]] = {}
+        """Of what came in this update."""
         self._begun = False
         """Whether modules' parameters were taken away, to be loaded."""
         self.failure: str | None = None
@@ -57,12 +70,24 @@ class VllmLoader:
         self._tell(serving=False)
 
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
-        """VLLM's loaders alone know which names they take."""
+        """Compare shapes with those that were loaded before; vLLM's loaders alone know which names they take.
+
+        Many of them take their part of a tensor that is too large without a word.
+        """
+        wrong = [
+            f"{spec.name} is {list(known)} here, {list(spec.shape)} in the version"
+            for spec in tensors
+            if (known := self._shapes.get(spec.name)) is not None and known != spec.shape
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            raise ManifestError(f"{'; '.join(wrong[:_NAMED])}{more}")
 
     def begin(self) -> None:
         """Wait for vLLM's thread; what an update before this one left behind is undone."""
         self._gate.await_held(_ENTER_SECONDS)
         self.failure = None
+        self._coming.clear()
         self._undo()
 
     def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
@@ -79,6 +104,7 @@ class VllmLoader:
                 model.begin()
         for model in self._models():
             model.load(tensors)
+        self._coming.update((name, tuple(tensor.shape)) for name, tensor in tensors)
 
     @torch.no_grad()
     def finish(self, version: VersionId) -> None:
@@ -89,6 +115,7 @@ class VllmLoader:
                 model.finish()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
+        self._shapes.update(self._coming)
         self.content, self.touched, self._begun = version, False, False
         self._gate.release("finished")
 

@@ -28,7 +28,8 @@ from cpe_daemon.devices.cuda.slots import gpu_uuid
 from cpe_daemon.errors import DeadlineError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.receiver import Receiver
-from inference_plugins.vllm.compat import check_version, layerwise
+from inference_plugins.vllm.compat import check_version, layerwise, let_sessions_lapse
+from inference_plugins.vllm.disk import shapes_on_disk
 from inference_plugins.vllm.gate import Gate
 from inference_plugins.vllm.loader import VllmLoader
 from inference_plugins.vllm.refusals import check_supported
@@ -69,11 +70,17 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
         check_version()
         check_supported(vllm_config)
         self._settings = Settings.read()
+        let_sessions_lapse(CpeWeightTransferEngine)
         self._layerwise = layerwise()
         self._models = [Reload(model, vllm_config.model_config, self._layerwise)]
         self._gate = Gate()
-        needs_version = self._settings.start == "version"
-        self._loader = VllmLoader(lambda: self._models, device, self._gate, needs_version=needs_version)
+        self._loader = VllmLoader(
+            lambda: self._models,
+            device,
+            self._gate,
+            needs_version=self._settings.start == "version",
+            shapes=shapes_on_disk(vllm_config.model_config.model),
+        )
         self._receiver = Receiver(self._settings.socket, _hello(self._settings, vllm_config, device), self._loader)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="cpe-receiver", daemon=True)

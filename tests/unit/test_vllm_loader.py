@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cpe_daemon.core.types import TensorSpec, VersionId
-from cpe_daemon.errors import DeadlineError, EngineError
+from cpe_daemon.errors import DeadlineError, EngineError, ManifestError
 from inference_plugins.vllm import loader as module
+from inference_plugins.vllm.disk import shapes_on_disk
 from inference_plugins.vllm.gate import Gate
 from inference_plugins.vllm.loader import VllmLoader
 
@@ -230,6 +233,68 @@ def test_every_tensor_goes_to_vllms_loaders(loader: VllmLoader) -> None:
     assert list(loader.place(specs, torch.device("cpu"))) == [None, None]
     loader.expect(specs)
     assert loader.halt() == 0
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def of(**shapes: tuple[int, ...]) -> list[TensorSpec]:
+    return [TensorSpec(name, "bfloat16", shape) for name, shape in shapes.items()]
+
+
+def test_version_of_other_shapes_than_on_disk_is_refused(gate: Gate) -> None:
+    shapes = {"w": (2, 4), "x": (3,)}
+    loader = VllmLoader(list, torch.device("cpu"), gate, needs_version=True, shapes=shapes)
+    loader.expect(of(w=(2, 4), x=(3,), new=(7,)))
+    with pytest.raises(ManifestError, match=r"^w is \[2, 4\] here, \[4, 4\] in the version; x is \[3\] here, \[\] in"):
+        loader.expect(of(w=(4, 4), x=()))
+
+
+def test_version_of_other_shapes_than_the_last_is_refused(loader: VllmLoader, held: Callable[[], Future[str]]) -> None:
+    loader.expect(of(w=(9,)))
+    held()
+    loader.begin()
+    loader.load(PAIR)
+    loader.expect(of(w=(9,)))
+    loader.finish(VERSION)
+    loader.expect(of(w=(2,)))
+    with pytest.raises(ManifestError, match=r"^w is \[2\] here, \[9\] in the version$"):
+        loader.expect(of(w=(9,)))
+
+
+def test_shapes_of_an_update_that_failed_count_for_nothing(loader: VllmLoader, held: Callable[[], Future[str]]) -> None:
+    held()
+    loader.begin()
+    loader.load(PAIR)
+    loader.abandon("it failed")
+    held()
+    loader.begin()
+    loader.load([("x", torch.ones(1))])
+    loader.finish(VERSION)
+    loader.expect(of(w=(9,), x=(1,)))
+
+
+def test_ten_differences_are_named(gate: Gate) -> None:
+    names = [f"t{number}" for number in range(12)]
+    loader = VllmLoader(list, torch.device("cpu"), gate, needs_version=True, shapes=dict.fromkeys(names, (1,)))
+    with pytest.raises(ManifestError, match=r"; t9 is \[1\] here, \[2\] in the version; and 2 more$"):
+        loader.expect(of(**dict.fromkeys(names, (2,))))
+
+
+def test_shapes_are_read_from_all_files(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "model-2.safetensors")
+    assert shapes_on_disk(str(tmp_path)) == {"a": (2, 3), "b": (), "c": (4,)}
+
+
+def test_model_that_is_not_on_disk_has_no_shapes(tmp_path: Path) -> None:
+    assert shapes_on_disk("Qwen/Qwen3-0.6B") == shapes_on_disk(str(tmp_path)) == {}
+
+
+def test_file_that_is_none_gives_no_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert shapes_on_disk(str(tmp_path)) == {}
+    assert "not compared" in caplog.text
 
 
 def test_sleep_is_refused(loader: VllmLoader) -> None:

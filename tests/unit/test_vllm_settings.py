@@ -84,7 +84,15 @@ def test_what_cannot_be_updated_safely_is_refused(refused: Any, why: str) -> Non
         check_supported(refused)
 
 
-# --- vLLM's version --------------------------------------------------------------------------------------------------
+# --- vLLM itself --------------------------------------------------------------------------------------------------
+
+
+def vllm(path: str, monkeypatch: pytest.MonkeyPatch, **found: object) -> None:
+    """Have there be a vLLM of one module."""
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
+    vars(sys.modules[path]).update(found)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: str | None, name: str = "vllm") -> None:
@@ -122,6 +130,59 @@ def test_vllm_that_reloads_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -
         compat.layerwise()
 
 
+# --- sessions --------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """A weight transfer engine."""
+
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def reset_weight_update_target(self) -> None:
+        self.resets += 1
+
+
+class Worker:
+    """As vLLM's."""
+
+    def __init__(self, engine: object) -> None:
+        self.weight_transfer_engine = engine
+        self._weight_update_active = False
+
+    def start_weight_update(self) -> None:
+        if self._weight_update_active:
+            raise RuntimeError("Call finish_weight_update first.")
+        self._weight_update_active = True
+
+
+@pytest.fixture
+def worker_type(monkeypatch: pytest.MonkeyPatch) -> type[Worker]:
+    """One that vLLM has, and that may be changed."""
+    vllm("vllm.v1.worker.gpu_worker", monkeypatch, Worker=(found := type("Found", (Worker,), {})))
+    return found
+
+
+def test_session_that_nobody_ended_lapses(worker_type: type[Worker]) -> None:
+    for _ in range(2):
+        compat.let_sessions_lapse(Ours)
+    engine = Ours()
+    worker = worker_type(engine)
+    worker.start_weight_update()
+    assert engine.resets == 0
+    worker.start_weight_update()
+    assert worker._weight_update_active
+    assert engine.resets == 1
+
+
+def test_sessions_of_other_backends_are_left_alone(worker_type: type[Worker]) -> None:
+    compat.let_sessions_lapse(Ours)
+    worker = worker_type(object())
+    worker.start_weight_update()
+    with pytest.raises(RuntimeError, match="Call finish"):
+        worker.start_weight_update()
+
+
 # --- register --------------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +202,7 @@ class Factory:
 def factory(monkeypatch: pytest.MonkeyPatch) -> type[Factory]:
     """VLLM has this one only."""
     Factory._registry = {}
-    path = "vllm.distributed.weight_transfer.factory"
-    parts = path.split(".")
-    for count in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
-    vars(sys.modules[path])["WeightTransferEngineFactory"] = Factory
+    vllm("vllm.distributed.weight_transfer.factory", monkeypatch, WeightTransferEngineFactory=Factory)
     return Factory
 
 
