@@ -11,6 +11,9 @@ import torch
 
 from inference_plugins.torch import attach
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/torch_engine.py RUNTIME_DIR   (where `cpe serve` runs: `cpe config` shows it)")
+
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 batch = torch.ones(1, 4)

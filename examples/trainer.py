@@ -10,6 +10,9 @@ import torch
 
 from cpe_daemon.publisher import Publisher
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/trainer.py RUNTIME_DIR   (where `cpe serve` runs: `cpe config` shows it)")
+
 torch.manual_seed(1)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cpe_daemon.cli.failures import debug_option
 
@@ -44,4 +45,6 @@ def demo_command(
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.demo import Options, run
 
+    if small and ctx.get_parameter_source("scale") is not ParameterSource.DEFAULT:
+        raise click.UsageError("give either --small or --scale: each says how large the model is")
     ctx.exit(run(Options(small=small, scale=scale, versions=versions, keep=keep, as_json=as_json)))

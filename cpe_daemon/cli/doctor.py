@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _FAILED: Final = 1
 _ASK_SECONDS: Final = 5.0
-_PIPE_COLUMNS: Final = 200
 _COLOURS: Final = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
@@ -199,9 +198,9 @@ def _show(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False, emoji=False
-    )
+    from cpe_daemon.cli.tables import columns
+
+    console = Console(file=sys.stdout, width=columns(sys.stdout), highlight=False, emoji=False)
     verdicts = [finding.verdict.value for finding in findings]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in _COLOURS if verdict in verdicts]
     with console.capture() as capture:

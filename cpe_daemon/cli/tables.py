@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, TextIO
@@ -43,9 +44,15 @@ def show_status(status: Mapping[str, Any]) -> None:
 
 def console(file: TextIO) -> Console:
     """Make a console for what a daemon says: its text is shown as it is."""
-    return Console(
-        file=file, width=None if file.isatty() else _PIPE_COLUMNS, highlight=False, emoji=False, markup=False
-    )
+    return Console(file=file, width=columns(file), highlight=False, emoji=False, markup=False)
+
+
+def columns(file: TextIO) -> int | None:
+    """How wide tables are: as a terminal is (None), else as COLUMNS says, else wide enough for most."""
+    said = os.environ.get("COLUMNS", "")
+    if file.isatty():
+        return None
+    return int(said) if said.isascii() and said.isdigit() and int(said) else _PIPE_COLUMNS
 
 
 def show_engines(status: Mapping[str, Any]) -> None:

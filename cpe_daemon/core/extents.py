@@ -143,7 +143,9 @@ class ExtentAllocator:
         if free >= need_bytes:
             message += f", but fragmented: the largest free run is {readable(largest)}"
         else:
-            message += f" of {readable(self._capacity_bytes)}"
+            message += (
+                f" of {readable(self._capacity_bytes)} (arena.size_bytes: twice a model's weights hold an update)"
+            )
         return ArenaFullError(message, need_bytes=need_bytes, free_bytes=free, largest_bytes=largest)
 
 

@@ -76,6 +76,15 @@ def test_example_engine_serves_what_the_example_trainer_publishes(runtime_dir: P
 
 
 @pytest.mark.parametrize("name", ["torch_engine.py", "trainer.py"])
+def test_example_without_its_argument_says_how_it_is_run(name: str) -> None:
+    with running(f"examples/{name}") as example:
+        out, err = example.communicate(timeout=SECONDS)
+    assert (example.returncode, out) == (1, "")
+    assert err.startswith(f"usage: python examples/{name} RUNTIME_DIR")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["torch_engine.py", "trainer.py"])
 def test_readme_shows_the_example_as_it_is(name: str) -> None:
     source = (ROOT / "examples" / name).read_text()
     assert f"```python\n{source}```\n" in (ROOT / "README.md").read_text()

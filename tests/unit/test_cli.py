@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ import cpe_daemon.publisher
 from cpe_daemon import __version__, errors
 from cpe_daemon.cli import main
 from cpe_daemon.cli.failures import exit_status
+from cpe_daemon.cli.tables import columns
 from cpe_daemon.cli.text import bytes_text, seconds_text
 from cpe_daemon.config import Config, annotated_default
 from cpe_daemon.core.types import VersionId
@@ -177,6 +179,28 @@ def test_completion_is_for_this_command(shell: str, word: str) -> None:
     assert result.exit_code == 0
     assert word in result.output
     assert "_CPE_COMPLETE" in result.output
+
+
+def test_version_as_json_has_the_protocols() -> None:
+    told = json.loads(cpe("version", "--json").stdout)
+    assert (told["version"], told["oldest_protocol"] <= told["protocol"]) == (__version__, True)
+
+
+def test_tables_are_as_wide_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, width in (("80", 80), ("", 200), ("x", 200), ("0", 200)):
+        monkeypatch.setenv("COLUMNS", said)
+        assert columns(io.StringIO()) == width
+
+
+def test_demo_takes_one_size() -> None:
+    refused = cpe("demo", "--small", "--scale", "0.5")
+    assert refused.exit_code == 2
+    assert "either --small or --scale" in refused.stderr
+
+
+def test_help_of_force_says_what_it_does_not_do() -> None:
+    shown = " ".join(cpe("publish", "--help").output.split())
+    assert "Return to a run that another has superseded. Numbers grow all the same." in shown
 
 
 # --- failing -------------------------------------------------------------------------------------
