@@ -264,6 +264,8 @@ class Ingest:
 
     async def _stage(self, version: Version) -> None:
         began = self._clock()
+        if version.state is not VersionState.RECEIVING:  # it has failed since its last rank sealed
+            return
         with self._catalogue.lease(version):
             whole = await asyncio.to_thread(join, version, self._arena.view)
             if version.state is VersionState.RECEIVING:

@@ -106,8 +106,8 @@ class Rounds:
             return []
         self.number += 1
         wake_seconds = self._config.deadlines.wake_seconds if self._config.push.asleep == "wake" else None
-        asleep = await rouse(engines, wake_seconds)
-        with self._catalogue.lease(version):
+        with self._catalogue.lease(version):  # before anything is awaited: a retained one may be evicted else
+            asleep = await rouse(engines, wake_seconds)
             planned = await self._plan(version, engines)
             workers = [w for engine in engines if engine not in asleep for w in engine.workers.values()]
             refused = await self.slots.provide(workers, len(planned.plan.buckets))

@@ -60,6 +60,7 @@ class SlotKeeper:
             The workers that cannot be loaded through slots, each with the reason.
         """
         self._used_at = self._clock()
+        workers = tuple(workers)  # those of an engine may come and go meanwhile
         wanted = self._config.slots_for(buckets)
         gpus = sorted({worker.gpu for worker in workers})
         troubles = dict(zip(gpus, await asyncio.gather(*(self._take(gpu, wanted) for gpu in gpus)), strict=True))

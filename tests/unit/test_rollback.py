@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import structlog
 
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import (
+    ArenaFullError,
     BusyError,
     CpeError,
     EngineError,
@@ -300,6 +301,30 @@ async def test_retained_version_is_not_evicted_while_it_is_pushed() -> None:
         async with asyncio.timeout(20):
             await asking
         assert (one.state, one.leases) == ("live", 0)
+
+
+async def test_version_that_is_rolled_back_to_is_not_evicted_while_engines_wake_up() -> None:
+    """It is leased before anything is waited for: a trainer that wants its room waits, or is refused."""
+    async with FakeNode.running(push={"asleep": "wake"}) as node:
+        worker = node.worker("a")
+        one, _ = await two_live(node)
+        refused: list[CpeError] = []
+
+        def wake(_: object) -> Any:
+            receiving = node.catalogue.open(THREE, 2)
+            try:
+                for rank, nbytes in enumerate((node.arena.free_bytes, one.nbytes)):
+                    node.catalogue.contribute(receiving, rank, [Shard("w", "uint8", (nbytes,))], nbytes)
+            except ArenaFullError as error:
+                refused.append(error)
+            worker.wake_up()
+            return worker.do(worker.commands[-1])
+
+        worker.script["wake"] = wake
+        worker.sleep()
+        await roll_back(node)
+        assert refused, "the version was evicted"
+        assert (one.state, node.states()) == ("live", {"a": (CURRENT, ONE)})
 
 
 # --- a version that not all engines took -----------------------------------------------------------------------------

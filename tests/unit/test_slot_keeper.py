@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cpe_daemon.errors import ResourceError
@@ -157,3 +159,29 @@ async def test_worker_on_a_failed_gpu_is_refused_with_the_reason() -> None:
         with pytest.raises(ResourceError, match="GPU-0 has failed"):
             node.worker("a", gpu="gpu-0")
         assert node.states() == {}
+
+
+async def test_worker_that_attaches_while_slots_are_provided_is_provided_for_later() -> None:
+    """The engine was complete when its turn was asked for, and is not when it comes, and is again a moment later."""
+    async with FakeNode.running(gpus=2) as node:
+        ranks = [node.worker("a", rank=rank, world_size=2, gpu=f"gpu-{rank}") for rank in (0, 1)]
+        await node.publish(number(1))
+        await keeper(node).give_back()
+        taking, going_on = asyncio.Event(), asyncio.Event()
+        take = node.device.take
+
+        async def slow(gpu: int, count: int) -> None:
+            taking.set()
+            await going_on.wait()
+            await take(gpu, count)
+
+        node.device.take = slow  # type: ignore[method-assign]
+        node.bye(ranks[1])
+        again = node.worker("a", rank=1, world_size=2, gpu="gpu-1", content=number(1))
+        node.bye(again)
+        await taking.wait()
+        node.worker("a", rank=1, world_size=2, gpu="gpu-1", content=number(1))
+        going_on.set()
+        await node.idle()
+        assert node.states() == {"a": (CURRENT, number(1))}
+        assert all(worker.has_slots for worker in node.engine("a").workers.values())
