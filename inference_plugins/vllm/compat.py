@@ -96,6 +96,8 @@ class Layerwise:
         put_back: gives a module the tensors that its kernels use.
         is_deferred: whether a module is processed only at the end, as attention is.
         any_order: in it, loaders do not insist on all tensors of a draft model.
+        padding: how many elements of a module vLLM added, which no checkpoint has.
+        prepare: makes of a module's weights what kernels need, where they are another module's as well.
         uncounted: names of tensors that are never loaded, which no count of elements has.
     """
 
@@ -105,6 +107,8 @@ class Layerwise:
     put_back: Callable[[torch.nn.Module, Any], None]
     is_deferred: Callable[[torch.nn.Module], bool]
     any_order: Callable[[], contextlib.AbstractContextManager[None]]
+    padding: Callable[[torch.nn.Module], int]
+    prepare: Callable[[torch.nn.Module], None]
     uncounted: frozenset[str] = frozenset()
 
     def end(self, model: torch.nn.Module) -> None:
@@ -130,6 +134,8 @@ def layerwise() -> Layerwise:
             put_back=module._place_kernel_tensors,
             is_deferred=_is_deferred(module),
             any_order=_any_order(),
+            padding=_padding,
+            prepare=_prepare,
             uncounted=frozenset(getattr(meta, "SKIP_LOAD_TENSORS", None) or meta.SKIP_TENSORS),
         )
     except (ImportError, AttributeError) as error:
@@ -143,6 +149,28 @@ def _is_deferred(module: Any) -> Callable[[torch.nn.Module], bool]:
         return found
     kinds: tuple[type, ...] = (module.Attention, module.MLAAttention)
     return lambda layer: isinstance(layer, kinds)
+
+
+def _padding(layer: Any) -> int:
+    """The rows of a vocabulary that vLLM added for its size to divide well."""
+    shard = getattr(layer, "shard_indices", None)
+    if shard is None:
+        return 0
+    rows: int = shard.org_vocab_end_index - shard.org_vocab_start_index
+    return sum(
+        (parameter.shape[0] - rows) * parameter[:1].numel()
+        for parameter in layer.parameters(recurse=False)
+        if getattr(parameter, "output_dim", None) == 0
+    )
+
+
+def _prepare(layer: Any) -> None:
+    method = getattr(layer, "quant_method", None)
+    if method is None:
+        return
+    if not type(method).__name__.startswith("Unquantized"):
+        raise EngineError(f"a quantised {type(layer).__name__} whose weight is another module's cannot be updated")
+    method.process_weights_after_loading(layer)
 
 
 def _any_order() -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -1,7 +1,7 @@
 """Routes of our own in vLLM's server, for pausing and updating without its routes for developers.
 
-An entry point of ``vllm.endpoint_plugins``; vLLM loads it if ``VLLM_PLUGINS`` names ``cpe``. The server's own
-authentication is in front of these routes as of all others.
+An entry point of ``vllm.endpoint_plugins``; vLLM loads it if ``VLLM_PLUGINS`` names ``cpe``. Its ``--api-key`` does not
+guard these routes, nor those for developers: only ``/v1``. Who may call them is who reaches the server's socket.
 """
 
 from __future__ import annotations

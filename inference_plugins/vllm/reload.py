@@ -63,10 +63,13 @@ class Reload:
         Raises:
             EngineError: tensors did not come that modules need; nothing was completed.
         """
-        if missing := list(self._incomplete()):
+        tied = self._tied()
+        if missing := list(self._incomplete(tied)):
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise EngineError(f"not all tensors came of {', '.join(missing[:_NAMED])}{more}")
         self._layerwise.finalize(self._model, self._model_config)
+        for module in tied:
+            self._layerwise.prepare(module)
         self._pending = []
 
     def undo(self) -> None:
@@ -83,19 +86,45 @@ class Reload:
         self._layerwise.end(self._model)
         self._pending = []
 
-    def _incomplete(self) -> Iterator[str]:
+    def _incomplete(self, tied: Sequence[torch.nn.Module]) -> Iterator[str]:
         """Modules whose tensors have not all been loaded, and what came of them.
 
         Attention's scales are optional, and buffers outside of checkpoints are computed. vLLM would fill other buffers
         that nothing came for with what happens to be in memory.
         """
         for name, module, info in self._pending:
-            if not info.can_load() or self._layerwise.is_deferred(module):
-                continue
-            parameters, _ = info.kernel_tensors or ({}, {})
-            needed = info.load_numel_total - self._computed(module, info)
-            if parameters and info.load_numel < needed:
+            needed = self._needed(module, info)
+            if info.load_numel < needed and not any(module is one for one in tied):
                 yield f"{name} ({info.load_numel} of {needed} elements)"
+
+    def _tied(self) -> list[torch.nn.Module]:
+        """Modules for which nothing came, and whose parameters are others' for which all came: lm_head, as a rule.
+
+        What vLLM makes of their weights for its kernels has to be made anew.
+        """
+        waiting = {module for _, module, _ in self._pending if self._layerwise.info(module).can_load()}
+        loaded = set[int]()
+        for module in self._model.modules():
+            info = self._layerwise.info(module)
+            if module not in waiting:
+                loaded.update(map(id, module.parameters(recurse=False)))
+            elif info.load_numel and info.load_numel >= self._needed(module, info):
+                loaded.update(map(id, info.kernel_tensors[0].values()))  # only what no checkpoint has is missing
+        return [
+            module
+            for _, module, info in self._pending
+            if module in waiting
+            and not info.loaded_weights
+            and self._needed(module, info)
+            and all(id(parameter) in loaded for parameter in info.kernel_tensors[0].values())
+        ]
+
+    def _needed(self, module: torch.nn.Module, info: Any) -> int:
+        """How many elements have to come for a module that waits; 0 for one that can do without."""
+        if not info.can_load() or self._layerwise.is_deferred(module) or not (info.kernel_tensors or ({},))[0]:
+            return 0
+        needed: int = info.load_numel_total - self._computed(module, info) - self._layerwise.padding(module)
+        return needed
 
     def _computed(self, module: torch.nn.Module, info: Any) -> int:
         """How many of the elements that vLLM counts are not loaded from a checkpoint."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from inference_plugins.vllm.compat import Layerwise
 
 HIDDEN = 4
+PADDING = 2 * HIDDEN
+"""Elements that an `Embedding` has beside those of a checkpoint."""
 SHARDS = ("q", "k", "v")
 
 
@@ -42,6 +44,10 @@ class Module(nn.Module):
             self.weight = nn.Parameter(torch.zeros(rows, HIDDEN), requires_grad=False)
         if buffer:
             self.register_buffer("table", torch.ones(3), persistent=buffer == "persistent")
+
+
+class Embedding(Module):
+    """Has more rows than any checkpoint."""
 
 
 class Attention(Module):
@@ -84,6 +90,8 @@ def tensors(value: float) -> dict[str, Tensor]:
 
 def load(parameter: Tensor, loaded_weight: Tensor, shard: int | None = None) -> None:
     """Write to a parameter, or to a third of it."""
+    if shard is None and len(parameter) * HIDDEN == loaded_weight.numel() + PADDING:
+        parameter = parameter[: len(loaded_weight)]
     place = parameter if shard is None else parameter[shard * HIDDEN : (shard + 1) * HIDDEN]
     if place.shape != loaded_weight.shape:
         raise ValueError(f"{tuple(loaded_weight.shape)} into {tuple(place.shape)}")
@@ -96,6 +104,7 @@ class FakeLayerwise:
     def __init__(self) -> None:
         self.infos: dict[nn.Module, Info] = {}
         self.finalized: list[Any] = []
+        self.prepared: list[nn.Module] = []
         self.functions = Layerwise(
             initialize=self.initialize,
             finalize=self.finalize,
@@ -103,6 +112,8 @@ class FakeLayerwise:
             put_back=self.put_back,
             is_deferred=lambda module: isinstance(module, Attention),
             any_order=contextlib.nullcontext,
+            padding=lambda module: PADDING if isinstance(module, Embedding) else 0,
+            prepare=self.prepared.append,
         )
 
     def info(self, module: nn.Module) -> Info:

@@ -10,7 +10,7 @@ import torch
 
 from cpe_daemon.errors import EngineError
 from inference_plugins.vllm.reload import Reload
-from tests.unit.fake_layerwise import FakeLayerwise, Model, Module, tensors
+from tests.unit.fake_layerwise import Embedding, FakeLayerwise, Model, Module, tensors
 
 ORDER = ("embed", "q", "k", "v", "norm")
 
@@ -117,6 +117,48 @@ def test_buffer_of_a_checkpoint_that_does_not_come_is_missed(layerwise: FakeLaye
         reload.load(list(tensors(2).items()))
         with pytest.raises(EngineError, match=r"not all tensors came of norm \(4 of 7 elements\)$"):
             reload.finish()
+
+
+def test_padding_is_not_missed(layerwise: FakeLayerwise) -> None:
+    model = Model()
+    model.embed = Embedding(4)
+    reload = Reload(model, None, layerwise.functions)
+    with torch.no_grad():
+        fill(reload, 2)
+        assert model.embed.weight[:, 0].tolist() == [2, 2, 0, 0]
+        reload.begin()
+        reload.load([(name, tensor) for name, tensor in tensors(3).items() if name != "embed"])
+        with pytest.raises(EngineError, match=r"not all tensors came of embed \(0 of 8 elements\)$"):
+            reload.finish()
+
+
+@pytest.mark.parametrize("rows", [2, 4], ids=["plain", "padded"])
+def test_tied_module_is_loaded_with_the_one_whose_weight_it_shares(layerwise: FakeLayerwise, rows: int) -> None:
+    """And what its kernels need of it is made anew."""
+    model = Model()
+    model.embed = Embedding(rows) if rows > 2 else Module(rows)
+    model.head = Module(rows)
+    model.head.weight = model.embed.weight
+    reload = Reload(model, None, layerwise.functions)
+    with torch.no_grad():
+        for value in (2, 3):
+            fill(reload, value)
+            assert model.head.weight is model.embed.weight
+            assert model.head.weight[:2].unique().tolist() == [value]
+    assert layerwise.prepared == [model.head] * 2
+
+
+def test_tied_module_is_missed_with_the_one_whose_weight_it_shares(layerwise: FakeLayerwise) -> None:
+    model = Model()
+    model.head = Module(2)
+    model.head.weight = model.embed.weight
+    reload = Reload(model, None, layerwise.functions)
+    with torch.no_grad():
+        reload.begin()
+        reload.load([(name, tensor) for name, tensor in tensors(3).items() if name != "embed"])
+        with pytest.raises(EngineError, match=r"came of embed \(0 of 8 elements\), head \(0 of 8 elements\)$"):
+            reload.finish()
+    assert layerwise.prepared == []
 
 
 def test_names_at_most_ten_modules(layerwise: FakeLayerwise) -> None:
