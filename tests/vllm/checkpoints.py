@@ -1,0 +1,117 @@
+"""Tiny random models that transformers and vLLM agree about: each greedy choice is far ahead of the next best."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file
+
+PROMPT: Final = [5, 6, 7, 8]
+TOKENS: Final = 8
+VOCABULARY: Final = 512
+MARGIN: Final = 0.3
+"""Between the best and the next best logprob at each step: many times the error of vLLM's bfloat16."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's weights, and what they generate.
+
+    Attributes:
+        path: the directory.
+        tensors: as they are in its file.
+        tokens: those after `PROMPT`, greedily, in float32 by transformers.
+        logprobs: of these.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Checkpoints:
+    """Makes checkpoints of one architecture, each with other tokens than those before.
+
+    Args:
+        directory: where they go.
+        config: of transformers.
+        likely: seeds to try first; the search for others takes a minute.
+    """
+
+    def __init__(self, directory: Path, config: Any, likely: Sequence[int] = ()) -> None:
+        self._directory = directory
+        self._config = config
+        self._seeds = itertools.chain(likely, itertools.count(1))
+        self._seen: list[list[int]] = []
+
+    def make(self) -> Checkpoint:
+        """Write the next one."""
+        for seed in self._seeds:
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(self._config, dtype=torch.bfloat16)
+            tokens, logprobs, margin = generate(model.float())
+            if margin >= MARGIN and tokens not in self._seen and len(set(tokens)) > TOKENS // 2:
+                break
+        self._seen.append(tokens)
+        path = self._directory / f"seed-{seed}"
+        model.to(torch.bfloat16).save_pretrained(path)
+        words = tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0")
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(words), unk_token="t0", eos_token="t1", pad_token="t2"
+        ).save_pretrained(path)
+        return Checkpoint(path, load_file(path / "model.safetensors"), tokens, logprobs)
+
+
+@torch.no_grad()
+def generate(model: Any) -> tuple[list[int], list[float], float]:
+    """Greedy tokens, their logprobs, and by how much the closest choice was ahead."""
+    tokens, logprobs, margin = list(PROMPT), [], float("inf")
+    for _ in range(TOKENS):
+        scores = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        best, second = scores.topk(2).values.tolist()
+        margin = min(margin, best - second)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(best)
+    return tokens[len(PROMPT) :], logprobs, margin
+
+
+def dense() -> Any:
+    """Qwen3: fused q, k and v, fused gate and up, norms of q and k."""
+    return transformers.Qwen3Config(**_small(), intermediate_size=128, tie_word_embeddings=False)
+
+
+def mixture() -> Any:
+    """Qwen3-MoE, with the embedding tied to the output, and a vocabulary that vLLM pads."""
+    return transformers.Qwen3MoeConfig(
+        **_small() | {"vocab_size": VOCABULARY - 12},
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    )
+
+
+def _small() -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
