@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
+_OF_MULTIPROCESSING = ("psm_", "sem.mp-", "sem.loky-")
 _POLL_SECONDS = 0.01
 
 
@@ -30,7 +31,7 @@ class Holdings:
         return cls(
             descriptors=frozenset(_descriptors()),
             threads=frozenset(threading.enumerate()),
-            shared_memory=frozenset(os.listdir(_SHARED_MEMORY)) if _SHARED_MEMORY.is_dir() else frozenset(),
+            shared_memory=frozenset(_shared_memory()),
         )
 
     def added_by(self, after: Holdings) -> list[str]:
@@ -55,6 +56,12 @@ class Holdings:
                 return leaked
             time.sleep(_POLL_SECONDS)
         return []
+
+
+def _shared_memory() -> list[str]:
+    """What has a name there, but for what multiprocessing makes: nothing here uses that, and engines do."""
+    names = os.listdir(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else []
+    return [name for name in names if not name.startswith(_OF_MULTIPROCESSING)]
 
 
 def _descriptors() -> list[tuple[int, str]]:

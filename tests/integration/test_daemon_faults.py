@@ -97,7 +97,7 @@ def test_publish_waits_for_a_daemon_that_is_restarted(node: Node, landing: bool)
     trainer.ask("build", recipe=RECIPE, seed=2)
     node.daemon.kill()
     if not landing:  # without a tether it takes some heartbeats until the trainer knows
-        until(lambda: "the daemon at ipc" in trainer.log.read_text(), "the trainer notices")
+        until(lambda: "daemon at ipc" in trainer.log.read_text(), "the trainer notices")
     publishing = trainer.begin("publish", version=2)
     node.start_daemon()
     trainer.result(publishing)
