@@ -259,9 +259,18 @@ class Catalogue:
         with self._changing(version, VersionEvent.FAIL):
             version.error = error
 
+    def evict(self, version: Version) -> None:
+        """Let go of a version that is live or retained, since an operator says so, who looked whether it is needed.
+
+        Raises:
+            LifecycleError: it is neither, and nothing has changed.
+        """
+        with self._changing(version, VersionEvent.EVICT):
+            version.error = PublishError(f"{version.id} was evicted by an operator")
+
     @contextlib.contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
-        """Keep a version's extents from being reused while the context is open."""
+        """Keep a version's extents from being reused while the context is open; of no use for one that has none."""
         version.leases += 1
         try:
             yield version
@@ -298,7 +307,9 @@ class Catalogue:
             self._release(version)
 
     def _release(self, version: Version) -> None:
-        """Free a dead version's extents and keep it only as a memory."""
+        """Free a dead version's extents and keep it only as a memory, unless that was done."""
+        if self._versions.get(version.id) is not version:
+            return
         for contribution in version.contributions.values():
             self._arena.release(contribution.extent)
         version.contributions.clear()

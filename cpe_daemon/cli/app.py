@@ -9,6 +9,7 @@ from cpe_daemon.cli.completion import completion_command
 from cpe_daemon.cli.demo import demo_command
 from cpe_daemon.cli.doctor import doctor_command
 from cpe_daemon.cli.engine import engine_command
+from cpe_daemon.cli.evict import evict_command
 from cpe_daemon.cli.failures import FailingGroup, debug_option
 from cpe_daemon.cli.keys import keys_command
 from cpe_daemon.cli.publish import publish_command
@@ -82,6 +83,7 @@ for command in (
     push_command,
     rollback_command,
     wait_command,
+    evict_command,
     status_command,
     engine_command,
     keys_command,

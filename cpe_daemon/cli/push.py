@@ -75,7 +75,7 @@ def push_command(
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.wire.messages import PushRequest
 
-    request = PushRequest(*_parsed(version), engines, dry_run)
+    request = PushRequest(*parse_version(version), engines, dry_run)
     with Conversation(daemon) as conversation, spinner() as show:
         report = await_report(conversation, request, timeout, show)
     if dry_run:
@@ -84,7 +84,7 @@ def push_command(
         print_report(report, as_json=as_json)
 
 
-def _parsed(version: str) -> tuple[str, str, int]:
+def parse_version(version: str) -> tuple[str, str, int]:
     """Return model, run and number; "" and -1 for what is not said."""
     if not version:
         return "", "", -1

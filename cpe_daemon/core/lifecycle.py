@@ -33,7 +33,7 @@ class VersionEvent(StrEnum):
     GO_LIVE = "go_live"
     PUT_BACK = "put_back"  # a push that was asked for reached no engine: it may be asked for again
     SUPERSEDE = "supersede"  # a newer one took its place: in the engines, or as the one that waits
-    EVICT = "evict"
+    EVICT = "evict"  # for room, if it is retained; or since an operator says so
     FAIL = "fail"
 
 
@@ -91,6 +91,7 @@ VERSION_TABLE: Final[Mapping[tuple[VersionState, VersionEvent], VersionState]] =
     (VersionState.PUSHING, VersionEvent.PUT_BACK): VersionState.STAGED,
     (VersionState.PUSHING, VersionEvent.FAIL): VersionState.FAILED,
     (VersionState.LIVE, VersionEvent.SUPERSEDE): VersionState.RETAINED,
+    (VersionState.LIVE, VersionEvent.EVICT): VersionState.EVICTED,
     (VersionState.RETAINED, VersionEvent.GO_LIVE): VersionState.LIVE,
     (VersionState.RETAINED, VersionEvent.EVICT): VersionState.EVICTED,
 }

@@ -44,6 +44,7 @@ from cpe_daemon.links.router import Router
 from cpe_daemon.observe.http import Listener
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.observe.tls import Certificate
+from cpe_daemon.push.eviction import evict
 from cpe_daemon.push.pusher import Pusher
 from cpe_daemon.versions import Catalogue
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
@@ -133,7 +134,11 @@ class Daemon:
         self.recovery.connect(self.catalogue, self.registry, self.pusher)
         self.ingest.examine = self.pusher.compatibility.examine
         self.operations = Operations(
-            pusher=self.pusher, registry=self.registry, tasks=tasks, session=self.trainers.session
+            pusher=self.pusher,
+            registry=self.registry,
+            tasks=tasks,
+            session=self.trainers.session,
+            evict=partial(evict, self.catalogue, self.registry),
         )
         self.waiting = Waiting(
             self.catalogue,

@@ -27,6 +27,7 @@ from cpe_daemon.wire.messages import (
     EngineAdd,
     EngineRemove,
     ErrorReply,
+    EvictRequest,
     Message,
     PushReply,
     PushRequest,
@@ -37,7 +38,7 @@ from cpe_daemon.wire.reports import ErrorInfo, VersionReport
 
 log = structlog.get_logger(__name__)
 
-R = TypeVar("R", PushRequest, RollbackRequest, TrainerRollback, EngineAdd, EngineRemove)
+R = TypeVar("R", PushRequest, RollbackRequest, TrainerRollback, EvictRequest, EngineAdd, EngineRemove)
 
 _PUSHES: Final = (PushRequest, RollbackRequest, TrainerRollback)
 
@@ -67,6 +68,7 @@ class Operations:
         registry: of the engines, those that are expected included.
         tasks: owns the requests.
         session: a trainer's link, by its routing id; raises if there is none.
+        evict: lets go of versions, and says which.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Operations:
         registry: Registry,
         tasks: asyncio.TaskGroup,
         session: Callable[[bytes], Session] | None = None,
+        evict: Callable[[EvictRequest], str] | None = None,
     ) -> None:
+        self._evict_now = evict
         self._pusher = pusher
         self._session = session or _nobody
         self._registry = registry
@@ -90,6 +94,7 @@ class Operations:
             PushRequest: self._on_push,
             RollbackRequest: self._on_rollback,
             TrainerRollback: self._on_trainer_rollback,
+            EvictRequest: self._on_evict,
             EngineAdd: self._on_add,
             EngineRemove: self._on_remove,
         }
@@ -134,6 +139,9 @@ class Operations:
             return PushReply(await self._rolled_back(wanted, client), request.stream)
 
         self._begin(peer, request, roll_back)
+
+    def _on_evict(self, peer: bytes, request: EvictRequest, _: object) -> None:
+        self._begin(peer, request, self._evict)
 
     def _on_add(self, peer: bytes, request: EngineAdd, _: object) -> None:
         self._begin(peer, request, self._expect)
@@ -203,6 +211,18 @@ class Operations:
             cause=wanted.cause,
         )
         return await self._pusher.request(wanted)
+
+    async def _evict(self, request: EvictRequest, client: str) -> Done:
+        """Let go of versions that nobody serves.
+
+        Raises:
+            CpeError: somebody does; nothing has changed.
+        """
+        if self._evict_now is None:
+            raise MisuseError("this node evicts nothing")
+        done = self._evict_now(request)
+        log.info("operator.evict", client=client, model=request.model, run=request.run, number=request.number)
+        return Done(done)
 
     async def _expect(self, request: EngineAdd, client: str) -> Done:
         """Count on an engine from now on, after a restart too.

@@ -17,6 +17,7 @@ from cpe_daemon.wire.messages import (
     Chunk,
     EngineAdd,
     EngineRemove,
+    EvictRequest,
     ManifestPart,
     Message,
     OpenVersion,
@@ -52,6 +53,7 @@ ROLES: Final[Mapping[type[Message], frozenset[Role]]] = {
     PushRequest: _OPERATOR,
     RollbackRequest: _OPERATOR,
     WaitRequest: _OPERATOR,
+    EvictRequest: _OPERATOR,
     EngineAdd: _OPERATOR,
     EngineRemove: _OPERATOR,
 }
@@ -63,6 +65,7 @@ _ASKS: Final[Mapping[type[Message], str]] = {
     PushRequest: "`cpe push`",
     RollbackRequest: "`cpe rollback`",
     WaitRequest: "`cpe wait`",
+    EvictRequest: "`cpe evict`",
     EngineAdd: "`cpe engine add`",
     EngineRemove: "`cpe engine remove`",
 }

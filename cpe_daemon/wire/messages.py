@@ -16,6 +16,7 @@ from cpe_daemon.wire.operator import (
     EngineAdd,
     EngineRemove,
     EngineSpec,
+    EvictRequest,
     PushReply,
     PushRequest,
     RollbackRequest,
@@ -78,6 +79,7 @@ __all__ = [
     "EngineRemove",
     "EngineSpec",
     "ErrorReply",
+    "EvictRequest",
     "Expect",
     "Farewell",
     "Finish",
@@ -138,6 +140,7 @@ FrontMessage = (
     | PushRequest
     | RollbackRequest
     | WaitRequest
+    | EvictRequest
     | EngineAdd
     | EngineRemove
 )

@@ -50,6 +50,17 @@ class RollbackRequest(Message, frozen=True, tag="rollback_request"):
     number: int = -1
 
 
+class EvictRequest(Message, frozen=True, tag="evict_request"):
+    """Let go of versions that nobody serves; answered by `Done`. Refused as a whole if an engine needs one of them.
+
+    Without ``run``: those of all of the model's. Without ``number`` (-1): all numbers.
+    """
+
+    model: str
+    run: str = ""
+    number: int = -1
+
+
 class PushReply(Message, frozen=True, tag="push_reply"):
     """What a push or a rollback that somebody asked for did; ``stream`` is the trainer's, 0 for an operator."""
 

@@ -30,6 +30,7 @@ from cpe_daemon.wire.messages import (
     EngineRemove,
     EngineSpec,
     ErrorReply,
+    EvictRequest,
     FrontMessage,
     FrontReply,
     ManifestPart,
@@ -194,7 +195,7 @@ def still_serves(request: pytest.FixtureRequest, node: Node, daemon: Daemon) -> 
 
 def strangers(kind: type[Message]) -> Callable[[Message], bool]:
     """What a stranger may not say: anything but a hello, and what operators say, who need none."""
-    operators = StatusRequest | PushRequest | RollbackRequest | WaitRequest | EngineAdd | EngineRemove
+    operators = StatusRequest | PushRequest | RollbackRequest | WaitRequest | EvictRequest | EngineAdd | EngineRemove
     return lambda message: not isinstance(message, kind | operators)
 
 
@@ -482,7 +483,7 @@ def test_garbage_inside_a_worker_s_session_changes_nothing_for_its_engine(daemon
                 for stale in stale_answers():
                     peer.send(encode(stale))
                 assert peer.ask(Ping()) == Pong(welcome.generation)
-        for refused in (WorkerHello(1, "serving", "torch", 0, 1, "i"), WorkerHello(1, "raw", "vllm", 0, 1, "i")):
+        for refused in (WorkerHello(1, "serving", "torch", 0, 1, "i"), WorkerHello(1, "raw", "tensorrt", 0, 1, "i")):
             assert isinstance(peer.ask(refused), ErrorReply)
         assert state_of(daemon) == before
         assert peer.ask(Ping()) == Pong(welcome.generation)
@@ -523,7 +524,7 @@ def nonsense(rng: random.Random) -> Message:
             PushRequest("served", engines=(text or "x",)),
             PushRequest("served", engines=("x",) * 2000),
             EngineAdd(EngineSpec(text, text)),
-            EngineAdd(EngineSpec("e", "vllm")),
+            EngineAdd(EngineSpec("e", "tensorrt")),
             EngineAdd(EngineSpec("e", "torch", url=text or "x")),
             EngineAdd(EngineSpec("e", "torch", world_size=rng.choice((-1, 5000, 1 << 62)))),
             EngineAdd(EngineSpec("serving", "torch", "another")),

@@ -40,6 +40,7 @@ LEGAL = {
         pushing put_back staged
         pushing fail failed
         live supersede retained
+        live evict evicted
         retained go_live live
         retained evict evicted
     """,
