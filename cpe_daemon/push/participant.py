@@ -158,15 +158,20 @@ class Participant:
 
     async def leave(self) -> None:
         """Take a dropped engine out: untouched, it serves again what it held; otherwise its content is unknown."""
-        if self.engine.state is not EngineState.UPDATING:
+        error = self.error or CpeError("dropped")
+        undone = self._in_round and await self._undone(error.message)
+        if not self._in_round:
             await self._tell_survivors()
             self._take_back()
-            return
-        error = self.error or CpeError("dropped")
-        if await self._undone(error.message) and self.engine.state is EngineState.UPDATING:
+        elif undone:
             self.engine.change(EngineEvent.WITHDRAW, content=self.held, error=error)
-        elif self.engine.state is EngineState.UPDATING:
+        else:
             self.engine.change(EngineEvent.FAULT, error=error)
+
+    @property
+    def _in_round(self) -> bool:
+        """Whether the engine has lost no worker since the round took it, and none has slept and woken up."""
+        return self.engine.state is EngineState.UPDATING
 
     async def _undone(self, reason: str) -> bool:
         """Abort; True if no weight had been touched and the engine serves again, or sleeps.
@@ -181,7 +186,7 @@ class Participant:
             async with asyncio.timeout(seconds + resume_seconds):
                 touched = await self.engine.driver.abort(self._round, reason, seconds)
                 self.let_go = True
-                if touched or not self._was_current:
+                if touched or not self._was_current or not self._in_round:
                     return False
                 if self.engine.asleep:
                     return True

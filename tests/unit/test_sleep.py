@@ -297,6 +297,48 @@ async def test_engine_that_lacks_a_worker_is_missed_though_another_is_asleep() -
         assert [reason.code for reason in judge(engines=node.registry).reasons] == ["engine_incomplete"]
 
 
+def nap_while_undone(worker: FakeWorker, *, kept: bool) -> None:
+    """Have it fall asleep before it can pause, and wake up as soon as it has forgotten the round."""
+
+    def nod_off(_: Any) -> CpeError:
+        del worker.script["pause"]
+        worker.sleep()
+        return CpeError("it is asleep")
+
+    def forget(step: Any) -> Any:
+        del worker.script["abort"]
+        asyncio.get_running_loop().call_soon(lambda: worker.wake_up(kept=kept))
+        return worker.do(step)
+
+    worker.script |= {"pause": nod_off, "abort": forget}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_engine_that_naps_while_its_round_is_undone_is_not_told_to_serve_what_it_held(kept: bool) -> None:
+    """Its worker says that it had forgotten the round when it still slept, and has woken up since."""
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.publish(ONE)
+
+        nap_while_undone(worker, kept=kept)
+        version = await node.publish(TWO)
+        assert version.state == "failed"
+        assert node.states() == {"a": (CURRENT, ONE)}
+        assert (worker.content, worker.touched, worker.paused) == (ONE, False, False)
+
+
+async def test_engine_that_napped_while_its_first_round_was_undone_serves_what_it_started_with() -> None:
+    """Nothing is live that could be given to it instead."""
+    async with FakeNode.running() as node:
+        worker, other = [node.worker("a", rank=rank, world_size=2) for rank in range(2)]
+
+        nap_while_undone(worker, kept=True)
+        version = await node.publish(ONE)
+        assert version.state == "failed"
+        assert node.states() == {"a": (CURRENT, None)}
+        assert not any(one.paused for one in (worker, other))
+
+
 # --- at any moment ---------------------------------------------------------------------------------------------------
 
 
