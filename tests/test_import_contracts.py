@@ -71,7 +71,7 @@ LAYERS = "Rooms form layers"
 PURE = "Core and wire are pure"
 DEVICES = "Concrete devices are named by the daemon, the publisher and worker halves"
 LOWER_ROOMS = "Publisher and plugins use the lower rooms only"
-LEAN = "Publisher and plugins need only torch, pyzmq and msgspec"
+LEAN = "Publisher and plugins need only torch, pyzmq, msgspec, safetensors and xxhash"
 NO_PLUGIN = "The daemon imports no engine plugin"
 ROOT = "The root package imports nothing"
 
