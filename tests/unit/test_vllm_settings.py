@@ -130,6 +130,56 @@ def test_vllm_that_reloads_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -
         compat.layerwise()
 
 
+# --- what vLLM makes of modules --------------------------------------------------------------------------------------
+
+
+class Method:
+    """A quantised layer's."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def process_weights_after_loading(self, layer: object) -> None:
+        self.calls.append(layer)
+
+
+class UnquantizedMethod(Method):
+    """As vLLM names those that do nothing to weights."""
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, method: Method | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(64, 3))
+        self.bias = torch.nn.Parameter(torch.zeros(5))
+        self.quant_method = method
+
+
+@pytest.mark.parametrize(("start", "end", "padding"), [(0, 50, 42), (50, 100, 42), (64, 128, 0), (64, 64, 192)])
+def test_rows_that_fill_a_vocabulary_up_are_padding(start: int, end: int, padding: int) -> None:
+    """Of the rows on this rank; what is not cut along the vocabulary has none."""
+    layer = Layer()
+    vars(layer)["shard_indices"] = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=end)
+    vars(layer.weight)["output_dim"] = 0
+    assert compat._padding(layer) == padding
+    assert compat._padding(Layer()) == 0
+
+
+def test_kernels_get_what_they_need_of_a_shared_weight() -> None:
+    method = UnquantizedMethod()
+    layer = Layer(method)
+    compat._prepare(layer)
+    assert method.calls == [layer]
+    compat._prepare(Layer())
+
+
+def test_quantised_weight_that_is_shared_is_refused() -> None:
+    method = Method()
+    with pytest.raises(EngineError, match="a quantised Layer whose weight is another module's"):
+        compat._prepare(Layer(method))
+    assert method.calls == []
+
+
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 
