@@ -82,8 +82,7 @@ class SlotKeeper:
         """Free the slots of GPUs whose engines are all asleep: the memory is wanted by others."""
         for gpu in list(self._held()):
             workers = [w for engine in self._registry for w in engine.workers.values() if w.gpu == gpu]
-            if any(worker.asleep for worker in workers) and not self._lingering(gpu):
-                await self._device.release(gpu)
+            if any(worker.asleep for worker in workers) and not self._lingering(gpu) and await self._release(gpu):
                 log.info("slots.given_back", gpu=self._device.topology.gpus[gpu].uuid)
 
     def _held(self) -> Iterator[int]:
@@ -106,7 +105,11 @@ class SlotKeeper:
     async def _open(self, worker: Worker) -> CpeError | None:
         if worker.asleep:
             return EngineError(f"{worker.name} is asleep")
-        slots = worker.slots = self._device.export(worker.gpu)
+        try:
+            slots = worker.slots = self._device.export(worker.gpu)
+        except CpeError as error:  # short of descriptors, say; it may be tried again
+            log.warning("slots.not_offered", worker=worker.name, error=error.message)
+            return error
         try:
             await worker.step(OpenSlots(self._number(), slots, self._config.verifies), self._deadlines.begin_seconds)
         except CpeError as error:
@@ -128,8 +131,15 @@ class SlotKeeper:
                 workers=[worker.name for worker, done in zip(users, closed, strict=True) if not done],
             )
             return False
-        if self._device.slots(gpu):
+        return not self._device.slots(gpu) or await self._release(gpu)
+
+    async def _release(self, gpu: int) -> bool:
+        """Free a GPU's slots; False if that failed, as with a GPU that is lost: that concerns no other."""
+        try:
             await self._device.release(gpu)
+        except CpeError as error:
+            log.warning("slots.not_freed", gpu=self._device.topology.gpus[gpu].uuid, error=error.message)
+            return False
         return True
 
     async def _close(self, worker: Worker) -> bool:

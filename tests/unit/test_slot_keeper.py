@@ -8,7 +8,7 @@ import pytest
 
 from cpe_daemon.errors import ResourceError
 from cpe_daemon.push.slots import SlotKeeper
-from cpe_daemon.wire.messages import OpenSlots
+from cpe_daemon.wire.messages import OpenSlots, SlotSet
 from tests.unit.fake_node import CURRENT, SLOTS, FakeNode, FakeWorker, number
 
 IDLE_SECONDS = 600.0
@@ -185,3 +185,44 @@ async def test_worker_that_attaches_while_slots_are_provided_is_provided_for_lat
         await node.idle()
         assert node.states() == {"a": (CURRENT, number(1))}
         assert all(worker.has_slots for worker in node.engine("a").workers.values())
+
+
+async def test_slots_that_cannot_be_handed_over_cost_their_engine_the_version_and_nobody_else() -> None:
+    """Of no descriptor left, say: it concerns one worker, and is tried again with the next version."""
+    async with FakeNode.running() as node:
+        export, full = node.device.export, True
+
+        def scarce(gpu: int) -> SlotSet:
+            if full:
+                raise ResourceError("memory cannot be handed over: too many open files")
+            return export(gpu)
+
+        node.device.export = scarce  # type: ignore[method-assign]
+        node.worker("a")
+        await node.idle()
+        version = await node.publish(number(1))
+        assert version.state == "failed"
+        assert "too many open files" in str(version.error)
+        full = False
+        await node.publish(number(2))
+        assert node.states() == {"a": (CURRENT, number(2))}
+
+
+async def test_slots_of_a_gpu_that_is_lost_are_no_end_of_the_daemon_when_they_are_given_back() -> None:
+    async with FakeNode.running(gpus=2) as node:
+        for gpu, engine in enumerate(("lost", "well")):
+            node.worker(engine, gpu=f"gpu-{gpu}")
+        await node.publish(number(1))
+        release = node.device.release
+
+        async def fail(gpu: int) -> None:
+            if gpu == 0:
+                raise ResourceError("GPU-0: cuMemFree_v2 failed")
+            await release(gpu)
+
+        node.device.release = fail  # type: ignore[method-assign]
+        await keeper(node).give_back()
+        assert node.device.freed == [1]
+        node.device.failures[0] = ResourceError("GPU-0 has failed")
+        await node.publish(number(2))
+        assert node.states()["well"] == (CURRENT, number(2))
