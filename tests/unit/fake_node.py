@@ -195,6 +195,7 @@ class FakeWorker:
         self._node = node
         self._before: tuple[int, VersionId | None] | None = None
         self._loaded = 0
+        self._naps = 0
         node.workers[self.peer] = self
 
     def say(self, message: Message) -> None:
@@ -212,6 +213,7 @@ class FakeWorker:
     def sleep(self) -> None:
         """Have its memory taken by others."""
         self.asleep = self.paused = True
+        self._naps += 1
         self.slots = None
         self.say(WorkerState(True))
 
@@ -244,19 +246,23 @@ class FakeWorker:
             self.welcome = message
             self.paused = message.hold or self.touched
         elif isinstance(message, OpenSlots | CloseSlots | Check | Halt | Wake):
-            asyncio.get_running_loop().call_soon(self._answer, str(message.__struct_config__.tag), message)
+            asyncio.get_running_loop().call_soon(self._answer, str(message.__struct_config__.tag), message, self._naps)
         elif isinstance(message, Pause | Begin | Load | Finish | Abort | Resume):
             name = str(message.__struct_config__.tag)
             self.steps.append(name)
-            asyncio.get_running_loop().call_soon(self._answer, name, message)
+            asyncio.get_running_loop().call_soon(self._answer, name, message, self._naps)
 
-    def _answer(self, name: str, step: Any) -> None:
+    def _answer(self, name: str, step: Any, naps: int) -> None:
         seq = getattr(step, "seq", 0)
         if isinstance(step, Wake) and self.asleep and name not in self.script:
             self.wake_up()
         answer: Answer
         if self.asleep and not isinstance(step, Wake | Abort | CloseSlots):
             answer = EngineError("it is asleep")  # it fell asleep while this was on its way
+        elif isinstance(step, Resume) and naps != self._naps and self.touched:
+            answer = EngineError(
+                "the weights may be a mixture"
+            )  # since it slept, and woke up, while this was on its way
         else:
             answer = self.script[name](step) if name in self.script else self.do(step)
         if isinstance(answer, CpeError):
