@@ -58,8 +58,7 @@ from cpe_daemon.wire.reports import ErrorInfo
 
 _MAX_REASON_CHARS: Final = 256
 _MAX_STREAMS: Final = 4
-_BATCHES: Final = 4
-"""Credits come back in so many batches: the trainer fills one while others are copied."""
+_BATCHES: Final = 4  # of credits that come back: the trainer fills one while others are copied
 
 
 class Ingest:
@@ -344,9 +343,5 @@ class Ingest:
         for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:
             idle, total = now - self._progress.get(version.id, now), now - version.opened_at
             if idle > deadlines.receive_idle_seconds or total > deadlines.receive_total_seconds:
-                self._fail(
-                    version,
-                    DeadlineError(
-                        f"{version.id}: {missing(version)} after {total:.0f} s, nothing came for {idle:.0f} s"
-                    ),
-                )
+                so_far = f"{missing(version)} after {total:.0f} s, nothing came for {idle:.0f} s"
+                self._fail(version, DeadlineError(f"{version.id}: {so_far}"))
