@@ -61,7 +61,7 @@ docs: $(STAMP) ## write anew what documents show of the code: state diagrams, me
 
 clean: ## remove caches and build products
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## ... and the virtual environments
 	@rm -rf .venv .venv-vllm
