@@ -16,8 +16,8 @@ log = structlog.get_logger(__name__)
 def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Device) -> bool:
     """Note what a worker says of its sleep; False if it says nothing new, which then changes nothing.
 
-    One that sleeps has let its slots go. What an engine holds is not known any more when its last worker wakes up: it
-    has to be looked at anew, as one that has just attached.
+    One that sleeps has let its slots go. What an engine holds is not known any more when its last worker wakes up, or
+    one that has lost its weights: it has to be looked at anew, as one that has just attached.
     """
     if state.asleep == worker.asleep:
         return False
@@ -29,7 +29,7 @@ def take_state(engine: Engine, worker: Worker, state: WorkerState, device: Devic
             device.withdraw(worker.slots)
         worker.slots, worker.has_slots = None, False
         return True
-    if not engine.asleep:
+    if not engine.asleep or state.touched or state.content != engine.content:
         engine.change(EngineEvent.LOSE)
     worker.content, worker.digest, worker.touched = state.content, state.digest, state.touched
     return True

@@ -339,6 +339,26 @@ async def test_engine_that_napped_while_its_first_round_was_undone_serves_what_i
         assert not any(one.paused for one in (worker, other))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+async def test_worker_that_woke_up_before_its_sibling_is_believed_whatever_round_passes_meanwhile(kept: bool) -> None:
+    """The round is refused, and leaves the engine as it was: with the weights of one of its workers lost."""
+    async with FakeNode.running(push={"asleep": "refuse"}) as node:
+        workers = [node.worker("a", rank=rank, world_size=2) for rank in range(2)]
+        await node.publish(ONE)
+        for worker in workers:
+            worker.sleep()
+        await node.idle()
+        workers[1].wake_up(kept=kept)
+        await node.publish(TWO)
+        assert node.states() == {"a": (CURRENT, ONE) if kept else (UNKNOWN, None)}
+        begun = workers[1].steps.count("begin")
+        workers[0].wake_up(kept=True)
+        await node.idle()
+        assert node.states() == {"a": (CURRENT, ONE)}
+        assert not any(worker.touched or worker.paused for worker in workers)
+        assert workers[1].steps.count("begin") == begun + (not kept)
+
+
 # --- at any moment ---------------------------------------------------------------------------------------------------
 
 
