@@ -35,6 +35,7 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             "counter",
             "Versions that were taken out of engines again, by who wanted it.",
             labels=("cause",),
+            panel="Versions and engines' parts in pushes, by how they ended",
             hint="`operator` and `trainer` asked for the one before; `partial` is of versions that only some engines "
             "took, where push.partial is rollback.",
         ),
