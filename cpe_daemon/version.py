@@ -34,6 +34,8 @@ class Version:
     id: VersionId
     world_size: int
     opened_at: float
+    forced: bool = False
+    """Whether it may be staged though another run has superseded its own."""
     state: VersionState = VersionState.RECEIVING
     contributions: dict[int, Contribution] = field(default_factory=dict)
     manifest: Manifest | None = None

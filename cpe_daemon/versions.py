@@ -121,11 +121,12 @@ class Catalogue:
             if known.world_size != world_size:
                 how = "is held" if known.held else "is being received"
                 raise VersionRefusedError(f"{version} {how} from {known.world_size} ranks; this one says {world_size}")
+            known.forced |= force
             return known
         again = self.numbers.admit(version, force=force)
         if known is not None:
             raise VersionRefusedError(f"{version} {known.state}: its last bytes are still being let go; try again")
-        fresh = self._versions[version] = Version(version, world_size, self._clock())
+        fresh = self._versions[version] = Version(version, world_size, self._clock(), forced=force)
         log.info("version.receiving", version=str(version), world_size=world_size, again=again is not None)
         self._tell(fresh)
         return fresh
@@ -200,9 +201,10 @@ class Catalogue:
         """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
 
         Raises:
-            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before.
+            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before;
+                or its run was superseded meanwhile.
         """
-        self.numbers.check(version.id, digest)
+        self.numbers.check(version.id, digest, force=version.forced)
         with self._changing(version, VersionEvent.STAGE):
             version.manifest = manifest
             version.fold = fold

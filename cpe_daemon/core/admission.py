@@ -132,13 +132,14 @@ class Numbers:
             return self._live_before[version]
         return admit(self._histories.get(version.model, History()), version, force=force)
 
-    def check(self, version: VersionId, digest: bytes) -> None:
+    def check(self, version: VersionId, digest: bytes, *, force: bool) -> None:
         """Refuse a version that was received and must not be staged.
 
         Raises:
-            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before.
+            VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before;
+                or its run was superseded meanwhile.
         """
-        check_same(version, self.admit(version, force=True), digest)
+        check_same(version, self.admit(version, force=force), digest)
 
     def use(self, version: VersionId, digest: bytes) -> History:
         """A version is staged: its number is used up. Returns the history before that."""

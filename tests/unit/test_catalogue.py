@@ -288,6 +288,22 @@ def test_lower_number_may_be_received_but_not_staged_after_a_higher_one(shelf: S
     assert (slow.state, slow.manifest, slow.staged_at) == (VersionState.RECEIVING, None, 0.0)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_version_of_a_run_that_is_superseded_while_it_is_received_needs_force(shelf: Shelf, *, force: bool) -> None:
+    """A trainer that was thought to be gone ends its last publish: its successor must not be refused for that."""
+    shelf.stage(number(1))
+    late = shelf.receive(number(2), force=force)
+    shelf.stage(number(0, run="s"))
+    seal(late)
+    if force:
+        shelf.catalogue.stage(late, manifest_of(late))
+        return
+    with pytest.raises(VersionRefusedError, match="run 'r' was superseded by run 's'; publish with force"):
+        shelf.catalogue.stage(late, manifest_of(late))
+    assert late.state is VersionState.RECEIVING
+    assert shelf.stage(number(1, run="s")).held
+
+
 def test_open_joins_the_ranks_of_one_version(shelf: Shelf) -> None:
     first = shelf.catalogue.open(number(1), 2)
     assert shelf.catalogue.open(number(1), 2) is first
@@ -748,10 +764,12 @@ class AnyOrder(RuleBasedStateMachine):
             self.catalogue.stage(version, manifest_of(version), digest=digest)
         except VersionRefusedError:
             highest = history.used[version.id.run]
-            assert highest.number >= version.id.number
-            assert highest != Used(version.id.number, digest) or not digest
+            if history.run == version.id.run or version.forced:
+                assert highest.number >= version.id.number
+                assert highest != Used(version.id.number, digest) or not digest
             assert version.state is VersionState.RECEIVING
         else:
+            assert version.forced or history.run in (None, version.id.run) or version.id.run not in history.used
             assert history.used.get(version.id.run) != Used(version.id.number, b"")
             self.history[version.id.model] = history.after(version.id, digest)
 
