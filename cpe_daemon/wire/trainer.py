@@ -126,8 +126,8 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
 class VersionOpened(Message, frozen=True, tag="version_opened"):
     """The daemon holds the whole manifest and has the room: bytes may come.
 
-    ``held``: it holds the version already, of these very shards. No bytes are wanted, only the `Seal`; a `VersionStatus`
-    of this stream answers it if the digests are equal, an `ErrorReply` otherwise.
+    ``held``: it holds the version already, of these very shards. No bytes are wanted, only the `Seal`; that is answered
+    by a `VersionStatus` of this stream if the digests are equal, by an `ErrorReply` otherwise.
     """
 
     stream: int
