@@ -24,17 +24,17 @@ def register() -> None:
         return
     vars_of: Any = VllmLoader
     vars_of.faults = True
-    for step in ("load", "finish"):
+    for step in ("begin", "load", "finish"):
         setattr(VllmLoader, step, faulty(step, getattr(VllmLoader, step)))
 
 
 def faulty(step: str, genuine: Callable[..., None]) -> Callable[..., None]:
-    def wrapped(loader: Any, argument: Any) -> None:
+    def wrapped(loader: Any, *arguments: Any) -> None:
         if step == "load":
-            genuine(loader, argument)  # so that the weights are a mixture by now
+            genuine(loader, *arguments)  # so that the weights are a mixture by now
         obey(step)
-        if step == "finish":
-            genuine(loader, argument)
+        if step != "load":
+            genuine(loader, *arguments)
 
     return wrapped
 

@@ -128,7 +128,7 @@ class Faults:
         (directory / f"{_PLUGIN}.py").write_text((Path(__file__).parent / "faults.py").read_text())
 
     def order(self, engine: str, rank: int, step: str, deed: str) -> None:
-        """Have one worker ``fail`` or ``hang`` at its next ``load`` or ``finish``."""
+        """Have one worker ``fail`` or ``hang`` at its next ``begin``, ``load`` or ``finish``."""
         self._order.with_suffix(".new").write_text(json.dumps([engine, rank, step, deed]))
         self._order.with_suffix(".new").rename(self._order)
 

@@ -159,6 +159,23 @@ def test_daemon_is_killed_in_an_update(
     agree(two, new)
 
 
+def test_daemon_is_killed_before_anything_is_written(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon, faults: Faults
+) -> None:
+    """Another one finds that the servers hold what was live, and has them go on: nobody has to publish."""
+    faults.order("two", 1, "begin", "hang")
+    lost = trainer.begin(other(trainer, family).tensors)
+    faults.reached()
+    daemon.kill()
+    faults.clear()
+    daemon.start()
+    with pytest.raises(CpeError):
+        lost.live(timeout=LIVE_SECONDS)
+    assert trainer.live is not None
+    agree(one, trainer.live)
+    agree(two, trainer.live)
+
+
 def test_worker_is_killed_in_an_update_and_its_server_started_again(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon, faults: Faults
 ) -> None:
