@@ -62,12 +62,18 @@ def test_start_that_is_not_known() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def config(lora: object = None, **parallel: bool) -> Any:
-    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), lora_config=lora)
+def config(lora: object = None, device: str = "cpu", *, is_moe: bool = False, **parallel: bool) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        lora_config=lora,
+        device_config=SimpleNamespace(device_type=device),
+        model_config=SimpleNamespace(is_moe=is_moe),
+    )
 
 
 def test_plain_server_is_taken() -> None:
     check_supported(config(enable_eplb=False))
+    check_supported(config(device="cuda", is_moe=True))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,7 @@ def test_plain_server_is_taken() -> None:
         (config(enable_eplb=True), "EPLB moves experts"),
         (config(enable_elastic_ep=True), "elastic expert parallelism"),
         (config(lora=object()), "with LoRA"),
+        (config(is_moe=True), "on the CPU vLLM packs the weights of experts only once"),
         (config(lora=object(), enable_eplb=True), "EPLB .*; with LoRA"),
     ],
 )
