@@ -249,11 +249,11 @@ class Pusher:
             self._settle(version, verdict, participants, report, asked=asked)
         failed = [participant for participant in participants if not participant.alive]
         if verdict is not Verdict.TAKE_BACK:
-            await self._repair.restore(failed)
+            self._retries.look(await self._repair.restore(failed))
             return report
         taken = [participant for participant in participants if participant.alive]
         self._metrics.rollbacks.labels("partial").inc()
-        await self._repair.restore([*failed, *taken], version.id)
+        self._retries.look(await self._repair.restore([*failed, *taken], version.id))
         return without(report, version.id, [participant.engine for participant in taken])
 
     def _judge(self, version: Version, participants: Sequence[Participant]) -> Verdict:
@@ -311,7 +311,8 @@ class Pusher:
         elif live is not None and engine.complete:
             participants = await self._rounds.run(live, [engine])
             self._retries.look(participants)
-            await self._repair.restore([participant for participant in participants if not participant.alive])
+            failed = [participant for participant in participants if not participant.alive]
+            self._retries.look(await self._repair.restore(failed))
 
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""

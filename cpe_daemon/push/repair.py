@@ -30,13 +30,17 @@ class Repair:
         self._rounds = rounds
         self._attempts = attempts
 
-    async def restore(self, failed: Sequence[Participant], taken: VersionId | None = None) -> None:
+    async def restore(self, failed: Sequence[Participant], taken: VersionId | None = None) -> list[Participant]:
         """Give engines that a round left in doubt what they held before, else what is live; else quarantine them.
 
         Those that answered when they were dropped come first, those of one version together: they have been paused for
         long enough, and shall not wait for one that hangs. Engines that hold ``taken`` are given what they held as
         well.
+
+        Returns:
+            Of each engine that was in a round for that, its last one.
         """
+        tried: dict[Engine, Participant] = {}
         groups: dict[tuple[bool, VersionId | None, str], list[Participant]] = {}
         for dropped in sorted(failed, key=_hangs):
             groups.setdefault((_hangs(dropped), dropped.held, dropped.engine.serves), []).append(dropped)
@@ -45,7 +49,7 @@ class Repair:
                 engines = [dropped.engine for dropped in group if _is_due(dropped.engine, taken)]
                 version = self.before(group[0])
                 if version is not None:
-                    await self._rounds.run(version, engines)
+                    tried |= {again.engine: again for again in await self._rounds.run(version, engines)}
         for dropped in failed:
             engine = dropped.engine
             if engine.in_doubt:
@@ -54,6 +58,7 @@ class Repair:
                 log.error("engine.quarantined", engine=engine.name, error=str(error))
             elif _is_due(engine, taken):
                 log.error("engine.not_taken_back", engine=engine.name, holds=str(taken), error=str(engine.error))
+        return list(tried.values())
 
     def before(self, participant: Participant) -> Version | None:
         """What an engine held before a round, or else what is live, if its bytes can be pushed again."""

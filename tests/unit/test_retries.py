@@ -91,3 +91,38 @@ async def test_nothing_is_tried_again_once_the_daemon_stops(starting: type[Start
         await node.pusher.drain()
         await asyncio.sleep(3600.0)
         assert (starting.tries, late.content) == (1, None)
+
+
+async def test_engine_that_cannot_be_reached_for_a_version_s_return_gives_it_back_later() -> None:
+    """Else it would serve a version that has failed, until another goes live."""
+
+    class AwayDriver(TorchDriver):
+        away = False
+
+        async def pause(self, round: int, seconds: float) -> None:
+            if AwayDriver.away:
+                raise PeerLostError("connection refused")
+            await super().pause(round, seconds)
+
+    async with FakeNode.running(push={"partial": "rollback"}) as node:
+        bad = node.worker("bad")
+        node.drivers["torch"] = AwayDriver
+        far = node.worker("far")
+        await asyncio.sleep(1.0)
+        node.stage(ONE)
+        await asyncio.sleep(1.0)
+
+        def fail(_: Any) -> EngineError:
+            del bad.script["finish"]
+            AwayDriver.away = True
+            return EngineError("out of memory")
+
+        bad.script["finish"] = fail
+        version = node.stage(TWO)
+        await asyncio.sleep(1.0)
+        assert version.state == "failed"
+        assert node.states() == {"bad": (CURRENT, ONE), "far": (CURRENT, TWO)}
+        AwayDriver.away = False
+        await asyncio.sleep(10.0)
+        assert node.states() == {"bad": (CURRENT, ONE), "far": (CURRENT, ONE)}
+        assert not far.paused
