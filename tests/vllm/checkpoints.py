@@ -52,13 +52,13 @@ class Checkpoints:
         self._seeds = itertools.chain(likely, itertools.count(1))
         self._seen: list[list[int]] = []
 
-    def make(self) -> Checkpoint:
-        """Write the next one."""
+    def make(self, *, served: bool = True) -> Checkpoint:
+        """Write the next one; one that is never ``served`` may be any."""
         for seed in self._seeds:
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(self._config, dtype=torch.bfloat16)
             tokens, logprobs, margin = generate(model.float())
-            if margin >= MARGIN and tokens not in self._seen and len(set(tokens)) > TOKENS // 2:
+            if not served or (margin >= MARGIN and tokens not in self._seen and len(set(tokens)) >= TOKENS // 2):
                 break
         self._seen.append(tokens)
         path = self._directory / f"seed-{seed}"
@@ -88,17 +88,23 @@ def dense() -> Any:
     return transformers.Qwen3Config(**_small(), intermediate_size=128, tie_word_embeddings=False)
 
 
+def tied() -> Any:
+    """Qwen3 with the embedding tied to the output, and a vocabulary that vLLM pads."""
+    small = _small() | {"vocab_size": VOCABULARY - 12}
+    return transformers.Qwen3Config(**small, intermediate_size=128, tie_word_embeddings=True)
+
+
 def mixture() -> Any:
-    """Qwen3-MoE, with the embedding tied to the output, and a vocabulary that vLLM pads."""
+    """Qwen3-MoE."""
     return transformers.Qwen3MoeConfig(
-        **_small() | {"vocab_size": VOCABULARY - 12},
+        **_small(),
         intermediate_size=128,
         moe_intermediate_size=64,
         num_experts=4,
         num_experts_per_tok=2,
         decoder_sparse_step=1,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
 
 

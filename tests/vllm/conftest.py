@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, mixture
+from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, mixture, tied
 from tests.vllm.servers import PYTHON, Daemon, Faults, Server, Trainer
 
 HERE = Path(__file__).parent
@@ -63,10 +63,16 @@ def family(place: Path) -> list[Checkpoint]:
 
 
 @pytest.fixture(scope="session")
-def mixtures(place: Path) -> list[Checkpoint]:
-    """Of the model ``mixture``, with experts and a tied embedding."""
-    made = Checkpoints(place / "mixture", mixture(), (254, 317))
+def tied_family(place: Path) -> list[Checkpoint]:
+    """Of the model ``tied``."""
+    made = Checkpoints(place / "tied", tied(), (11, 1))
     return [made.make() for _ in range(2)]
+
+
+@pytest.fixture(scope="session")
+def experts(place: Path) -> Checkpoint:
+    """A mixture of experts."""
+    return Checkpoints(place / "mixture", mixture()).make(served=False)
 
 
 @pytest.fixture(scope="session")

@@ -27,24 +27,36 @@ def test_start_without_a_daemon_fails_at_its_deadline(
     assert "CPE_VLLM_START=any serves" in said
 
 
-def test_experts_and_a_tied_embedding_and_a_start_from_disk(
-    daemon: Daemon, mixtures: list[Checkpoint], all_faults: Faults, place: Path
-) -> None:
-    """The daemon holds no version of this model: what is on disk is served until one comes."""
-    settings = {"CPE_VLLM_START": "disk"}
-    server = Server("moe", daemon, mixtures[0], all_faults, place, model="mixture", environment=settings)
-    trainer = Trainer(daemon, "mixture")
+def test_experts_are_refused_on_the_cpu(daemon: Daemon, experts: Checkpoint, all_faults: Faults, place: Path) -> None:
+    """There an update would leave kernels with weights that they take for others."""
+    server = Server("experts", daemon, experts, all_faults, place)
     try:
         server.start()
-        agree(server.ready(), mixtures[0])
-        for checkpoint in (mixtures[1], mixtures[0], mixtures[1]):
+        assert server.wait(START_SECONDS) != 0
+    finally:
+        server.kill()
+    assert "this vLLM cannot be updated live: on the CPU vLLM packs the weights of experts" in server.log.read_text()
+
+
+def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk(
+    daemon: Daemon, tied_family: list[Checkpoint], all_faults: Faults, place: Path
+) -> None:
+    """The daemon holds no version of this model: what is on disk is served until one comes."""
+    old, new = tied_family
+    settings = {"CPE_VLLM_START": "disk"}
+    server = Server("tied", daemon, old, all_faults, place, model="tied", environment=settings)
+    trainer = Trainer(daemon, "tied")
+    try:
+        server.start()
+        agree(server.ready(), old)
+        for checkpoint in (new, old, new):
             assert not trainer.publish(checkpoint).behind
             agree(server, checkpoint)
-        lacking = dict(mixtures[0].tensors)
-        del lacking["model.layers.1.mlp.experts.2.up_proj.weight"]
-        with pytest.raises(CpeError, match="not all tensors came of"):
+        lacking = dict(old.tensors)
+        del lacking["model.embed_tokens.weight"]
+        with pytest.raises(CpeError, match=r"not all tensors came of model\.embed_tokens"):
             trainer.begin(lacking).live(timeout=LIVE_SECONDS)
-        agree(server, mixtures[1])
+        agree(server, new)
     finally:
         trainer.close()
         server.kill()
