@@ -32,6 +32,7 @@ class Retries:
         self._again = again
         self._pauses: dict[str, float] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._closed = False
 
     def look(self, participants: Iterable[Participant]) -> None:
         """After a round: try again for those that need it, later each time, and for the others no more."""
@@ -40,7 +41,7 @@ class Retries:
             if (timer := self._timers.pop(engine.name, None)) is not None:
                 timer.cancel()
             late = isinstance(participant.error, PeerLostError | DeadlineError)
-            if participant.outcome != "kept" or not late or engine.asleep:
+            if participant.outcome != "kept" or not late or engine.asleep or self._closed:
                 self._pauses.pop(engine.name, None)
                 continue
             pause = self._pauses[engine.name] = min(2 * self._pauses.get(engine.name, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
@@ -48,7 +49,8 @@ class Retries:
             log.info("engine.retried_later", engine=engine.name, seconds=pause)
 
     def close(self) -> None:
-        """Try nothing more."""
+        """Try nothing more, whatever a round that is under way still comes to."""
+        self._closed = True
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

@@ -117,6 +117,7 @@ async def test_engine_that_hangs_in_a_phase_is_dropped_at_its_deadline(step: str
         assert lateness.asked_at, "it was asked"
         await asyncio.sleep(lateness.asked_at + seconds - 0.1 - asyncio.get_running_loop().time())
         assert version.state == "pushing", "it is waited for until its deadline"
+        node.pusher._retries.close()  # else it is tried again for ever
         await settled(node)
         assert version.state == "live", "the other engine does not suffer"
         assert other.content == ONE
