@@ -86,7 +86,7 @@ WAITS: Final = (
         "hello is said again, until the publish's own deadline",
         _NONE,
         _NONE,
-        "tests/unit/test_publisher.py::test_absent_daemon_passes_the_deadline",
+        "tests/unit/test_publisher.py::test_absent_daemon_is_lost_after_the_connect_timeout",
     ),
     # --- engines
     Wait(
