@@ -1,7 +1,7 @@
 """Where vLLM's versions differ: the one file that knows.
 
-Run with 0.32, on the CPU; 0.26 was read, and has the same functions. Others are refused, for a reload that only seems to
-work serves wrong weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``.
+Run with 0.32, on the CPU; 0.26 was read, and has the same functions. Others are refused, for a reload that only seems
+to work serves wrong weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``.
 """
 
 from __future__ import annotations
