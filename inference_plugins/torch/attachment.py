@@ -8,7 +8,6 @@ import socket as sockets
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -18,6 +17,7 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import DeadlineError, MisuseError
 from cpe_daemon.links.permission import check_permission
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
+from inference_plugins.endpoint import engines_endpoint
 from inference_plugins.receiver import Receiver
 from inference_plugins.torch.gpus import current, gpu_of
 from inference_plugins.torch.loader import TorchLoader
@@ -26,8 +26,6 @@ from inference_plugins.torch.targets import Callback, Slicer, Slicing, make_targ
 
 log: Final = logging.getLogger(__name__)
 
-SOCKET_ENV: Final = "CPE_ENGINES_SOCKET"
-DEFAULT_SOCKET: Final = "ipc:///run/cpe/engines.sock"
 _CLOSE_SECONDS: Final = 10.0
 
 
@@ -202,7 +200,7 @@ def attach(
         leader=rank == 0,
         pid=os.getpid(),
     )
-    endpoint = _endpoint(socket)
+    endpoint = engines_endpoint(socket)
     check_permission(endpoint)
     receiver = Receiver(endpoint, hello, loader)
     try:
@@ -218,12 +216,3 @@ def attach(
     attachment = Attachment(receiver, loader, lock, changed, gpu)
     attachment._start()
     return attachment
-
-
-def _endpoint(socket: str | None) -> str:
-    """Spell a socket out as an endpoint."""
-    given = socket or os.environ.get(SOCKET_ENV) or DEFAULT_SOCKET
-    if "://" in given:
-        return given
-    path = Path(given)  # of a directory that may be made later, or of the socket in it
-    return f"ipc://{path if path.suffix == '.sock' or path.is_socket() else path / 'engines.sock'}"

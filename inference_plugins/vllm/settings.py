@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from cpe_daemon.errors import ConfigError
-
-DEFAULT_SOCKET: Final = "ipc:///run/cpe/engines.sock"
+from inference_plugins.endpoint import engines_endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +15,7 @@ class Settings:
     """Of one server.
 
     Attributes:
-        socket: the daemon's socket for engines (``CPE_ENGINES_SOCKET``: ``ipc://PATH``, or the path).
+        socket: the daemon's socket for engines (``CPE_ENGINES_SOCKET``, as `engines_endpoint` reads it).
         engine: its name on this node (``CPE_ENGINE``); "" makes one up of vLLM's instance id.
         model: whose versions it takes (``CPE_MODEL``); "" takes those of the only model there is.
         url: where the daemon reaches its API (``CPE_ENGINE_URL``); "" leaves that to the daemon's settings.
@@ -42,12 +40,11 @@ class Settings:
         Raises:
             ConfigError: one makes no sense; says which.
         """
-        socket = environ.get("CPE_ENGINES_SOCKET") or DEFAULT_SOCKET
         start = environ.get("CPE_VLLM_START") or "version"
         if start not in ("version", "disk", "any"):
             raise ConfigError(f"CPE_VLLM_START is {start!r}; it may be version, disk or any")
         return cls(
-            socket=socket if "://" in socket else f"ipc://{socket}",
+            socket=engines_endpoint(environ=environ),
             engine=environ.get("CPE_ENGINE", ""),
             model=environ.get("CPE_MODEL", ""),
             url=environ.get("CPE_ENGINE_URL", ""),

@@ -42,6 +42,10 @@ def test_socket_may_be_a_path() -> None:
     assert Settings.read({"CPE_ENGINES_SOCKET": "/tmp/e.sock"}).socket == "ipc:///tmp/e.sock"
 
 
+def test_socket_may_be_the_daemon_s_runtime_directory() -> None:
+    assert Settings.read({"CPE_ENGINES_SOCKET": "/run/elsewhere"}).socket == "ipc:///run/elsewhere/engines.sock"
+
+
 def test_empty_counts_as_unset() -> None:
     empty = dict.fromkeys(("CPE_ENGINES_SOCKET", "CPE_VLLM_START", "CPE_VLLM_START_SECONDS"), "")
     assert Settings.read(empty) == Settings.read({})
