@@ -165,7 +165,10 @@ class VllmDriver:
         for prefix in _PREFIXES:
             async with session.get(f"{prefix}/is_paused") as reply:
                 if reply.status in (401, 403):
-                    raise EngineError(f"engine {self.engine!r} takes no calls without its key; set {API_KEY}")
+                    wrong = (
+                        "takes no calls with this key" if os.environ.get(API_KEY) else "takes no calls without its key"
+                    )
+                    raise EngineError(f"engine {self.engine!r} {wrong}; set {API_KEY} for the daemon")
                 if reply.status != 404:
                     return prefix
         raise EngineError(

@@ -1,7 +1,8 @@
 """Routes of our own in vLLM's server, for pausing and updating without its routes for developers.
 
-An entry point of ``vllm.endpoint_plugins``; vLLM loads it if ``VLLM_PLUGINS`` names ``cpe``. Its ``--api-key`` does not
-guard these routes, nor those for developers: only ``/v1``. Who may call them is who reaches the server's socket.
+An entry point of ``vllm.endpoint_plugins``; vLLM loads it if ``VLLM_PLUGINS`` names ``cpe``. vLLM has its ``--api-key``
+guard ``/v1`` and the like, not what plugins add, nor its routes for developers: these routes ask for the same key
+themselves. `attach` offers them for an engine in its own process.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Body, FastAPI, HTTPException, Query
+from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Query
 from starlette.datastructures import State
+
+from inference_plugins.vllm.keys import Keys
 
 PREFIX: Final = "/cpe"
 
@@ -23,10 +26,11 @@ class CpeEndpoints:
 
     def __init__(self) -> None:
         self._client: Any = None
+        self._keys = Keys()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
-        router = APIRouter(prefix=PREFIX)
+        router = APIRouter(prefix=PREFIX, dependencies=[Depends(self._admit)])
         router.get("/is_paused")(self.is_paused)
         for path, route in (
             ("/pause", self.pause),
@@ -41,8 +45,16 @@ class CpeEndpoints:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Keep the way to the engine; None where there is none."""
-        self._client = engine_client
+        """Keep the way to the engine, None where there is none, and the server's keys."""
+        self.serve(engine_client, Keys.of_server(args))
+
+    def serve(self, engine_client: Any, keys: Keys) -> None:
+        """Call an engine for whoever shows one of these keys."""
+        self._client, self._keys = engine_client, keys
+
+    async def _admit(self, authorization: Annotated[str | None, Header()] = None) -> None:
+        if not self._keys.admit(authorization):
+            raise HTTPException(401, "Unauthorized")
 
     @property
     def _engine(self) -> Any:

@@ -309,7 +309,8 @@ async def test_key_is_asked_for_and_sent(serve: Serve, monkeypatch: pytest.Monke
         for given in (None, "wrong"):
             if given is not None:
                 monkeypatch.setenv(module.API_KEY, given)
-            with pytest.raises(EngineError, match="takes no calls without its key; set CPE_VLLM_API_KEY") as refused:
+            how = "with this" if given else "without its"
+            with pytest.raises(EngineError, match=f"takes no calls {how} key; set CPE_VLLM_API_KEY") as refused:
                 await driver.check(1, LONG)
             assert "wrong" not in str(refused.value)
         monkeypatch.setenv(module.API_KEY, "secret")
