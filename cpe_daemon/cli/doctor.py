@@ -64,7 +64,7 @@ def _complete(_ctx: click.Context, _option: click.Parameter, incomplete: str) ->
     "engine_urls",
     multiple=True,
     metavar="[NAME=]URL",
-    help="Ask this engine's server for its health, too: http://127.0.0.1:8000. May be repeated.",
+    help="Ask this engine's server for its health, too: http://127.0.0.1:8000, or unix:///PATH. May be repeated.",
 )
 @timeout_option(60.0, "A check that takes longer has failed.")
 @click.option("--strict", is_flag=True, help="Fail for warnings, too.")
@@ -175,8 +175,8 @@ def _engine(text: str) -> EngineUrl:
     name, separator, url = text.partition("=")
     if not separator or "://" in name:
         name, url = text.partition("://")[2].rstrip("/"), text
-    if not url.startswith(("http://", "https://")):
-        raise click.BadParameter(f"{text!r} is not [NAME=]http://HOST:PORT", param_hint="--engine")
+    if not url.startswith(("http://", "https://", "unix:///")):
+        raise click.BadParameter(f"{text!r} is not [NAME=]http://HOST:PORT or unix:///PATH", param_hint="--engine")
     return EngineUrl(name, "as given", url)
 
 

@@ -199,8 +199,11 @@ class LiveHost:
         import urllib.error
         import urllib.request
 
+        if url.startswith("unix://"):
+            path, _, route = url.removeprefix("unix://").rpartition("/")
+            return _get_by_socket(path, f"/{route}", seconds)
         if not url.startswith(("http://", "https://")):
-            return "is not an http URL"
+            return "is neither an http nor a unix URL"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an engine of this node is behind none
         try:
             with direct.open(url, timeout=seconds) as response:
@@ -212,6 +215,22 @@ class LiveHost:
             return str(error.reason)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return str(error) or type(error).__name__
+
+
+def _get_by_socket(path: str, route: str, seconds: float) -> int | str:
+    """As `LiveHost.get`, on a Unix socket."""
+    import http.client
+
+    connection = http.client.HTTPConnection("localhost", timeout=seconds)
+    try:
+        with contextlib.closing(connection), socket.socket(socket.AF_UNIX) as connected:
+            connected.settimeout(seconds)
+            connected.connect(path)
+            connection.sock = connected
+            connection.request("GET", route)
+            return connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
 
 
 def _may(path: str, mode: int) -> bool:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 import pytest
@@ -375,8 +376,35 @@ def test_live_host_gets_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert "refused" in str(host.get(f"http://127.0.0.1:{unheard.getsockname()[1]}/health", 10))
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert "timed out" in str(host.get(f"http://127.0.0.1:{mute.getsockname()[1]}/health", 0.05))
-    assert "not an http URL" in str(host.get("file:///etc/passwd", 1))
+    assert "neither an http nor a unix URL" in str(host.get("file:///etc/passwd", 1))
     assert isinstance(host.get("http://[half", 1), str)
+
+
+class SocketServer(ThreadingMixIn, UnixStreamServer):
+    """An engine's server on a Unix socket."""
+
+    daemon_threads = True
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connected, _ = super().get_request()
+        return connected, ("", 0)
+
+
+def test_live_host_gets_urls_of_unix_sockets(runtime_dir: Path) -> None:
+    host, path = LiveHost(), runtime_dir / "v.sock"
+    with SocketServer(str(path), Server) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        assert (host.get(f"unix://{path}/health", 10), host.get(f"unix://{path}/other", 10)) == (200, 503)
+        listening.shutdown()
+        thread.join(10)
+    assert "refused" in str(host.get(f"unix://{path}/health", 10))
+    assert "No such file" in str(host.get(f"unix://{runtime_dir}/none.sock/health", 10))
+    assert "too long" in str(host.get(f"unix:///{'long' * 40}/health", 10))
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(runtime_dir / "mute.sock"))
+        mute.listen()
+        assert "timed out" in str(host.get(f"unix://{runtime_dir}/mute.sock/health", 0.05))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
