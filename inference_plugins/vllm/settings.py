@@ -1,65 +1,24 @@
-"""What a vLLM worker is told by its environment: all processes of a server have the same."""
+"""What a vLLM worker is told by its environment."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Self
 
-from cpe_daemon.errors import ConfigError
-from inference_plugins.endpoint import engines_endpoint
+from inference_plugins.settings import WorkerSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Of one server.
+class Settings(WorkerSettings):
+    """Of one server: ``CPE_VLLM_START`` and the like (see `WorkerSettings`)."""
 
-    Attributes:
-        socket: the daemon's socket for engines (``CPE_ENGINES_SOCKET``, as `engines_endpoint` reads it).
-        engine: its name on this node (``CPE_ENGINE``); "" makes one up of vLLM's instance id.
-        model: whose versions it takes (``CPE_MODEL``); "" takes those of the only model there is.
-        url: where the daemon reaches its API (``CPE_ENGINE_URL``); "" leaves that to the daemon's settings.
-        start: ``version`` starts only with a version of the daemon's; ``disk`` serves what it loaded from disk where
-            the daemon holds none; ``any`` does so where there is no daemon, too (``CPE_VLLM_START``).
-        start_seconds: how long the start may wait for that (``CPE_VLLM_START_SECONDS``).
-        update_seconds: how long an update may take at the most (``CPE_VLLM_UPDATE_SECONDS``).
-    """
-
-    socket: str
-    engine: str
-    model: str
-    url: str
-    start: str
-    start_seconds: float
-    update_seconds: float
+    __slots__ = ()
 
     @classmethod
-    def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Read them.
 
         Raises:
             ConfigError: one makes no sense; says which.
         """
-        start = environ.get("CPE_VLLM_START") or "version"
-        if start not in ("version", "disk", "any"):
-            raise ConfigError(f"CPE_VLLM_START is {start!r}; it may be version, disk or any")
-        return cls(
-            socket=engines_endpoint(environ=environ),
-            engine=environ.get("CPE_ENGINE", ""),
-            model=environ.get("CPE_MODEL", ""),
-            url=environ.get("CPE_ENGINE_URL", ""),
-            start=start,
-            start_seconds=_seconds(environ, "CPE_VLLM_START_SECONDS", 600.0),
-            update_seconds=_seconds(environ, "CPE_VLLM_UPDATE_SECONDS", 600.0),
-        )
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
-    given = environ.get(name)
-    try:
-        seconds = float(given) if given else default
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{name} is {given!r}; it is a number of seconds")
-    return seconds
+        return cls.of("vllm", environ)

@@ -27,10 +27,10 @@ from vllm.distributed.weight_transfer.base import (
 from cpe_daemon.devices.cuda.slots import gpu_uuid
 from cpe_daemon.errors import DeadlineError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
+from inference_plugins.disk import shapes_on_disk
+from inference_plugins.gate import Gate
 from inference_plugins.receiver import Receiver
 from inference_plugins.vllm.compat import check_version, layerwise, let_sessions_lapse
-from inference_plugins.vllm.disk import shapes_on_disk
-from inference_plugins.vllm.gate import Gate
 from inference_plugins.vllm.loader import VllmLoader
 from inference_plugins.vllm.refusals import check_supported
 from inference_plugins.vllm.reload import Reload
@@ -73,7 +73,7 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
         let_sessions_lapse(CpeWeightTransferEngine)
         self._layerwise = layerwise()
         self._models = [Reload(model, vllm_config.model_config, self._layerwise)]
-        self._gate = Gate()
+        self._gate = Gate("vLLM")
         self._loader = VllmLoader(
             lambda: self._models,
             device,

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, ManifestError
-from inference_plugins.vllm import loader as module
-from inference_plugins.vllm.disk import shapes_on_disk
-from inference_plugins.vllm.gate import Gate
+from inference_plugins import gated as module
+from inference_plugins.disk import shapes_on_disk
+from inference_plugins.gate import Gate
 from inference_plugins.vllm.loader import VllmLoader
 
 VERSION = VersionId("m", "r", 1)
@@ -300,7 +300,7 @@ def test_file_that_is_none_gives_no_shapes(tmp_path: Path, caplog: pytest.LogCap
 def test_sleep_is_refused(loader: VllmLoader) -> None:
     with pytest.raises(EngineError, match="cannot say that it sleeps"):
         loader.sleep(SHORT)
-    with pytest.raises(EngineError, match="cannot be woken up"):
+    with pytest.raises(EngineError, match="cannot be woken up by the daemon"):
         loader.rouse()
 
 

@@ -1,7 +1,7 @@
-"""Keeps vLLM's own thread inside a weight update while the receiver's thread loads.
+"""Keeps an engine's own thread inside a weight update while the receiver's thread loads.
 
-vLLM runs no forward pass while a worker is in ``update_weights``, whatever its server is asked for, and nothing is
-loaded but then. At start the thread that builds the worker waits in the same way.
+A server (vLLM, SGLang) runs no forward pass while its thread is in the call that updates weights, whatever it is asked
+for, and nothing is loaded but then. At start the thread that builds the worker waits in the same way.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ from cpe_daemon.errors import EngineError
 
 
 class Gate:
-    """One worker's. Thread-safe."""
+    """One worker's. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        engine: whose thread it holds, for messages.
+        call: in which that thread comes here.
+    """
+
+    def __init__(self, engine: str = "the engine", call: str = "update_weights") -> None:
+        self.engine = engine
+        self.call = call
         self._changed = threading.Condition()
         self._held = False
         self._outcome: str | None = None
 
     def hold(self, seconds: float) -> str:
-        """Stay here until `release`; vLLM's thread calls it.
+        """Stay here until `release`; the engine's thread calls it.
 
         Returns:
             What `release` said; "deadline" if it did not come within ``seconds``.
@@ -33,18 +40,18 @@ class Gate:
             return "deadline" if self._outcome is None else self._outcome
 
     def await_held(self, seconds: float) -> None:
-        """Wait until vLLM's thread is here.
+        """Wait until the engine's thread is here.
 
         Raises:
             EngineError: it did not come within ``seconds``.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._held and self._outcome is None, seconds):
-                raise EngineError(f"vLLM did not enter update_weights within {seconds:g} s")
+                raise EngineError(f"{self.engine} did not enter {self.call} within {seconds:g} s")
 
     @property
     def held(self) -> bool:
-        """Whether vLLM's thread is here, and stays."""
+        """Whether the engine's thread is here, and stays."""
         with self._changed:
             return self._held and self._outcome is None
 
@@ -52,7 +59,7 @@ class Gate:
         return self._outcome is not None
 
     def release(self, outcome: str) -> None:
-        """Let vLLM's thread go; does nothing if it is not here."""
+        """Let the engine's thread go; does nothing if it is not here."""
         with self._changed:
             if self._held:
                 self._outcome = outcome

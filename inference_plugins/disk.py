@@ -15,7 +15,7 @@ def shapes_on_disk(model: str) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the tensors in a directory of safetensors.
 
     Args:
-        model: as vLLM was told; what is no directory here, or has no such files, has no shapes.
+        model: as the server was told; what is no directory here, or has no such files, has no shapes.
     """
     found: dict[str, tuple[int, ...]] = {}
     try:
