@@ -191,7 +191,7 @@ class GatedLoader:
                 self._changed.wait_for(lambda: self.serving, min(1.0, left))
 
     def _undo(self) -> None:
-        """Put modules that were not complete back: also after a failure within the engine, which may fail in this too."""
+        """Put modules that were not complete back; also after a failure in the engine, which may fail in this too."""
         self._begun = False
         with self._here(), torch.no_grad():
             for model in self._models():

@@ -155,6 +155,14 @@ WAITS: Final = (
         "tests/unit/test_receiver.py::test_void_welcome_is_passed_over_without_another_hello",
     ),
     Wait(
+        "inference_plugins.gated._ENTER_SECONDS",
+        "a server's own thread to be in the update",
+        "the step fails",
+        "engine",
+        _ENGINES,
+        "tests/unit/test_vllm_loader.py::test_begin_waits_for_vllms_thread",
+    ),
+    Wait(
         "inference_plugins.torch.loader._REST_SECONDS",
         "GPUs to come to rest where no deadline is given",
         "the step fails",
