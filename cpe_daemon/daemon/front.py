@@ -25,7 +25,14 @@ from cpe_daemon.links.curve import Curve
 from cpe_daemon.links.identity import is_keyed
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES, encode
-from cpe_daemon.wire.messages import FrontMessage, Message, StatusReply, StatusRequest, TrainerHello
+from cpe_daemon.wire.messages import (
+    MOST_CHUNK_FRAMES,
+    FrontMessage,
+    Message,
+    StatusReply,
+    StatusRequest,
+    TrainerHello,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -183,6 +190,7 @@ class Front:
             accepts=FrontMessage,
             handlers=self._handlers,
             max_frame_bytes=max(MAX_HEADER_BYTES, frame_bytes),
+            most_frames=1 + MOST_CHUNK_FRAMES,
             queue=credit + _MESSAGES_BESIDE_CREDITS,
             outgoing=_OUTGOING,
             handshake_seconds=self._config.deadlines.hello_seconds,

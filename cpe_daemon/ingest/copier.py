@@ -14,16 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cpe_daemon.devices.copypool import CopyPool
-from cpe_daemon.ingest.writer import ExtentWriter
+from cpe_daemon.ingest.writer import ExtentWriter, Span
 from cpe_daemon.wire.messages import Chunk
 
 
 class Job(NamedTuple):
-    """A chunk whose bytes lie at ``address``; ``frame`` keeps them there, if they came as one."""
+    """A chunk and where its bytes lie; ``frames`` keep them there, if they came as such."""
 
     chunk: Chunk
-    address: int
-    frame: memoryview | None
+    runs: Sequence[Span]
+    frames: Sequence[memoryview] = ()
 
 
 Copied = Callable[[Sequence[Job], Exception | None], None]
@@ -83,7 +83,7 @@ class Copier:
         while len(jobs) < self._batch and (job := self._next()) is not None:
             jobs.append(job)
             try:
-                self._writer.write(job.chunk.offset, job.address, job.chunk.nbytes)
+                self._writer.write(job.chunk.offset, job.runs)
             except Exception as failed:  # task boundary: the loop has to hear of it, and to take the chunks back
                 error = failed
         self._loop.call_soon_threadsafe(self._copied, jobs, error)

@@ -209,7 +209,7 @@ class Ingest:
             self._trainers.send(session, ChunkDone(chunk.stream, chunk.ring_offset))
             return
         writer = stream.ready()
-        address, frame = session.take(chunk, list(frames))
+        runs = session.take(chunk, frames)
         try:
             writer.accept(chunk.offset, chunk.nbytes)
         except ProtocolError:
@@ -218,11 +218,11 @@ class Ingest:
         session.landed = session.landed or chunk.ring_offset >= 0
         stream.begin_write(lambda: self._catalogue.lease(stream.version))
         self.received["landing" if chunk.ring_offset >= 0 else "inline"].begin()
-        stream.copy(Job(chunk, address, frame))
+        stream.copy(Job(chunk, runs, frames))
 
     def _copied(self, session: Session, stream: Stream, jobs: Sequence[Job], error: Exception | None) -> None:
         """Chunks are in the arena: return their credits, and go on if these were the last."""
-        for chunk, _, _ in jobs:
+        for chunk, *_ in jobs:
             self.received["landing" if chunk.ring_offset >= 0 else "inline"].end(chunk.nbytes)
             session.give_back(chunk.ring_offset)
             stream.end_write()

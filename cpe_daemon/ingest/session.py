@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cpe_daemon.core.types import VersionId
@@ -9,8 +10,9 @@ from cpe_daemon.devices.memory import SharedMemory, address_of
 from cpe_daemon.errors import ProtocolError
 from cpe_daemon.ingest.repeat import Repeat
 from cpe_daemon.ingest.stream import Stream
-from cpe_daemon.wire.codec import only_frame
-from cpe_daemon.wire.messages import Chunk, TrainerHello
+from cpe_daemon.ingest.writer import Span
+from cpe_daemon.wire.codec import check_bulk
+from cpe_daemon.wire.messages import MOST_CHUNK_FRAMES, Chunk, TrainerHello
 
 
 @dataclass(slots=True, eq=False)
@@ -57,8 +59,8 @@ class Session:
         """How its bytes come: landing or inline."""
         return "landing" if self.landed else "inline"
 
-    def take(self, chunk: Chunk, frames: list[memoryview]) -> tuple[int, memoryview | None]:
-        """Spend a credit on a chunk; return the address of its bytes and the frame that keeps them, if it is one.
+    def take(self, chunk: Chunk, frames: Sequence[memoryview]) -> list[Span]:
+        """Spend a credit on a chunk; return where its bytes lie: in the ring, or in frames, which keep them.
 
         Raises:
             ProtocolError: no credit is left, or the chunk does not lie where it says.
@@ -67,14 +69,13 @@ class Session:
             raise ProtocolError(f"a chunk without a credit: {self.credits} are in flight")
         if not 0 < chunk.nbytes <= self.chunk_bytes:
             raise ProtocolError(f"a chunk of {chunk.nbytes} bytes; at most {self.chunk_bytes} are allowed")
-        frame: memoryview | None = None
         if chunk.ring_offset < 0:
-            frame = only_frame(frames, chunk.nbytes)
-            address = address_of(frame)
+            check_bulk(frames, chunk.nbytes, MOST_CHUNK_FRAMES)
+            runs = [Span(address_of(frame), frame.nbytes) for frame in frames]
         else:
-            address = self._place(chunk, frames)
+            runs = [Span(self._place(chunk, frames), chunk.nbytes)]
         self.in_flight += 1
-        return address, frame
+        return runs
 
     def give_back(self, ring_offset: int) -> None:
         """Return the credit of a chunk, and its place."""
@@ -87,7 +88,7 @@ class Session:
             self.ring.close()
             self.ring = None
 
-    def _place(self, chunk: Chunk, frames: list[memoryview]) -> int:
+    def _place(self, chunk: Chunk, frames: Sequence[memoryview]) -> int:
         at = chunk.ring_offset
         if self.ring is None or frames or at % self.chunk_bytes or at + self.chunk_bytes > self.ring.nbytes:
             raise ProtocolError(f"no chunk can lie at {at} of the landing ring")

@@ -17,6 +17,7 @@ from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Handler
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.wire.messages import (
+    MOST_CHUNK_FRAMES,
     OLDEST_PROTOCOL,
     PROTOCOL,
     Farewell,
@@ -168,6 +169,7 @@ class Trainers:
                 chunk_bytes=session.chunk_bytes,
                 handoff=str(self._handoff.path) if session.token else "",
                 landing_token=session.token,
+                chunk_frames=MOST_CHUNK_FRAMES,
             ),
         )
 

@@ -7,7 +7,7 @@ cannot be digested yet (`cpe_daemon.devices.digests`): always the arena's bytes,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
@@ -19,6 +19,13 @@ if TYPE_CHECKING:  # imports numpy, which not every daemon needs
     from cpe_daemon.ingest.fold import ExtentFold
 
 _NAMED: Final = 10
+
+
+class Span(NamedTuple):
+    """So many bytes at an address."""
+
+    address: int
+    nbytes: int
 
 
 class ExtentWriter:
@@ -87,17 +94,26 @@ class ExtentWriter:
         self._left -= 1
         self.accepted_bytes += nbytes
 
-    def write(self, offset: int, source: int, nbytes: int) -> None:
-        """Copy an accepted chunk from the address ``source`` into the arena, and digest what can be digested by now."""
+    def write(self, offset: int, sources: Sequence[Span]) -> None:
+        """Copy an accepted chunk into the arena, and digest what can be digested by now.
+
+        ``sources`` hold its bytes, one after another, and as many as it has.
+        """
+        nbytes = sum(source.nbytes for source in sources)
         digests = self._digests.chunk(offset // self._chunk_bytes, self._view[offset : offset + nbytes])
         fold = self._fold.chunk(offset, nbytes) if self._fold is not None else None
-        address = self._address + offset
-        for start in range(0, nbytes, self._piece_bytes):
-            step = min(self._piece_bytes, nbytes - start)
-            copy(address + start, source + start, step)
-            digests.upto(start + step)
-            if fold is not None:
-                fold.upto(start + step)
+        at = digested = 0
+        for source in sources:
+            for start in range(0, source.nbytes, self._piece_bytes):
+                step = min(self._piece_bytes, source.nbytes - start)
+                copy(self._address + offset + at, source.address + start, step)
+                at += step
+                if at - digested < self._piece_bytes and at < nbytes:
+                    continue  # more small parts: one digest of them is cheaper than one of each
+                digests.upto(at)
+                if fold is not None:
+                    fold.upto(at)
+                digested = at
         digests.end()
         if fold is not None:
             fold.end()

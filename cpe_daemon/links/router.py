@@ -41,9 +41,6 @@ Handler = Callable[[bytes, Any, Sequence[memoryview]], None]
 _TURN: Final = 64
 """Messages taken in one go before other tasks of the loop get their turn."""
 
-_MOST_FRAMES: Final = 2
-"""A header and its bulk bytes. More are thrown away as they come, without a list of them."""
-
 _DISCARDS: Final = 1024
 """Frames thrown away in one go."""
 
@@ -78,6 +75,7 @@ class Router:
         accepts: union of the message types taken.
         handlers: by message type; a type without one is refused.
         max_frame_bytes: larger frames cut the connection before they are held in memory.
+        most_frames: of a message, its header among them; more are thrown away as they come, without a list of them.
         queue: messages of a peer that may wait to be taken; the rest waits in its own memory.
         outgoing: messages that may wait for a peer to take them, more are dropped; as ``queue`` if None.
         handshake_seconds: a connection that has not introduced itself in as long is cut.
@@ -96,6 +94,7 @@ class Router:
         accepts: UnionType,
         handlers: Mapping[type[Message], Handler],
         max_frame_bytes: int,
+        most_frames: int = 2,
         queue: int = 1000,
         outgoing: int | None = None,
         handshake_seconds: float = 10.0,
@@ -111,6 +110,7 @@ class Router:
         self._rates = rates
         self._tellings = Rates(1 / _TELL_SECONDS, 1)
         self._warnings = Rates(_WARNED_PER_SECOND, _WARNED_BURST)
+        self._most_frames = most_frames
         self._discarding = False
         self._on_protocol_error = on_protocol_error
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -220,7 +220,7 @@ class Router:
 
     def _receive(self) -> list[zmq.Frame]:
         """Return the peer's routing id and the frames of its next message, of which the last may be one too many."""
-        frames = receive_frames(self._socket, 2 + _MOST_FRAMES)
+        frames = receive_frames(self._socket, 2 + self._most_frames)
         self._discarding = bool(frames[-1].more)
         return frames
 
@@ -239,8 +239,8 @@ class Router:
             return
         try:
             client = self._client(peer, frames[0])
-            if not 1 < len(frames) <= 1 + _MOST_FRAMES:
-                raise ProtocolError(f"a message has 1 to {_MOST_FRAMES} frames")
+            if not 1 < len(frames) <= 1 + self._most_frames:
+                raise ProtocolError(f"a message has 1 to {self._most_frames} frames")
             header, *bulk = (memoryview(frame.buffer) for frame in frames[1:])
             message = self._codec.decode(header)
             kind, stream = type(message).__name__, getattr(message, "stream", 0)

@@ -114,13 +114,12 @@ class Codec:
         self.unknown_fields += sum(1 for field in _fields.decode(body) if field != "type" and field not in known)
 
 
-def only_frame(frames: Sequence[memoryview], nbytes: int) -> memoryview:
-    """Return the single bulk frame beside a message, which must have ``nbytes``.
+def check_bulk(frames: Sequence[memoryview], nbytes: int, most: int) -> None:
+    """Check the bulk frames beside a message: 1 to ``most``, none of them empty, ``nbytes`` together.
 
     Raises:
-        ProtocolError: there is none, there are several, or its size differs.
+        ProtocolError: they are not; says how large they are.
     """
-    if len(frames) != 1 or frames[0].nbytes != nbytes:
-        sizes = [frame.nbytes for frame in frames]
-        raise ProtocolError(f"expected one frame of {nbytes} bytes beside the message, got {sizes}")
-    return frames[0]
+    sizes = [frame.nbytes for frame in frames]
+    if not 0 < len(sizes) <= most or sum(sizes) != nbytes or not all(sizes):
+        raise ProtocolError(f"expected {nbytes} bytes in 1 to {most} frames beside the message, got {sizes}")

@@ -26,6 +26,7 @@ from cpe_daemon.wire.operator import (
     WaitRequest,
 )
 from cpe_daemon.wire.trainer import (
+    MOST_CHUNK_FRAMES,
     Abandon,
     Chunk,
     ChunkDone,
@@ -65,6 +66,7 @@ from cpe_daemon.wire.worker import (
 )
 
 __all__ = [
+    "MOST_CHUNK_FRAMES",
     "OLDEST_PROTOCOL",
     "PROTOCOL",
     "Abandon",

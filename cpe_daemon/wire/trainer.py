@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.wire.message import Message
 from cpe_daemon.wire.reports import ErrorInfo, VersionReport
+
+MOST_CHUNK_FRAMES: Final = 8
+"""Frames that a chunk may come in: the parts of several tensors, as they lie at the trainer."""
 
 # --- trainer rank -> daemon -------------------------------------------------------------------------------------------
 
@@ -45,8 +50,8 @@ class ManifestPart(Message, frozen=True, tag="manifest_part"):
 class Chunk(Message, frozen=True, tag="chunk"):
     """Bytes ``offset`` to ``offset + nbytes`` of a rank's extent.
 
-    They lie at ``ring_offset`` of the landing ring, or, if that is -1, in the one frame beside this message. Takes one
-    credit until `ChunkDone`.
+    They lie at ``ring_offset`` of the landing ring, or, if that is -1, in the frames beside this message, one after
+    another: one, or as many as `TrainerWelcome` allows, none of them empty. Takes one credit until `ChunkDone`.
     """
 
     stream: int
@@ -111,7 +116,8 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
     """The terms of a trainer's link.
 
     ``credits`` chunks of at most ``chunk_bytes`` may be unacknowledged. If ``landing_token`` is given, it can be
-    exchanged at ``handoff`` (a unix socket) for the landing ring: ``credits`` places of ``chunk_bytes`` each.
+    exchanged at ``handoff`` (a unix socket) for the landing ring: ``credits`` places of ``chunk_bytes`` each. A chunk
+    beside its message may come in ``chunk_frames`` frames at most.
     """
 
     protocol: int
@@ -121,6 +127,7 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
     chunk_bytes: int
     handoff: str = ""
     landing_token: bytes = b""
+    chunk_frames: int = 1
 
 
 class VersionOpened(Message, frozen=True, tag="version_opened"):

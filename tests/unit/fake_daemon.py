@@ -22,7 +22,9 @@ from cpe_daemon.devices.memory import SharedMemory
 from cpe_daemon.errors import CpeError, DigestError, ProtocolError
 from cpe_daemon.links.handoff import HandoffServer
 from cpe_daemon.links.router import Router
+from cpe_daemon.wire.codec import check_bulk
 from cpe_daemon.wire.messages import (
+    MOST_CHUNK_FRAMES,
     PROTOCOL,
     Abandon,
     Chunk,
@@ -57,6 +59,7 @@ class Received:
     content: bytearray = field(default_factory=bytearray)
     chunks: int = 0
     inline_chunks: int = 0
+    frames: int = 0
     digests: bytes = b""
     admitted: bool = False
     sealed: bool = False
@@ -110,6 +113,7 @@ class FakeDaemon:
         credits: int = 4,
         chunk_bytes: int = 4096,
         heartbeat_seconds: float = 1.0,
+        chunk_frames: int = MOST_CHUNK_FRAMES,
     ) -> None:
         self.endpoint = f"ipc://{directory / name}.sock"
         self._handoff_path = directory / f"{name}-handoff.sock"
@@ -117,6 +121,7 @@ class FakeDaemon:
         self.credits = credits
         self.chunk_bytes = chunk_bytes
         self.heartbeat_seconds = heartbeat_seconds
+        self.chunk_frames = chunk_frames
         self.script = Script()
         self.received: list[Received] = []
         self.messages: list[Message] = []
@@ -201,6 +206,7 @@ class FakeDaemon:
                 accepts=FrontMessage,
                 handlers={kind: self._noted(handler) for kind, handler in handlers.items()},
                 max_frame_bytes=1 << 28,
+                most_frames=1 + MOST_CHUNK_FRAMES,
             )
             self._router.bind(self.endpoint)
             self._handoff.start()
@@ -249,6 +255,7 @@ class FakeDaemon:
                 chunk_bytes=self.chunk_bytes,
                 handoff=str(self._handoff.path) if token else "",
                 landing_token=token,
+                chunk_frames=self.chunk_frames,
             ),
         )
 
@@ -301,19 +308,24 @@ class FakeDaemon:
         if chunk.offset % self.chunk_bytes or chunk.nbytes != wanted:
             self.violations.append(f"off the grid: {chunk}")
         if chunk.ring_offset >= 0:
-            source = self._rings[peer].view[chunk.ring_offset : chunk.ring_offset + chunk.nbytes]
+            sources = [self._rings[peer].view[chunk.ring_offset : chunk.ring_offset + chunk.nbytes]]
             if chunk.ring_offset in self._places[peer]:
                 self.violations.append(f"place used twice: {chunk}")
             self._places[peer].add(chunk.ring_offset)
         else:
-            (source,) = frames
+            sources = list(frames)
             received.inline_chunks += 1
+            received.frames += len(frames)
+            try:
+                check_bulk(frames, chunk.nbytes, self.chunk_frames)
+            except ProtocolError as error:
+                self.violations.append(error.message)
         received.chunks += 1
         if sum(1 for who, *_ in self._kept if who == peer) >= self.credits:
             self.violations.append(f"without a credit: {chunk}")
 
         def read() -> None:
-            received.content[chunk.offset : chunk.offset + chunk.nbytes] = source
+            received.content[chunk.offset : chunk.offset + chunk.nbytes] = b"".join(sources)
 
         if self.script.keep_chunks:
             self._kept.append((peer, done, read))  # read as late as a publisher has to bear

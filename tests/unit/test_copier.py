@@ -13,7 +13,7 @@ from cpe_daemon.core.types import ALIGNMENT_BYTES, Shard
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.memory import address_of
 from cpe_daemon.ingest.copier import Copier, Job
-from cpe_daemon.ingest.writer import ExtentWriter
+from cpe_daemon.ingest.writer import ExtentWriter, Span
 from cpe_daemon.wire.messages import Chunk
 
 A = ALIGNMENT_BYTES
@@ -36,7 +36,7 @@ class Writing(ExtentWriter):
         self.fails_at = -1
         self.together = 0
 
-    def write(self, offset: int, source: int, nbytes: int) -> None:
+    def write(self, offset: int, sources: Sequence[Span]) -> None:
         self.together += 1
         assert self.together == 1
         self.reached.set()
@@ -45,11 +45,11 @@ class Writing(ExtentWriter):
         self.together -= 1
         if offset // A == self.fails_at:
             raise OSError("bad address")
-        super().write(offset, source, nbytes)
+        super().write(offset, sources)
 
     def job(self, index: int) -> Job:
         self.accept(index * A, A)
-        return Job(Chunk(1, index * A, A), address_of(memoryview(self.source)) + index * A, None)
+        return Job(Chunk(1, index * A, A), [Span(address_of(memoryview(self.source)) + index * A, A)])
 
 
 class Together(Writing):
@@ -61,12 +61,12 @@ class Together(Writing):
         self._barrier = threading.Barrier(threads)
         self._lock = threading.Lock()
 
-    def write(self, offset: int, source: int, nbytes: int) -> None:
+    def write(self, offset: int, sources: Sequence[Span]) -> None:
         with self._lock:
             self.together += 1
             self.most = max(self.most, self.together)
         self._barrier.wait(WAIT_SECONDS)
-        ExtentWriter.write(self, offset, source, nbytes)
+        ExtentWriter.write(self, offset, sources)
         with self._lock:
             self.together -= 1
         self._barrier.wait(WAIT_SECONDS)

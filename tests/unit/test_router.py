@@ -70,7 +70,7 @@ class Client:
 class Daemon:
     """A router that answers `Ping` with `Pong`, and what it saw."""
 
-    def __init__(self, context: Context, path: Path, **handlers: Handler) -> None:
+    def __init__(self, context: Context, path: Path, most_frames: int = 2) -> None:
         self.context = context
         self.endpoint = f"ipc://{path}"
         self.counted: list[str] = []
@@ -85,6 +85,7 @@ class Daemon:
             accepts=FrontMessage,
             handlers=taken,
             max_frame_bytes=LARGEST,
+            most_frames=most_frames,
             queue=QUEUE,
             on_protocol_error=self.counted.append,
         )
@@ -384,6 +385,23 @@ async def test_message_of_many_frames_is_refused_once_and_what_follows_is_taken(
         assert await client.ask(encode(Ping())) == Pong("g")
     assert daemon.counted == ["front"] * 4
     assert len(daemon.seen) == 4
+
+
+async def test_messages_of_one_router_may_have_more_frames_than_those_of_another(
+    no_leaks: None, runtime_dir: Path
+) -> None:
+    with zmq.Context() as context:
+        made = Daemon(context, runtime_dir / "front.sock", most_frames=9)
+        client = made.client()
+        client.send(encode(Ping()), *[b"x"] * 8)
+        assert await client.receive() == (Pong("g"), [b"x"] * 8)
+        for number in (10, 11, 12, 5000):
+            client.send(encode(Ping()), *[b"x"] * (number - 1))
+            answer = await client.receive()
+            assert answer == (ErrorReply(ErrorInfo("protocol", "a message has 1 to 9 frames")), [])
+            assert await client.ask(encode(Ping())) == Pong("g")
+        made.router.close()
+        client.socket.close()
 
 
 async def test_others_are_served_while_a_long_message_is_thrown_away(daemon: Daemon) -> None:

@@ -12,7 +12,7 @@ from cpe_daemon.errors import ManifestError, ProtocolError
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.versions import Version
-from cpe_daemon.wire.messages import Chunk, ManifestPart, OpenVersion, TrainerHello
+from cpe_daemon.wire.messages import MOST_CHUNK_FRAMES, Chunk, ManifestPart, OpenVersion, TrainerHello
 
 CHUNK = 4096
 CREDITS = 3
@@ -43,18 +43,29 @@ def described(session: Session) -> tuple[int, frozenset[int], str]:
 
 def test_inline_chunk_is_read_where_its_frame_is(inline: Session) -> None:
     frame = frame_of(100)
-    assert inline.take(Chunk(1, 0, 100), [frame]) == (address_of(frame), frame)
+    assert inline.take(Chunk(1, 0, 100), [frame]) == [(address_of(frame), 100)]
     assert inline.in_flight == 1
     inline.give_back(-1)
     assert inline.in_flight == 0
 
 
+def test_chunk_in_several_frames_is_read_where_they_are(inline: Session) -> None:
+    frames = [frame_of(nbytes) for nbytes in range(1, MOST_CHUNK_FRAMES + 1)]
+    expected = [(address_of(frame), frame.nbytes) for frame in frames]
+    assert inline.take(Chunk(1, 0, sum(nbytes for _, nbytes in expected)), frames) == expected
+    assert inline.in_flight == 1
+
+
 @pytest.mark.parametrize(
     ("chunk", "sizes", "says"),
     [
-        (Chunk(1, 0, 100), [], "expected one frame of 100 bytes"),
-        (Chunk(1, 0, 100), [99], "expected one frame"),
-        (Chunk(1, 0, 100), [100, 1], "expected one frame"),
+        (Chunk(1, 0, 100), [], "expected 100 bytes in 1 to 8 frames"),
+        (Chunk(1, 0, 100), [99], "expected 100 bytes"),
+        (Chunk(1, 0, 100), [100, 1], "expected 100 bytes"),
+        (Chunk(1, 0, 100), [50, 49], "expected 100 bytes"),
+        (Chunk(1, 0, 100), [100, 0], "expected 100 bytes"),
+        (Chunk(1, 0, 100), [1] * 9, "expected 100 bytes"),
+        (Chunk(1, 0, 9), [1] * 9, "expected 9 bytes in 1 to 8 frames"),
         (Chunk(1, 0, 0), [0], "a chunk of 0 bytes; at most 4096"),
         (Chunk(1, 0, -1), [], "a chunk of -1 bytes"),
         (Chunk(1, 0, CHUNK + 1), [CHUNK + 1], "a chunk of 4097 bytes"),
@@ -81,8 +92,8 @@ def test_no_more_chunks_than_credits(inline: Session) -> None:
 def test_landed_chunk_is_read_where_it_lies(landing: Session) -> None:
     assert landing.ring is not None
     for place in range(CREDITS):
-        address, frame = landing.take(Chunk(1, 0, 100, place * CHUNK), [])
-        assert (address, frame) == (landing.ring.address + place * CHUNK, None)
+        spans = landing.take(Chunk(1, 0, 100, place * CHUNK), [])
+        assert spans == [(landing.ring.address + place * CHUNK, 100)]
 
 
 @pytest.mark.parametrize("at", [1, CHUNK - 1, CREDITS * CHUNK, 1 << 62])

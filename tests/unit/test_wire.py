@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import ProtocolError
 from cpe_daemon.wire import messages as wire
-from cpe_daemon.wire.codec import ENVELOPE_BYTES, MAGIC, MAX_HEADER_BYTES, Codec, encode, only_frame
+from cpe_daemon.wire.codec import ENVELOPE_BYTES, MAGIC, MAX_HEADER_BYTES, Codec, check_bulk, encode
 from cpe_daemon.wire.messages import (
     FrontMessage,
     FrontReply,
@@ -403,12 +403,26 @@ def test_bad_message_at_the_right_socket_is_told_what_is_wrong_with_it() -> None
 # --- frames beside a message -----------------------------------------------------------------------------------------
 
 
-def test_only_frame_is_the_one_of_the_right_size() -> None:
-    frame = memoryview(b"12345")
-    assert only_frame([frame], 5) is frame
+@pytest.mark.parametrize("frames", [[b"12345"], [b"1", b"2345"], [b"12", b"3", b"45"]])
+def test_bulk_bytes_come_in_one_or_several_frames(frames: list[bytes]) -> None:
+    check_bulk([memoryview(frame) for frame in frames], 5, 3)
 
 
-@pytest.mark.parametrize("frames", [[], [b"1234"], [b"123456"], [b"12345", b""], [b"", b"12345"]])
-def test_only_frame_refuses_none_several_and_a_wrong_size(frames: list[bytes]) -> None:
-    with pytest.raises(ProtocolError, match="expected one frame of 5 bytes"):
-        only_frame([memoryview(frame) for frame in frames], 5)
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b"1234"],
+        [b"123456"],
+        [b"12345", b""],
+        [b"", b"12345"],
+        [b"123", b"", b"45"],
+        [b"123", b"4"],
+        [b"123", b"456"],
+        [b"1", b"2", b"3", b"45"],
+    ],
+    ids=["none", "short", "long", "empty last", "empty first", "empty between", "short two", "long two", "four"],
+)
+def test_bulk_frames_that_are_none_too_many_empty_or_not_as_long_are_refused(frames: list[bytes]) -> None:
+    with pytest.raises(ProtocolError, match="expected 5 bytes in 1 to 3 frames"):
+        check_bulk([memoryview(frame) for frame in frames], 5, 3)

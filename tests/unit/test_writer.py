@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import threading
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import DigestError, ProtocolError
 from cpe_daemon.ingest import writer
 from cpe_daemon.ingest.fold import ExtentFold
-from cpe_daemon.ingest.writer import ExtentWriter
+from cpe_daemon.ingest.writer import ExtentWriter, Span
 
 A = ALIGNMENT_BYTES
 
@@ -75,8 +76,11 @@ class Contribution:
         for offset, nbytes in self.chunks:
             self.writer.accept(offset, nbytes)
 
-    def write(self, offset: int, nbytes: int) -> None:
-        self.writer.write(offset, address_of(memoryview(self.source)) + offset, nbytes)
+    def write(self, offset: int, nbytes: int, cuts: Sequence[int] = ()) -> None:
+        """Write a chunk that comes in parts, cut at ``cuts``."""
+        address = address_of(memoryview(self.source)) + offset
+        places = sorted({0, *(cut for cut in cuts if cut < nbytes), nbytes})
+        self.writer.write(offset, [Span(address + begin, end - begin) for begin, end in itertools.pairwise(places)])
 
     def send_all(self) -> None:
         self.accept_all()
@@ -99,6 +103,25 @@ def test_digests_equal_hashing_whole_in_any_order(sizes: list[int], chunk_bytes:
     split = sent.writer.check(sent.digests)
     assert b"".join(split) == sent.digests
     assert [len(digest) for digest in split] == [DIGEST_BYTES] * len(sizes)
+    assert sent.writer.fold == sent.fold
+    assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
+
+
+@given(
+    sizes=SIZES,
+    chunk_bytes=CHUNKS,
+    cuts=st.lists(st.integers(0, 7 * A), max_size=8),
+    piece_bytes=st.integers(1, 3 * A),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_chunk_in_several_parts_is_what_it_is_in_one(
+    sizes: list[int], chunk_bytes: int, cuts: list[int], piece_bytes: int
+) -> None:
+    sent = Contribution(sizes, max(chunk_bytes, sum(sizes) // 200 + 1), piece_bytes=piece_bytes)
+    sent.accept_all()
+    for chunk in sent.chunks:
+        sent.write(*chunk, cuts)
+    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
     assert sent.writer.fold == sent.fold
     assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
 
