@@ -87,6 +87,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cuMemcpyDtoHAsync_v2": (_PTR, _PTR, _SIZE, _PTR),
     "cuMemcpyDtoDAsync_v2": (_PTR, _PTR, _SIZE, _PTR),
     "cuMemcpyPeerAsync": (_PTR, _PTR, _PTR, _PTR, _SIZE, _PTR),
+    "cuModuleLoadData": (_OUT, ctypes.c_char_p),
+    "cuModuleGetFunction": (_OUT, _PTR, ctypes.c_char_p),
+    "cuLaunchKernel": (_PTR, *(_UINT,) * 7, _PTR, _OUT, _OUT),
 }
 
 
@@ -131,6 +134,7 @@ class Driver:
         self._to_host = library.cuMemcpyDtoHAsync_v2
         self._on_device = library.cuMemcpyDtoDAsync_v2
         self._from_peer = library.cuMemcpyPeerAsync
+        self._launch = library.cuLaunchKernel
 
     # --- devices -----------------------------------------------------------------------------------------------------
 
@@ -296,6 +300,18 @@ class Driver:
         result = self._from_peer(destination, context, source, peer_context, nbytes, stream)
         if result:
             self._raise("cuMemcpyPeerAsync", result)
+
+    # --- kernels -----------------------------------------------------------------------------------------------------
+
+    def load(self, image: bytes, name: str) -> int:
+        """Load compiled code into the current context, and return a function of it."""
+        return self._handle("cuModuleGetFunction", self._handle("cuModuleLoadData", image), name.encode())
+
+    def launch(self, function: int, blocks: int, threads: int, arguments: ctypes.Array[Any], stream: int) -> None:
+        """Issue a function over ``blocks`` of ``threads``; ``arguments`` are the addresses of what it is given."""
+        result = self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)
+        if result:
+            self._raise("cuLaunchKernel", result)
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
