@@ -11,6 +11,7 @@ import structlog
 from cpe_daemon.core.driver import Driver, Update
 from cpe_daemon.core.identity import may_be_same
 from cpe_daemon.core.lifecycle import ENGINE_TABLE, EngineEvent, EngineState, advance
+from cpe_daemon.core.pace import Pace
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.worker import Step, Worker
 from cpe_daemon.errors import CpeError, PeerLostError
@@ -56,8 +57,8 @@ class Engine:
         """The digest of the version that it was last told to load."""
         self.error: CpeError | None = None
         self.last_push_seconds = 0.0
-        self.starved = True
-        """Whether it waited for buckets, mostly, in its last round; what is supposed before the first."""
+        self.pace = Pace()
+        """What its last round showed."""
         self.url = hello.url
         """Where its own API is, if it has one and somebody says."""
         self.incomplete_since: float | None = None

@@ -32,6 +32,7 @@ class Pipeline:
         deliver: stage 3.
         traffic: is told what each stage moves; None if nobody wants to know.
         prefill: slots to fill before the engines pause; None: all.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -42,22 +43,26 @@ class Pipeline:
         deliver: Deliver,
         traffic: Traffic | None = None,
         prefill: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
         self._gpus = gpus
         self._buckets = buckets
         self._deliver = deliver
-        self._traffic = traffic or Traffic(time.monotonic)
+        self._traffic = traffic or Traffic(clock)
+        self._clock = clock
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(device.slot_count):
             self._free.put_nowait(slot)
         self._prefill = min(device.slot_count if prefill is None else prefill, device.slot_count, len(buckets))
         self._filled = 0
+        self._filled_at: list[float] = []
+        """When the first buckets were in slots, as many as there are slots."""
         self._loading = 0
         self._hungry = 0
         """Buckets that came when the engines had nothing left to load, the first ones aside."""
         self._primed = asyncio.Event()
-        if not buckets:
+        if not self._prefill:
             self._primed.set()
         self._opened = asyncio.Event()
         self._turn = 0
@@ -73,6 +78,12 @@ class Pipeline:
         """Whether the engines waited for buckets more often than buckets for the engines; None: too few to tell."""
         later = len(self._buckets) - self._prefill
         return 2 * self._hungry > later if later else None
+
+    @property
+    def fill_seconds(self) -> float:
+        """From one slot that was filled to the next, as long as none had to be waited for; 0.0: too few to tell."""
+        at = self._filled_at
+        return (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else 0.0
 
     async def primed(self) -> None:
         """Wait until as many slots are full as are to be before the engines pause, or hold all there is."""
@@ -136,5 +147,7 @@ class Pipeline:
 
     def _count_filled(self) -> None:
         self._filled += 1
+        if self._filled <= self._device.slot_count:
+            self._filled_at.append(self._clock())
         if self._filled == self._prefill:
             self._primed.set()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Final
 
 import structlog
 
 from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.driver import Update
 from cpe_daemon.core.lifecycle import ROUND_TABLE, RoundEvent, RoundState, advance
+from cpe_daemon.core.pace import Pace, slowest
 from cpe_daemon.core.plan import Bucket, Plan
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
@@ -29,8 +29,6 @@ from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import Load, TensorPart
 
 log = structlog.get_logger(__name__)
-
-_FILLED_MEANWHILE: Final = 2
 
 
 class Round:
@@ -82,9 +80,10 @@ class Round:
         self.began_at = clock()
         self._deadlines = deadlines
         self._clock = clock
-        prefill = _prefill(device.slot_count, len(plan.buckets), any(p.engine.starved for p in participants))
+        paces = [participant.engine.pace for participant in participants]
+        prefill = slowest(paces).prefill(device.slot_count, len(plan.buckets)) if paces else None
         self._trace = traffic.trace if traffic is not None else None
-        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic, prefill)
+        self._pipeline = Pipeline(device, gpus, plan.buckets, self._deliver, traffic, prefill, clock)
         self._abandoned: CpeError | None = None
         self._updating: asyncio.Timeout | None = None
 
@@ -165,8 +164,7 @@ class Round:
         pushed = self._clock() - opened
         for participant in self.participants:
             participant.phases |= {"prefetch": prefetched, "push": pushed}
-            if (starved := self._pipeline.starved) is not None:
-                participant.engine.starved = starved
+            participant.engine.pace = self._pace(participant)
         self._change(RoundEvent.STREAMED)
         await self._each(
             "finish",
@@ -212,6 +210,12 @@ class Round:
         header = encode(load)
         return self._gathered([participant.post(load, header, self._trace) for participant in self.alive])
 
+    def _pace(self, participant: Participant) -> Pace:
+        """What this round showed of an engine, now that everything was delivered."""
+        before, starved = participant.engine.pace, self._pipeline.starved
+        stop = participant.phases.get("pause", 0.0) + participant.phases.get("begin", 0.0)
+        return Pace(before.starved if starved is None else starved, stop, self._pipeline.fill_seconds)
+
     def _check(self) -> None:
         if not self.alive:
             raise EngineError(f"no engine is left in round {self.number}")
@@ -224,18 +228,6 @@ class Round:
 
     def _names(self, *, alive: bool = True) -> list[str]:
         return [participant.engine.name for participant in self.participants if participant.alive == alive]
-
-
-def _prefill(slots: int, buckets: int, starved: bool) -> int:
-    """How many slots are to be full when the engines are asked to pause.
-
-    All that shorten the pause: it is shorter only for engines that load faster than slots fill. But while an engine
-    comes to rest the links have to have something to do, so two slots are left to be filled then, unless all the
-    version is in slots before.
-    """
-    if not starved:
-        return 1
-    return slots if slots >= buckets else max(1, slots - _FILLED_MEANWHILE)
 
 
 def _first(group: BaseExceptionGroup[CpeError]) -> CpeError:

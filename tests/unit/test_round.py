@@ -13,13 +13,14 @@ from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.copies import Copy
 from cpe_daemon.core.driver import Update, Workers
 from cpe_daemon.core.lifecycle import EngineState, RoundState
+from cpe_daemon.core.pace import Pace
 from cpe_daemon.core.plan import assign, cut
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError, ResourceError
 from cpe_daemon.push import participant as participant_module
 from cpe_daemon.push.participant import Participant
-from cpe_daemon.push.round import Round, _prefill
+from cpe_daemon.push.round import Round
 from cpe_daemon.wire.messages import Check, Expect, Load, Pause, Resume, StepDone, StepFailed
 from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins.torch.driver import TorchDriver
@@ -189,7 +190,7 @@ async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_f
         await fetch(gpu, slot, copies)
 
     monkeypatch.setattr(node.device, "fetch", slowly)
-    node.engine("a").starved = starved
+    node.engine("a").pace = Pace(starved)
     running = asyncio.create_task(run(make_round(node, "a")))
     if starved:
         for _ in range(50):
@@ -200,16 +201,6 @@ async def test_pause_waits_for_all_slots_only_if_engines_load_faster_than_they_f
     filled.set()
     assert await running == {"a": None}
     assert worker.steps == WHOLE_ROUND
-
-
-@pytest.mark.parametrize(
-    ("slots", "buckets", "starved", "full"),
-    [(1, 9, True, 1), (3, 9, True, 1), (4, 9, True, 2), (8, 9, True, 6), (9, 9, True, 9), (9, 9, False, 1)],
-)
-def test_two_slots_are_left_to_be_filled_while_engines_come_to_rest(
-    slots: int, buckets: int, starved: bool, full: int
-) -> None:
-    assert _prefill(slots, buckets, starved) == full
 
 
 @pytest.mark.parametrize("slow", [True, False])
@@ -237,9 +228,24 @@ async def test_round_notes_whether_engines_waited_for_buckets(
 
     worker.script["load"] = load
     monkeypatch.setattr(node.device, "fetch", after_the_load)
-    node.engine("a").starved = slow
+    node.engine("a").pace = Pace(starved=slow)
     assert await run(make_round(node, "a")) == {"a": None}
-    assert node.engine("a").starved is not slow
+    assert node.engine("a").pace.starved is not slow
+
+
+async def test_round_notes_how_long_an_engine_took_to_stop_and_a_slot_to_fill(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock finds it a second later."""
+    node.worker("a", content=OLD)
+    node.open_slots(3)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(node, "clock", lambda: float(next(ticks)))
+    made = make_round(node, "a")
+    assert await run(made) == {"a": None}
+    pace, phases = node.engine("a").pace, made.participants[0].phases
+    assert pace.stop_seconds == phases["pause"] + phases["begin"] > 0
+    assert pace.fill_seconds > 0
 
 
 # --- before anybody is paused ----------------------------------------------------------------------------------------

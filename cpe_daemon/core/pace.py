@@ -1,0 +1,53 @@
+"""When engines are to be asked to pause: how full the slots shall be by then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+_FILLED_MEANWHILE: Final = 2
+"""Slots that fill while an engine stops, where nobody knows better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the last round of an engine showed.
+
+    Attributes:
+        starved: whether it waited for buckets, mostly; what is supposed before the first round.
+        stop_seconds: from the request to pause until it could be given its first bucket; 0.0: not known.
+        fill_seconds: from one slot that was filled to the next, while slots were free; 0.0: not known.
+    """
+
+    starved: bool = True
+    stop_seconds: float = 0.0
+    fill_seconds: float = 0.0
+
+    @property
+    def filled_meanwhile(self) -> int:
+        """Slots that are filled while the engine stops."""
+        if not (self.stop_seconds and self.fill_seconds):
+            return _FILLED_MEANWHILE
+        return math.ceil(self.stop_seconds / self.fill_seconds)
+
+    def prefill(self, slots: int, buckets: int) -> int:
+        """How many slots are to be full when the engine is asked to pause.
+
+        All that shorten the pause: it is shorter only for engines that load faster than slots fill. But while an engine
+        stops the links have to have something to do, so those that fill meanwhile are not waited for, unless all the
+        version is in slots before.
+        """
+        if self.starved and slots >= buckets:
+            return buckets
+        wanted = slots if self.starved else 1
+        return max(0, wanted - self.filled_meanwhile)
+
+
+def slowest(paces: list[Pace]) -> Pace:
+    """What to expect of several engines that are paused together; ``paces`` is not empty."""
+    return Pace(
+        any(pace.starved for pace in paces),
+        max(pace.stop_seconds for pace in paces),
+        max(pace.fill_seconds for pace in paces),
+    )
