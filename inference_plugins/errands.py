@@ -15,7 +15,7 @@ log: Final = logging.getLogger(__name__)
 
 _MARGIN_SECONDS: Final = 1.0
 
-Work = Callable[[float], None]
+Work = Callable[[float], object]
 """Called with the seconds that are left."""
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from msgspec import structs
 
 from cpe_daemon.devices.slots import Slots, open_slots
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ProtocolError, from_code
+from cpe_daemon.errors import CpeError, DeadlineError, EngineError, PeerLostError, ProtocolError
 from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.wire.messages import (
@@ -38,6 +38,7 @@ from cpe_daemon.wire.messages import (
     WorkerWelcome,
 )
 from inference_plugins.errands import Errands
+from inference_plugins.hello import refusal, renew
 from inference_plugins.holding import Holding
 from inference_plugins.loader import Loader
 from inference_plugins.steps import Answer, Step, Steps, name_of
@@ -125,6 +126,10 @@ class Receiver:
         """Make `run` look at its stop event; callable from any thread."""
         self._dealer.wake()
 
+    def announce(self, url: str, seconds: float) -> None:
+        """Have the daemon know where the engine's own API is. From any other thread than `run`'s; raises as `sleep`."""
+        self._errands.do(lambda left: self._say_hello(left, url=url), seconds)
+
     def sleep(self, seconds: float) -> None:
         """Have the engine sleep: it serves no more, has no slots open, and says so. From any other thread than `run`'s.
 
@@ -150,15 +155,14 @@ class Receiver:
 
     # --- the link ----------------------------------------------------------------------------------------------------
 
-    def _say_hello(self, seconds: float) -> CpeError | None:
+    def _say_hello(self, seconds: float, **news: str) -> CpeError | None:
         """Say hello once and await the welcome for ``seconds``; return why this worker is not in, if that is known.
 
         All that time is spent on waiting, whatever comes: hellos in quick succession overtake one another's welcomes,
-        each of which the next one makes void.
+        each of which the next one makes void. One that is known already says only what is new.
         """
-        loader = self._loader
-        hello = structs.replace(self._hello, content=loader.content, touched=loader.touched, asleep=loader.asleep)
-        hello = structs.replace(hello, digest=self._steps.digest, starting=loader.starting)
+        self._hello = structs.replace(self._hello, **news)
+        hello = renew(self._hello, self._loader, self._steps.digest)
         deadline = time.monotonic() + seconds
         refused: CpeError | None = None
         try:
@@ -167,11 +171,8 @@ class Receiver:
             log.debug("no hello to %s: %s", self.endpoint, error)
         while not self.attached and (left := deadline - time.monotonic()) > 0:
             message = self._receive(left)
-            if isinstance(message, ErrorReply):
-                refused = from_code(message.error.code, message.error.message)
-            elif isinstance(message, Farewell):
-                refused = PeerLostError(f"the daemon at {self.endpoint} takes no workers: {message.reason}")
-            elif isinstance(message, WorkerWelcome):
+            refused = refusal(message, self.endpoint) or refused
+            if isinstance(message, WorkerWelcome):
                 try:
                     self._take_in(message)
                 except CpeError as error:

@@ -703,6 +703,26 @@ def test_engine_that_was_resumed_is_not_paused_any_more(
     assert loader.serving
 
 
+def test_worker_that_learns_where_its_engine_is_says_hello_anew(
+    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+) -> None:
+    """It serves on meanwhile."""
+    loader.content = NEW
+    hello = daemon.expect(WorkerHello)
+    assert isinstance(hello, WorkerHello)
+    assert hello.url == ""
+    daemon.welcome()
+    until(daemon, lambda: loader.serving)
+    receiver.announce("unix:///v.sock", _SECONDS)
+    assert daemon.expect(WorkerHello) == structs.replace(hello, url="unix:///v.sock", content=NEW)
+    assert loader.serving
+    daemon.welcome()
+    until(daemon, lambda: len(tethers) == 2)
+    for _ in range(2):
+        assert daemon.expect(Ping)
+    assert loader.serving
+
+
 # --- sleep -----------------------------------------------------------------------------------------------------------
 
 
