@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from inference_plugins.vllm.ranks import note
+
 log: Final = logging.getLogger(__name__)
 
 BACKEND: Final = "cpe"
@@ -15,6 +17,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     _ask_for_tiles()
+    note()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "inference_plugins.vllm.transfer", "CpeWeightTransferEngine"

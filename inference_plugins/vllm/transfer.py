@@ -32,6 +32,7 @@ from inference_plugins.gate import Gate
 from inference_plugins.receiver import Receiver
 from inference_plugins.vllm.compat import check_version, layerwise, let_sessions_lapse
 from inference_plugins.vllm.loader import VllmLoader
+from inference_plugins.vllm.ranks import place
 from inference_plugins.vllm.refusals import check_supported
 from inference_plugins.vllm.reload import Reload
 from inference_plugins.vllm.settings import Settings
@@ -40,11 +41,15 @@ log: Final = logging.getLogger(__name__)
 
 KIND: Final = "vllm"
 _CLOSE_SECONDS: Final = 5.0
+_ANNOUNCE_SECONDS: Final = 60.0
+"""For a round that this engine takes no part in, as nobody knew where its API is."""
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Nothing has to be agreed on."""
+    """What the engine's own process says, if anything; ``url``: where its API is (`inference_plugins.vllm.attach`)."""
+
+    url: str = ""
 
 
 @dataclass
@@ -95,7 +100,9 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
     # --- what vLLM calls ---------------------------------------------------------------------------------------------
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Nothing to do: the link was made when the worker started."""
+        """Tell the daemon what it was not told before: the link was made when the worker started."""
+        if init_info.url:
+            self._receiver.announce(init_info.url, _ANNOUNCE_SECONDS)
 
     def start_weight_update(self) -> None:
         """Note the draft model, if this session is for it; the reload begins with the first tensors that come."""
@@ -150,8 +157,7 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
 
 
 def _hello(settings: Settings, vllm_config: VllmConfig, device: torch.device) -> WorkerHello:
-    parallel = vllm_config.parallel_config
-    rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
+    rank, world_size = place(vllm_config.parallel_config)
     gpu = ""
     if device.type == "cuda":
         index: int | None = device.index
@@ -161,7 +167,7 @@ def _hello(settings: Settings, vllm_config: VllmConfig, device: torch.device) ->
         engine=settings.engine or f"vllm-{vllm_config.instance_id}",
         kind=KIND,
         rank=rank,
-        world_size=parallel.world_size * parallel.data_parallel_size,
+        world_size=world_size,
         incarnation=uuid.uuid4().hex,
         model=settings.model,
         node=socket.gethostname(),
