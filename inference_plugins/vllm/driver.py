@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import ssl
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 
 from cpe_daemon.core.driver import Update, Workers
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
+from cpe_daemon.errors import DeadlineError, EngineError
+from inference_plugins.server_api import ServerApi, choice
 
 API_KEY: Final = "CPE_VLLM_API_KEY"
 CA_FILE: Final = "CPE_VLLM_CA_FILE"
@@ -26,7 +23,6 @@ _PREFIXES: Final = ("/cpe", "")
 
 _MODES: Final = ("keep", "wait", "abort")
 _CACHES: Final = ("recompute", "reset", "keep")
-_MOST_TEXT: Final = 300
 
 
 class VllmDriver:
@@ -47,19 +43,20 @@ class VllmDriver:
     def __init__(self, engine: str, workers: Workers) -> None:
         self.engine = engine
         self._workers = workers
+        self._api = ServerApi(engine, workers, kind="vllm", keys=(API_KEY,), ca_file=CA_FILE)
         self._update: asyncio.Task[None] | None = None
         self._prefix: str | None = None
 
     async def check(self, round: int, seconds: float) -> None:
         """See that the server can be paused, and have the workers say whether a version fits."""
         if not self._workers.starting:
-            await self._called("/is_paused", seconds, self._look())
+            await self._api.within("/is_paused", seconds, self._look())
         await self._workers.check(round, seconds)
 
     async def pause(self, round: int, seconds: float) -> None:
         """Have the server run no more forward passes."""
         if not self._workers.starting:
-            mode = _choice(PAUSE_MODE, _MODES)
+            mode = choice(PAUSE_MODE, _MODES)
             await self._post("/pause", seconds, params={"mode": mode, "clear_cache": "false"})
         await self._workers.pause(round, seconds)
 
@@ -86,7 +83,7 @@ class VllmDriver:
         starting = self._workers.starting
         await self._workers.resume(round, content, seconds)
         if not starting:
-            cache = _choice(CACHE, _CACHES)
+            cache = choice(CACHE, _CACHES)
             if cache != "keep":
                 recompute = str(cache == "recompute").lower()
                 await self._post("/reset_prefix_cache", seconds, params={"reset_running_requests": recompute})
@@ -130,91 +127,26 @@ class VllmDriver:
         """Call the server."""
 
         async def call() -> None:
-            async with self._session() as session:
+            async with self._api.session() as session:
                 if self._prefix is None:
                     self._prefix = await self._find(session)
-                async with session.post(self._prefix + path, params=params, json=body) as reply:
-                    if reply.status >= 400:
-                        raise EngineError(f"engine {self.engine!r}: {path} failed: {await _reason(reply)}")
+                await self._api.posted(session, self._prefix + path, path, params=params, body=body)
 
-        await self._called(path, seconds, call())
-
-    async def _called(self, path: str, seconds: float | None, call: Awaitable[object]) -> None:
-        """Await a call to the server.
-
-        Raises:
-            PeerLostError: it cannot be reached.
-            DeadlineError: it does not answer in time.
-            EngineError: it refuses; says why.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                await call
-        except TimeoutError:
-            raise DeadlineError(f"engine {self.engine!r}: {path} took longer than {seconds:g} s") from None
-        except aiohttp.ClientError as error:
-            raise PeerLostError(f"engine {self.engine!r} at {self._workers.url}: {path}: {error}") from None
+        await self._api.within(path, seconds, call())
 
     async def _look(self) -> None:
         """See which routes the server has: it may have been started again, with others."""
-        async with self._session() as session:
+        async with self._api.session() as session:
             self._prefix = await self._find(session)
 
     async def _find(self, session: aiohttp.ClientSession) -> str:
         """Which routes the server has."""
         for prefix in _PREFIXES:
             async with session.get(f"{prefix}/is_paused") as reply:
-                if reply.status in (401, 403):
-                    wrong = (
-                        "takes no calls with this key" if os.environ.get(API_KEY) else "takes no calls without its key"
-                    )
-                    raise EngineError(f"engine {self.engine!r} {wrong}; set {API_KEY} for the daemon")
+                self._api.check_key(reply)
                 if reply.status != 404:
                     return prefix
         raise EngineError(
             f"engine {self.engine!r} at {self._workers.url} cannot be paused by its API: start vLLM with"
             " VLLM_PLUGINS=cpe, or with VLLM_SERVER_DEV_MODE=1"
         )
-
-    def _session(self) -> aiohttp.ClientSession:
-        url = self._workers.url
-        if not url:
-            raise EngineError(
-                f"nobody says where engine {self.engine!r} is: `cpe engine add {self.engine} --kind vllm --url URL`, or"
-                " set CPE_ENGINE_URL for the server"
-            )
-        parts = urlsplit(url)
-        connector: aiohttp.BaseConnector
-        if parts.scheme == "unix":
-            connector, url = aiohttp.UnixConnector(parts.path), "http://localhost"
-        else:
-            connector = aiohttp.TCPConnector(ssl=_authorities())
-        key = os.environ.get(API_KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = aiohttp.ClientTimeout(total=None)  # each call has its own
-        return aiohttp.ClientSession(url, connector=connector, headers=headers, timeout=timeout)
-
-
-async def _reason(reply: aiohttp.ClientResponse) -> str:
-    text = (await reply.text())[:_MOST_TEXT]
-    try:
-        said = json.loads(text)
-    except ValueError:
-        said = text
-    return f"{reply.status} {said.get('error', said) if isinstance(said, dict) else said}"
-
-
-def _authorities() -> ssl.SSLContext | bool:
-    """Who may vouch for servers; True: those that the host trusts."""
-    ca_file = os.environ.get(CA_FILE)
-    try:
-        return ssl.create_default_context(cafile=ca_file) if ca_file else True
-    except OSError as error:  # of OpenSSL, too
-        raise EngineError(f"{CA_FILE}: {ca_file} cannot be used: {error}") from None
-
-
-def _choice(name: str, among: tuple[str, ...]) -> str:
-    given = os.environ.get(name) or among[0]
-    if given not in among:
-        raise EngineError(f"{name} is {given!r}; it may be {', '.join(among)}")
-    return given

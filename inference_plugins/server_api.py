@@ -1,0 +1,157 @@
+"""The daemon's way to a server's own HTTP API: over TCP, TLS or a Unix socket, each call with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from cpe_daemon.core.driver import Workers
+from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
+
+_MOST_TEXT: Final = 300
+_FORBIDDEN: Final = (401, 403)
+
+
+class ServerApi:
+    """Calls one server. Settings that hold for all servers of a kind are in the daemon's environment.
+
+    Args:
+        engine: its name, for messages.
+        workers: of the engine; they know where the server is, which may change.
+        kind: of engine, as ``cpe engine add`` has it.
+        keys: variables of the environment that may have the server's key; the first that is set counts.
+        ca_file: the variable that names a file of authorities to trust behind ``https://``.
+    """
+
+    def __init__(self, engine: str, workers: Workers, *, kind: str, keys: tuple[str, ...], ca_file: str) -> None:
+        self._engine = engine
+        self._workers = workers
+        self._kind = kind
+        self._keys = keys
+        self._ca_file = ca_file
+
+    async def within(self, what: str, seconds: float | None, call: Awaitable[object]) -> None:
+        """Await calls to the server.
+
+        Raises:
+            PeerLostError: it cannot be reached.
+            DeadlineError: it does not answer in time.
+            EngineError: it refuses; says why.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await call
+        except TimeoutError:
+            raise DeadlineError(f"engine {self._engine!r}: {what} took longer than {seconds:g} s") from None
+        except aiohttp.ClientError as error:
+            raise PeerLostError(f"engine {self._engine!r} at {self._workers.url}: {what}: {error}") from None
+
+    async def post(
+        self,
+        path: str,
+        seconds: float | None,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Call the server; raises as `within` does."""
+
+        async def call() -> None:
+            async with self.session() as session:
+                await self.posted(session, path, path, params=params, body=body)
+
+        await self.within(path, seconds, call())
+
+    async def posted(
+        self,
+        session: aiohttp.ClientSession,
+        route: str,
+        what: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Call it within a session; ``what`` is for messages.
+
+        Raises:
+            EngineError: it refuses; says why.
+        """
+        async with session.post(route, params=params, json=body) as reply:
+            self.check_key(reply)
+            if reply.status >= 400:
+                raise EngineError(f"engine {self._engine!r}: {what} failed: {await _reason(reply)}")
+
+    def check_key(self, reply: aiohttp.ClientResponse) -> None:
+        """Raise if the server wants another key.
+
+        Raises:
+            EngineError: it does; says by which variable it is given.
+        """
+        if reply.status in _FORBIDDEN:
+            wrong = "takes no calls with this key" if self._key() else "takes no calls without its key"
+            raise EngineError(f"engine {self._engine!r} {wrong}; set {self._keys[0]} for the daemon")
+
+    def session(self) -> aiohttp.ClientSession:
+        """A session with the server; no call in it has a deadline of its own.
+
+        Raises:
+            EngineError: nobody says where the server is.
+        """
+        url = self._workers.url
+        if not url:
+            raise EngineError(
+                f"nobody says where engine {self._engine!r} is: `cpe engine add {self._engine} --kind {self._kind}"
+                " --url URL`, or set CPE_ENGINE_URL for the server"
+            )
+        parts = urlsplit(url)
+        connector: aiohttp.BaseConnector
+        if parts.scheme == "unix":
+            connector, url = aiohttp.UnixConnector(parts.path), "http://localhost"
+        else:
+            connector = aiohttp.TCPConnector(ssl=self._authorities())
+        key = self._key()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = aiohttp.ClientTimeout(total=None)
+        return aiohttp.ClientSession(url, connector=connector, headers=headers, timeout=timeout)
+
+    def _key(self) -> str:
+        return next((found for name in self._keys if (found := os.environ.get(name))), "")
+
+    def _authorities(self) -> ssl.SSLContext | bool:
+        """Who may vouch for servers; True: those that the host trusts."""
+        ca_file = os.environ.get(self._ca_file)
+        try:
+            return ssl.create_default_context(cafile=ca_file) if ca_file else True
+        except OSError as error:  # of OpenSSL, too
+            raise EngineError(f"{self._ca_file}: {ca_file} cannot be used: {error}") from None
+
+
+def choice(name: str, among: tuple[str, ...]) -> str:
+    """What a variable of the daemon's environment says; the first of ``among`` if it is not set.
+
+    Raises:
+        EngineError: it says something else.
+    """
+    given = os.environ.get(name) or among[0]
+    if given not in among:
+        raise EngineError(f"{name} is {given!r}; it may be {', '.join(among)}")
+    return given
+
+
+async def _reason(reply: aiohttp.ClientResponse) -> str:
+    """What the server says of why it refuses."""
+    text = (await reply.text())[:_MOST_TEXT]
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = text
+    if isinstance(said, dict):
+        said = said.get("error", said.get("message", said))
+    return f"{reply.status} {said}"
