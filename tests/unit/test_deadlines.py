@@ -66,9 +66,9 @@ NO_WAITS = {
     "inference_plugins.errands._MARGIN_SECONDS",
     "inference_plugins.receiver._GOODBYE_SECONDS",
     "inference_plugins.steps._PAUSE_AGAIN_SECONDS",
+    "inference_plugins.testing.attached._LOOK_SECONDS",
     "inference_plugins.testing.daemon._START_SECONDS",
     "inference_plugins.testing.plugin._CLOSE_SECONDS",
-    "inference_plugins.testing.stage._LOOK_SECONDS",
     "inference_plugins.torch.attachment._CLOSE_SECONDS",
 }
 """Paces, margins and steps: how often something is looked at, said or tried, and what a deadline is let run over."""
