@@ -6,13 +6,15 @@ Tensors that were split and have no place are put together first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from cpe_daemon.core.dtypes import ITEMSIZE
+from cpe_daemon.core.rectangles import Rectangle, clip
 from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.devices.slots import Replay
 from cpe_daemon.errors import EngineError, ProtocolError, ResourceError
 from cpe_daemon.wire.messages import TensorPart
 
@@ -55,8 +57,29 @@ class Place(NamedTuple):
     start: int = 0
 
 
-Copying = Callable[[int, int, int], None]
-"""Copies, or issues a copy: (destination, source, bytes), as `cpe_daemon.devices.slots.Slots.copy` does."""
+Placement = Place | tuple[Rectangle, ...]
+"""Where a tensor's bytes belong: one run of them, or rectangles whose sources count from its first byte."""
+
+
+class Copier(Protocol):
+    """Who copies out of slots: what `Assembly` needs of `cpe_daemon.devices.slots.Slots`."""
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        """Make ready to copy rectangles out of a slot, from the beginning of which their sources count."""
+        ...
+
+
+class _Known(NamedTuple):
+    """A bucket all of whose tensors have places, as it came before."""
+
+    copier: Copier
+    parts: Sequence[TensorPart]
+    places: list[Placement | None]
+    before: tuple[object, ...]
+    after: tuple[str | None, Placement | None, int]
+    """What had begun before it, and with it: see `Assembly._begun`."""
+    placed: int
+    replay: Replay
 
 
 class Assembly:
@@ -69,32 +92,69 @@ class Assembly:
         self.placed = 0
         """Tensors that the last `take` completed in their places."""
         self._name: str | None = None
-        self._place: Place | None = None
+        self._place: Placement | None = None
         self._buffer: torch.Tensor | None = None
         self._filled = 0
+        self._known: dict[int, _Known] = {}
 
     def take(
-        self, parts: Sequence[TensorPart], slot: torch.Tensor, places: Iterable[Place | None], copy: Copying
+        self,
+        parts: Sequence[TensorPart],
+        slot: torch.Tensor,
+        places: Iterable[Placement | None],
+        copier: Copier,
+        seq: int | None = None,
     ) -> list[tuple[str, torch.Tensor]]:
         """Copy what has a place, and return the other tensors that are whole now, in order.
 
         They are valid until the slot is reused or `take` is called again. Nothing is copied to a place before all
         parts are known to be good. The copies come one after another then: each leaves the caches empty, and what is
-        done between two of them takes many times as long as before them all.
+        done between two of them takes many times as long as before them all. A bucket that comes as it did before is
+        neither looked at nor prepared again.
 
         Args:
             parts: of one bucket, in order.
             slot: uint8 ``[slot_bytes]``, in which they lie.
             places: of each tensor that begins in this bucket, in order; None for one that is to be returned.
-            copy: of the slot's device. A copy may still be under way when this returns.
+            copier: of the slot's device. A copy may still be under way when this returns.
+            seq: the bucket's number, by which it is remembered; None: it is not.
 
         Raises:
             ProtocolError: the parts do not follow one another, or lie outside the slot.
             ResourceError: there is no memory to put a tensor together in.
         """
+        places, before = list(places), self._begun
+        known = None if seq is None else self._known.get(seq)
+        if known is not None and known[:4] == (copier, parts, places, before) and self._buffer is None:
+            self._name, self._place, self._filled = known.after
+            self.placed = known.placed
+            known.replay(slot.data_ptr())
+            return []
+        tensors, rectangles = self._take_apart(parts, slot, places)
+        if rectangles:
+            replay = copier.prepare(rectangles)
+            replay(slot.data_ptr())
+            if seq is not None and not tensors and self._buffer is None:
+                self._known[seq] = _Known(copier, parts, places, before, self._begun, self.placed, replay)
+        return tensors
+
+    def clear(self) -> None:
+        """Forget a tensor that is not whole, and let the buffer go."""
+        self._name = self._place = self._buffer = None
+        self._filled = 0
+
+    @property
+    def _begun(self) -> tuple[str | None, Placement | None, int]:
+        """The tensor of which some parts have come, where it belongs, and how many of its bytes these are."""
+        return self._name, self._place, self._filled
+
+    def _take_apart(
+        self, parts: Sequence[TensorPart], slot: torch.Tensor, places: Iterable[Placement | None]
+    ) -> tuple[list[tuple[str, torch.Tensor]], list[Rectangle]]:
+        """What is whole and has no place, and what is to be copied."""
         tensors: list[tuple[str, torch.Tensor]] = []
-        runs: list[tuple[int, int, int]] = []
-        base, slot_bytes, begun = slot.data_ptr(), slot.numel(), iter(places)
+        rectangles: list[Rectangle] = []
+        slot_bytes, begun = slot.numel(), iter(places)
         self.placed = 0
         for part in parts:
             if not 0 <= part.slot_offset <= part.slot_offset + part.nbytes <= slot_bytes:
@@ -106,27 +166,19 @@ class Assembly:
                     if place is None:
                         tensors.append((part.name, view_as(slot.narrow(0, part.slot_offset, nbytes), part)))
                     else:
-                        runs.append(_run(place, part, base))
+                        _add_rectangles(rectangles, place, part)
                         self.placed += 1
                     continue
                 self._begin(part, nbytes, place, slot.device)
-            if self._add(part, nbytes, slot, runs):
+            if self._add(part, nbytes, slot, rectangles):
                 if self._buffer is None:
                     self.placed += 1
                 else:
                     tensors.append((part.name, view_as(self._buffer, part)))
                 self.clear()
-        for destination, source, count in runs:
-            if count:
-                copy(destination, source, count)
-        return tensors
+        return tensors, rectangles
 
-    def clear(self) -> None:
-        """Forget a tensor that is not whole, and let the buffer go."""
-        self._name = self._place = self._buffer = None
-        self._filled = 0
-
-    def _begin(self, part: TensorPart, nbytes: int, place: Place | None, device: torch.device) -> None:
+    def _begin(self, part: TensorPart, nbytes: int, place: Placement | None, device: torch.device) -> None:
         self.clear()
         self._name, self._place = part.name, place
         if place is None:
@@ -137,7 +189,7 @@ class Assembly:
                     f"no memory to put {part.name} together, which has {nbytes} bytes: {error}"
                 ) from None
 
-    def _add(self, part: TensorPart, nbytes: int, slot: torch.Tensor, runs: list[tuple[int, int, int]]) -> bool:
+    def _add(self, part: TensorPart, nbytes: int, slot: torch.Tensor, rectangles: list[Rectangle]) -> bool:
         """Take one part of a split tensor; True if it is the last."""
         if part.name != self._name or part.tensor_offset != self._filled:
             raise ProtocolError(f"a part of {part.name} at {part.tensor_offset} follows nothing")
@@ -145,22 +197,27 @@ class Assembly:
         if self._filled > nbytes:
             raise ProtocolError(f"{self._filled} bytes of {part.name}, which has {nbytes}")
         if self._place is not None:
-            runs.append(_run(self._place, part, slot.data_ptr()))
+            _add_rectangles(rectangles, self._place, part)
         elif self._buffer is not None:
             data = slot.narrow(0, part.slot_offset, part.nbytes)
             self._buffer.narrow(0, part.tensor_offset, part.nbytes).copy_(data)
         return self._filled == nbytes
 
 
-def _run(place: Place, part: TensorPart, base: int) -> tuple[int, int, int]:
-    """What is to be copied of a part, if anything: to where, from where, how many bytes.
+def _add_rectangles(rectangles: list[Rectangle], place: Placement, part: TensorPart) -> None:
+    """Add what is to be copied of a part, if anything; the sources count from the slot's beginning.
 
     Args:
+        rectangles: of the bucket.
         place: where the tensor's bytes belong.
         part: lies in a slot.
-        base: the slot's address.
     """
-    first = max(part.tensor_offset, place.start)
-    count = min(part.tensor_offset + part.nbytes, place.start + place.nbytes) - first
-    source = base + part.slot_offset + first - part.tensor_offset
-    return place.address + first - place.start, source, max(count, 0)
+    begin, end = part.tensor_offset, part.tensor_offset + part.nbytes
+    if isinstance(place, Place):
+        first = max(begin, place.start)
+        count = min(end, place.start + place.nbytes) - first
+        if count > 0:
+            rectangles.append(Rectangle(place.address + first - place.start, part.slot_offset + first - begin, count))
+        return
+    for whole in place:
+        rectangles += [clipped.moved(0, part.slot_offset - begin) for clipped in clip(whole, begin, end)]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
-from inference_plugins.assembly import Place
+from inference_plugins.assembly import Placement
 
 
 class Loader(Protocol):
@@ -60,7 +60,7 @@ class Loader(Protocol):
         """Make ready for the tensors of a version; forget an update that was not finished."""
         ...
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """Say where in the memory of ``device`` the bytes of each of these belong.
 
         They are about to be copied there, and count as loaded. The receiver copies them itself, by address, a tensor

@@ -261,7 +261,7 @@ class Steps:
             if self._update.fold is not None:
                 self._folder.add(load.seq, load.parts, slots.slot(load.slot))
             places = self._loader.place(begun, slots.device) if begun else []
-            tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots.copy)
+            tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots, load.seq)
             if tensors:
                 self._loader.load(tensors)
             return _Loading(load, began, self._assembly.placed + len(tensors), slots.mark())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.devices.memory import SharedMemory, copy
+from cpe_daemon.devices.rows import copying
 from cpe_daemon.errors import PeerError
 from cpe_daemon.links.handoff import claim
 from cpe_daemon.wire.messages import SlotSet
@@ -29,6 +32,10 @@ class Mark(Protocol):
             RuntimeError: the device failed.
         """
         ...
+
+
+Replay = Callable[[int], None]
+"""Copies, or issues copies of, all that was prepared, out of the slot that begins at an address."""
 
 
 class Slots(Protocol):
@@ -59,6 +66,17 @@ class Slots(Protocol):
         """Copy between two addresses on `device`, or issue that; to be called in `loading`.
 
         The caller vouches for both ranges until a later `mark` is reached.
+        """
+        ...
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        """Make ready to copy rectangles as `copy` does, any number of times, as fast as the device does it.
+
+        To be called in `loading`, and so is what it returns, which stays good as long as the destinations do.
+
+        Args:
+            rectangles: their sources count from the beginning of a slot, destinations are addresses. Of bytes that are
+                written twice the last ones stand.
         """
         ...
 
@@ -130,6 +148,10 @@ class ShmSlots:
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Copy; releases the GIL."""
         copy(destination, source, nbytes)
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        """Copy one after another."""
+        return copying(rectangles)
 
     def close(self) -> None:
         """Unmap."""

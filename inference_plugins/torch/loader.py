@@ -12,7 +12,7 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import CpeError, EngineError
-from inference_plugins.assembly import Place
+from inference_plugins.assembly import Placement
 from inference_plugins.torch.gpus import come_to_rest
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Target
@@ -82,7 +82,7 @@ class TorchLoader:
             self._target.begin()
             come_to_rest(self._target.gpus(), _REST_SECONDS)
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """Say where they go; from now on the weights may be a mixture."""
         with self._explaining():
             places = self._target.place(tensors, device)

@@ -8,9 +8,10 @@ from typing import Final, Protocol
 import torch
 from torch.autograd.graph import increment_version
 
+from cpe_daemon.core.rectangles import strided
 from cpe_daemon.core.types import TensorSpec
-from cpe_daemon.errors import EngineError, ManifestError
-from inference_plugins.assembly import Place, meta_of
+from cpe_daemon.errors import EngineError, ManifestError, MisuseError
+from inference_plugins.assembly import Place, Placement, meta_of
 
 Slicing = Callable[[str], int | None] | Mapping[str, int]
 """The tensor-parallel rule: parameter name to the dimension along which ranks share it; None (or no entry): whole."""
@@ -37,7 +38,7 @@ class Target(Protocol):
         """This rank's part of each of these; raises unless every one can be written, and writes nothing."""
         ...
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """Say where each may be copied by address on ``device``, and count it as written.
 
         None: it has to be given to `write`. Raises like `cut`.
@@ -108,7 +109,7 @@ class TensorTarget:
         self._ignore = frozenset(ignore)
         self._places: dict[str, torch.Tensor] = {}
         self._memory: dict[str, Hashable] = {}
-        self._known: dict[str, tuple[TensorSpec, Place | None]] = {}
+        self._known: dict[str, tuple[TensorSpec, Placement | None]] = {}
         """What was looked up for tensors of a version; good as long as the memory here is the same."""
         self._written: set[Hashable] = set()
 
@@ -158,8 +159,8 @@ class TensorTarget:
             raise ManifestError("; ".join(wrong[:_NAMED]) + more)
         return parts
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
-        """The memory of each tensor on ``device`` where this rank's part of the version's is one run of bytes, as here.
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
+        """The memory of each tensor on ``device``, of a part of whose bytes it is a plain copy: a run, or some columns.
 
         It is looked up once, and remembered as long as the tensors here and the version's are the same: the caches are
         empty after every bucket, and asking torch for it again would take a tenth of the time that the copies do.
@@ -202,20 +203,29 @@ class TensorTarget:
         if known != spec:
             return False
         here = self._places.get(spec.name)
-        return place is None or here is None or here.data_ptr() == place.address
+        if place is None or here is None:
+            return True
+        return here.data_ptr() == (place.address if isinstance(place, Place) else place[0].destination)
 
     def _is_on(self, device: torch.device, name: str) -> bool:
         """Whether a tensor here is; one that is ignored is as good as anywhere."""
         here = self._places.get(name)
         return here is None or here.device == device
 
-    def _find(self, name: str, part: torch.Tensor) -> Place | None:
+    def _find(self, name: str, part: torch.Tensor) -> Placement | None:
         place = self._places.get(name)
         if place is None:
             return Place(0, 0)  # ignored: nothing of it is wanted
-        if not part.is_contiguous() or not _is_flat(place):
+        if not _is_plain(place):
             return None
-        return Place(place.data_ptr(), place.nbytes, int(part.storage_offset()) * part.itemsize)
+        start = int(part.storage_offset()) * part.itemsize
+        if part.is_contiguous() and place.is_contiguous():
+            return Place(place.data_ptr(), place.nbytes, start)
+        written, read = ([stride * part.itemsize for stride in tensor.stride()] for tensor in (place, part))
+        try:
+            return tuple(strided(part.shape, part.itemsize, place.data_ptr(), written, start, read))
+        except MisuseError:
+            return None
 
     def _mismatch(self, name: str, place: torch.Tensor | None, tensor: torch.Tensor, part: torch.Tensor) -> str | None:
         """What keeps this rank's part of a tensor from being written."""
@@ -231,11 +241,11 @@ class TensorTarget:
         return None
 
 
-def _is_flat(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values lie in its device's memory one after another, as in a version's bytes."""
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values lie in its device's memory where its strides say, each as in a version's bytes."""
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         return False
-    return bool(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr())
+    return bool(not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr())
 
 
 def _memory_of(tensor: torch.Tensor) -> Hashable:
@@ -266,7 +276,7 @@ class CallbackTarget:
         """Cut this rank's parts; refuse what cannot be sliced."""
         return [(name, self._slicer.cut(name, tensor)) for name, tensor in tensors]
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Place | None]:
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """The function is given them all."""
         return [None] * len(tensors)
 

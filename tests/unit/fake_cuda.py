@@ -11,14 +11,16 @@ import ctypes
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.devices.cuda import driver as real
 from cpe_daemon.devices.cuda.driver import HANDLE_BYTES, CudaError
 from cpe_daemon.devices.memory import copy
-from cpe_daemon.devices.slots import Mark, Reached
+from cpe_daemon.devices.rows import copying
+from cpe_daemon.devices.slots import Mark, Reached, Replay
 from cpe_daemon.errors import PeerError
 from cpe_daemon.wire.messages import SlotSet
 
@@ -248,6 +250,9 @@ class FakeCudaSlots:
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         copy(destination, source, nbytes)
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        return copying(rectangles)
 
     def close(self) -> None:
         self._driver.close(self._address)

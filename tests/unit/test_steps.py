@@ -10,9 +10,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.memory import copy
-from cpe_daemon.devices.slots import Mark, Slots
+from cpe_daemon.devices.slots import Mark, Replay, Slots
 from cpe_daemon.errors import DeadlineError, ManifestError
 from cpe_daemon.wire.messages import (
     Abort,
@@ -144,6 +145,13 @@ class FakeSlots:
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         assert self.loads, "nobody waits for this copy"
         self.queue.append((destination, source, nbytes))
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        def issue(base: int) -> None:
+            for destination, source, nbytes, *_ in rectangles:
+                self.copy(destination, base + source, nbytes)
+
+        return issue
 
     def run(self, copies: int) -> None:
         """Do the first of what was issued, as if the GPU had come this far."""

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.devices.rows import copying
 from cpe_daemon.errors import EngineError, ManifestError
-from inference_plugins.assembly import Place
+from inference_plugins.assembly import Place, Placement
 from inference_plugins.torch.targets import CallbackTarget, Slicer, Slicing, Target, TensorTarget, make_target
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
 
@@ -55,8 +57,10 @@ def put(target: Target, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor
     for (name, tensor), place in zip(tensors.items(), places, strict=True):
         if place is None:
             left.append((name, tensor))
-        else:
+        elif isinstance(place, Place):
             ctypes.memmove(place.address, bytes_of(tensor)[place.start :], place.nbytes)
+        else:
+            copying(place)(tensor.contiguous().data_ptr())
     return left
 
 
@@ -190,7 +194,7 @@ def test_place_of_a_subclass_is_written_by_its_own_rules() -> None:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def place_of(target: Target, name: str, tensor: Tensor) -> Place | None:
+def place_of(target: Target, name: str, tensor: Tensor) -> Placement | None:
     """Where a target wants a tensor of a version copied; None: it has to be given it."""
     target.begin()
     (place,) = target.place([spec_of(name, tensor)], CPU)
@@ -204,19 +208,26 @@ def test_place_of_a_rank_s_rows_is_its_own_tensor(rank: int) -> None:
     assert place == Place(held["w"].data_ptr(), 2 * 4 * 4, rank * 2 * 4 * 4)
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_place_of_a_rank_s_columns_is_rows_of_bytes(rank: int) -> None:
+    new, held = torch.arange(24.0).reshape(4, 6), {"w": torch.zeros(4, 2)}
+    place = place_of(target_of(held, slicing={"w": 1}, rank=rank, world_size=3), "w", new)
+    assert place == (Rectangle(held["w"].data_ptr(), rank * 2 * 4, 2 * 4, 4, 2 * 4, 6 * 4),)
+
+
+def test_place_of_every_other_row_is_rows_of_bytes() -> None:
+    held = torch.zeros(8, 6)[::2]
+    assert place_of(target_of({"w": held}), "w", torch.ones(4, 6)) == (Rectangle(held.data_ptr(), 0, 24, 4, 48, 24),)
+
+
 @pytest.mark.parametrize(
-    ("place", "slicing"),
-    [
-        (torch.zeros(6, 4).t(), {}),
-        (torch.zeros(8, 6)[::2], {}),
-        (torch.zeros(4, 3), {"w": 1}),
-        (torch.zeros(4, 6, dtype=torch.complex64).real, {}),
-    ],
-    ids=["transposed", "every other row", "a rank's columns", "real parts"],
+    "place",
+    [torch.zeros(6, 4).t(), torch.zeros(4, 6, dtype=torch.complex64).conj(), torch.zeros(1, 6).expand(4, 6)],
+    ids=["transposed", "conjugated", "repeated"],
 )
-def test_what_is_no_run_of_bytes_has_no_place(place: Tensor, slicing: dict[str, int]) -> None:
-    target = target_of({"w": place}, slicing=slicing, world_size=2 if slicing else 1)
-    assert place_of(target, "w", torch.empty(4, 6)) is None
+def test_what_is_no_plain_copy_has_no_place(place: Tensor) -> None:
+    target = target_of({"w": place})
+    assert place_of(target, "w", torch.empty(4, 6, dtype=place.dtype)) is None
     assert target.missing() == ["w"]
 
 
@@ -273,7 +284,7 @@ def test_nothing_of_an_ignored_tensor_has_a_place() -> None:
     held = {"w": torch.zeros(2, 3)}
     target = target_of(held, ignore=("mtp.w",))
     place = place_of(target, "mtp.w", torch.ones(9))
-    assert place is not None
+    assert isinstance(place, Place)
     assert place.nbytes == 0
     assert target.missing() == ["w"]
     with pytest.raises(ManifestError, match="no tensor here is called u"):

@@ -12,8 +12,9 @@ import torch
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.fold import ROW_BYTES, WEIGHTS, key, mix, modulo
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec, VersionId
-from cpe_daemon.devices.slots import Mark, Reached
+from cpe_daemon.devices.slots import Mark, Reached, Replay
 from cpe_daemon.errors import VerificationError
 from cpe_daemon.wire.messages import Abort, Begin, Finish, Load, StepDone, StepFailed, TensorPart
 from inference_plugins.assembly import Place
@@ -92,6 +93,9 @@ class OneSlot:
         return Reached()
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
+        raise NotImplementedError
+
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
         raise NotImplementedError
 
     def close(self) -> None:

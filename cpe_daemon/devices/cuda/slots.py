@@ -7,18 +7,25 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
+from cpe_daemon.core.rectangles import Rectangle, overlap
 from cpe_daemon.devices.cuda.driver import CudaError, driver
-from cpe_daemon.devices.slots import Mark
-from cpe_daemon.errors import CpeError, PeerError
+from cpe_daemon.devices.cuda.table import Tables
+from cpe_daemon.devices.rows import copy_rows
+from cpe_daemon.devices.slots import Mark, Replay
+from cpe_daemon.errors import CpeError, PeerError, ResourceError
 from cpe_daemon.wire.messages import SlotSet
 
 # Not structlog: engines import this module, and their environments do not have it.
 log: Final = logging.getLogger(__name__)
+
+_FEW: Final = 4
+"""Copies that cost no more to issue one by one than a table of them."""
+_TABLE_ALIGNMENT: Final = 16
 
 
 class _Mapped:
@@ -80,6 +87,7 @@ class CudaSlots:
                 undo.callback(self._driver.release, self._number)
                 with self._here():
                     self._stream = _stream(index)
+                    self._tables = _tables(index)  # now: to compile takes longer than an update may
                     self._address = self._driver.open(slots.handles[0])
                     undo.callback(self._driver.close, self._address)
                     mapped = _Mapped(self._address, slots.count * slots.slot_bytes)
@@ -113,6 +121,35 @@ class CudaSlots:
         """Issue a copy within the GPU's memory; to be called in `loading`."""
         self._driver.copy_on_device(destination, source, nbytes, self._stream.cuda_stream)
 
+    def prepare(self, rectangles: Sequence[Rectangle]) -> Replay:
+        """Make a table of them, for one launch.
+
+        They are issued one by one where they are few, or no kernel is to be had, or one overwrites another.
+        """
+        rectangles = tuple(rectangles)
+        table = None
+        if self._tables is not None and len(rectangles) > _FEW and not overlap(rectangles):
+            table = self._tables.make(rectangles)
+
+        def issue(base: int) -> None:
+            if table is not None and base % _TABLE_ALIGNMENT == 0:
+                table.copy(base, self._stream.cuda_stream)
+            else:
+                self._issue(rectangles, base)
+
+        return issue
+
+    def _issue(self, rectangles: Sequence[Rectangle], base: int) -> None:
+        for rectangle in rectangles:
+            if rectangle.rows == 1:
+                self.copy(rectangle.destination, base + rectangle.source, rectangle.nbytes)
+            else:
+                copy_rows(rectangle.moved(0, base), self._at)
+
+    def _at(self, address: int, nbytes: int) -> torch.Tensor:
+        """Memory of the GPU as uint8 ``[nbytes]``."""
+        return torch.as_tensor(_Mapped(address, nbytes), device=self.device)
+
     def close(self) -> None:
         """Unmap the memory, which the daemon is free to give back then."""
         self._views = ()
@@ -144,6 +181,16 @@ class CudaSlots:
 def _stream(index: int) -> torch.cuda.Stream:
     """A GPU's stream for loading: one for good, since memory that torch's allocator keeps is tied to its stream."""
     return torch.cuda.Stream(index)
+
+
+@functools.cache
+def _tables(index: int) -> Tables | None:
+    """A GPU's kernel; None, which is said once, if it cannot be had."""
+    try:
+        return Tables(index)
+    except ResourceError as error:
+        log.warning("no kernel for copies on GPU %d, which are issued one by one: %s", index, error.message)
+        return None
 
 
 def device_index(uuid: str) -> int:
