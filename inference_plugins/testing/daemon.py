@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -60,7 +60,7 @@ class ScriptedDaemon:
 
     # --- the test's thread -------------------------------------------------------------------------------------------
 
-    def start(self) -> ScriptedDaemon:
+    def start(self) -> Self:
         """Listen, as a daemon that knows nobody.
 
         Raises:
@@ -82,7 +82,7 @@ class ScriptedDaemon:
             self._thread = None
         self._came = queue.SimpleQueue()
 
-    def __enter__(self) -> ScriptedDaemon:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import zmq
 from msgspec import structs
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Mark
 from cpe_daemon.errors import BusyError, DeadlineError, EngineError, PeerError, PeerLostError
-from cpe_daemon.wire.codec import Codec, encode
+from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import (
     PROTOCOL,
     Abort,
@@ -39,7 +38,6 @@ from cpe_daemon.wire.messages import (
     Wake,
     WorkerBye,
     WorkerHello,
-    WorkerMessage,
     WorkerState,
     WorkerWelcome,
 )
@@ -47,6 +45,7 @@ from cpe_daemon.wire.reports import ErrorInfo
 from inference_plugins import receiver as module
 from inference_plugins.assembly import Place
 from inference_plugins.receiver import Receiver
+from inference_plugins.testing.daemon import ScriptedDaemon
 
 STALE, FRESH = b"stale", b"fresh"
 SLOTS = SlotSet("shm", "shm-0", 2, 4096, [b"token"])
@@ -155,47 +154,20 @@ class FakeLoader:
             raise self.broken[method]
 
 
-class FakeDaemon:
-    """A ROUTER that says what the test wants."""
+class Daemon(ScriptedDaemon):
+    """Says what the test wants, in terms that no hand-off is behind, and leaves pings to be seen."""
 
-    def __init__(self, path: Path) -> None:
-        self.endpoint = f"ipc://{path}"
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.endpoint)
-        self._codec = Codec(WorkerMessage)
-        self._peer = b""
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, answers=False)
 
-    def expect(self, kind: type[Message], seconds: float = _SECONDS) -> Message | None:
-        """The next message of a kind, pings left out unless it is one; None if none comes."""
-        while self._socket.poll(int(seconds * 1000)):
-            self._peer, header = self._socket.recv_multipart()
-            message = self._codec.decode(header)
-            if isinstance(message, kind):
-                return message
-            assert isinstance(message, Ping), message
-        return None
-
-    def welcome(self, token: bytes = FRESH, *, hold: bool = False) -> None:
+    def greet(self, token: bytes = FRESH, *, hold: bool = False) -> None:
         self.say(WorkerWelcome(PROTOCOL, "generation", 0.1, token, "nowhere", hold))
-
-    def say(self, message: Message) -> None:
-        self.say_raw(encode(message))
-
-    def say_raw(self, header: bytes) -> None:
-        self._socket.send_multipart([self._peer, header])
-
-    def close(self) -> None:
-        self._socket.close()
-        self._context.term()
 
 
 @pytest.fixture
-def daemon(no_leaks: None, runtime_dir: Path) -> Iterator[FakeDaemon]:
-    started = FakeDaemon(runtime_dir / "engines.sock")
-    yield started
-    started.close()
+def daemon(no_leaks: None, runtime_dir: Path) -> Iterator[Daemon]:
+    with Daemon(runtime_dir) as started:
+        yield started
 
 
 @pytest.fixture
@@ -235,7 +207,7 @@ def loader() -> FakeLoader:
 
 @pytest.fixture
 def receiver(
-    daemon: FakeDaemon, tethers: list[FakeTether], loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, tethers: list[FakeTether], loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Receiver]:
     """Not attached yet; it says hello once a minute, so that no test meets a hello that it does not expect."""
     monkeypatch.setattr(module, "_HELLO_EVERY_SECONDS", 60.0)
@@ -273,7 +245,7 @@ def running(receiver: Receiver) -> Iterator[Running]:
     started.stop()
 
 
-def until(daemon: FakeDaemon, look: Callable[[], bool]) -> None:
+def until(daemon: Daemon, look: Callable[[], bool]) -> None:
     """Take pings until something is so."""
     for _ in range(100):
         if look():
@@ -283,18 +255,18 @@ def until(daemon: FakeDaemon, look: Callable[[], bool]) -> None:
 
 
 def test_void_welcome_is_passed_over_without_another_hello(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
+    daemon: Daemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     """Another hello at once would make the welcome void that is on its way, and so on for ever."""
     assert daemon.expect(WorkerHello)
-    daemon.welcome(STALE)
+    daemon.greet(STALE)
     assert daemon.expect(WorkerHello, 0.3) is None
-    daemon.welcome(FRESH)
+    daemon.greet(FRESH)
     assert daemon.expect(Ping)
     assert len(tethers) == 1
 
 
-def test_why_a_welcome_was_void_is_told(daemon: FakeDaemon, receiver: Receiver) -> None:
+def test_why_a_welcome_was_void_is_told(daemon: Daemon, receiver: Receiver) -> None:
     outcome: list[Exception] = []
 
     def attach() -> None:
@@ -306,18 +278,16 @@ def test_why_a_welcome_was_void_is_told(daemon: FakeDaemon, receiver: Receiver) 
     thread = threading.Thread(target=attach)
     thread.start()
     assert daemon.expect(WorkerHello)
-    daemon.welcome(STALE)
+    daemon.greet(STALE)
     thread.join(_SECONDS)
     assert [str(error) for error in outcome] == ["the token is void"]
 
 
-def test_last_welcome_counts(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
-) -> None:
+def test_last_welcome_counts(daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
-    daemon.welcome(hold=True)
+    daemon.greet(hold=True)
     until(daemon, lambda: not loader.serving)
     assert len(tethers) == 2
 
@@ -326,7 +296,7 @@ def test_last_welcome_counts(
     ("hold", "resumed", "serves"), [(False, False, True), (True, False, False), (True, True, True)]
 )
 def test_lost_daemon_leaves_a_held_engine_paused(
-    daemon: FakeDaemon,
+    daemon: Daemon,
     running: Running,
     tethers: list[FakeTether],
     loader: FakeLoader,
@@ -335,7 +305,7 @@ def test_lost_daemon_leaves_a_held_engine_paused(
     serves: bool,
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome(hold=hold)
+    daemon.greet(hold=hold)
     assert daemon.expect(Ping)
     if resumed:
         daemon.say(Resume(1))
@@ -343,11 +313,11 @@ def test_lost_daemon_leaves_a_held_engine_paused(
     tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     assert loader.serving is serves
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
 
 
-def test_refusal_is_raised(daemon: FakeDaemon, receiver: Receiver) -> None:
+def test_refusal_is_raised(daemon: Daemon, receiver: Receiver) -> None:
     refused = threading.Event()
 
     def attach() -> None:
@@ -364,7 +334,7 @@ def test_refusal_is_raised(daemon: FakeDaemon, receiver: Receiver) -> None:
 
 
 def test_goodbye_is_answered_before_the_slots_are_let_go(
-    daemon: FakeDaemon, receiver: Receiver, tethers: list[FakeTether], monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, receiver: Receiver, tethers: list[FakeTether], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = threading.Event()
     monkeypatch.setattr(FakeTether, "close", lambda self: closed.set())
@@ -376,7 +346,7 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
     thread = threading.Thread(target=attach_and_close)
     thread.start()
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(WorkerBye)
     assert not closed.is_set()
     daemon.say(Pong("generation"))
@@ -387,7 +357,7 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
 
 @pytest.mark.parametrize("touched", [False, True])
 def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
-    daemon: FakeDaemon,
+    daemon: Daemon,
     running: Running,
     tethers: list[FakeTether],
     loader: FakeLoader,
@@ -395,7 +365,7 @@ def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     loader.touched, loader.serving = touched, not touched
     daemon.say(Farewell("it is upgraded"))
@@ -406,27 +376,27 @@ def test_farewell_is_answered_by_a_goodbye_and_all_goes_on_as_it_was(
     assert hello.touched is touched
     assert loader.serving is not touched
     daemon.say(Farewell("it is upgraded"))  # it was still there, and takes nobody in
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     assert loader.serving is not touched
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
 
 def test_farewell_of_a_daemon_that_is_gone_is_not_answered(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
+    daemon: Daemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     """As one finds it whose process was stopped for a while."""
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     tethers[-1].cut = True
     daemon.say(Farewell("it was upgraded"))
     assert daemon.expect(WorkerHello)  # nothing before it but pings
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
 
 
-def test_daemon_that_takes_no_workers_is_named_by_who_cannot_attach(daemon: FakeDaemon, receiver: Receiver) -> None:
+def test_daemon_that_takes_no_workers_is_named_by_who_cannot_attach(daemon: Daemon, receiver: Receiver) -> None:
     refused: list[str] = []
 
     def attach() -> None:
@@ -460,13 +430,13 @@ ROUND: dict[str, Message] = {
 def test_what_the_engine_raises_is_answered_and_goes_no_further(
     broken: str,
     error: Exception,
-    daemon: FakeDaemon,
+    daemon: Daemon,
     running: Running,
     opened: list[FakeSlots],
     loader: FakeLoader,
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     loader.broken[broken] = error
     daemon.say(OpenSlots(1, SLOTS))
@@ -488,27 +458,27 @@ def test_what_the_engine_raises_is_answered_and_goes_no_further(
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), DeadlineError("a forward pass is running")], ids=repr)
 def test_engine_that_cannot_hold_is_still_attached(
-    error: Exception, daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    error: Exception, daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     loader.broken["pause"] = error
     assert daemon.expect(WorkerHello)
-    daemon.welcome(hold=True)
+    daemon.greet(hold=True)
     assert daemon.expect(Ping)
     daemon.say(Pause(1, 1.0))
     assert daemon.expect(StepFailed)
 
 
 def test_engine_that_cannot_resume_is_still_attached(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     loader.broken["resume"] = RuntimeError("CUDA error")
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     loader.broken.clear()
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
 
 
@@ -516,44 +486,44 @@ def test_engine_that_cannot_resume_is_still_attached(
 
 
 def test_other_generation_means_another_daemon(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     """It knows nothing of this worker, and its slots are not those that are open here."""
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     daemon.say(Pong("generation"))
     assert daemon.expect(Ping)
     daemon.say(Pong("another"))
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     assert len(tethers) == 2
     assert loader.serving
 
 
 def test_daemon_that_does_not_know_this_worker_hears_hello(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether]
+    daemon: Daemon, running: Running, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     daemon.say(ErrorReply(ErrorInfo("protocol", "say hello first")))
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     assert len(tethers) == 2
 
 
 def test_touched_engine_stays_paused_whatever_the_daemon_does(
-    daemon: FakeDaemon,
+    daemon: Daemon,
     running: Running,
     tethers: list[FakeTether],
     opened: list[FakeSlots],
     loader: FakeLoader,
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     for step in (OpenSlots(1, SLOTS), ROUND["pause"], ROUND["begin"], ROUND["load"]):
         daemon.say(step)
@@ -563,7 +533,7 @@ def test_touched_engine_stays_paused_whatever_the_daemon_does(
     assert isinstance(hello, WorkerHello)
     assert (hello.touched, hello.content) == (True, None)
     assert not loader.serving
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     assert not loader.serving
     daemon.say(Resume(2))
@@ -574,12 +544,12 @@ def test_touched_engine_stays_paused_whatever_the_daemon_does(
 
 
 def test_next_daemon_is_told_the_digest_of_what_is_held(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     hello = daemon.expect(WorkerHello)
     assert isinstance(hello, WorkerHello)
     assert (hello.content, hello.digest) == (None, b"")
-    daemon.welcome()
+    daemon.greet()
     for step in (Pause(1, 1.0), Begin(1, NEW, 0, 0, digest=bytes(range(16))), Finish(1)):
         daemon.say(step)
         assert daemon.expect(StepDone)
@@ -588,21 +558,21 @@ def test_next_daemon_is_told_the_digest_of_what_is_held(
         hello = daemon.expect(WorkerHello)
         assert isinstance(hello, WorkerHello)
         assert (hello.content, hello.digest) == (NEW, bytes(range(16)))
-        daemon.welcome()
+        daemon.greet()
         assert daemon.expect(Ping)
 
 
 def test_round_of_the_daemon_before_is_forgotten(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     for step in ("pause", "begin"):
         daemon.say(ROUND[step])
         assert daemon.expect(StepDone)
     tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     daemon.say(LOAD)
     failed = daemon.expect(StepFailed)
     assert isinstance(failed, StepFailed)
@@ -611,12 +581,12 @@ def test_round_of_the_daemon_before_is_forgotten(
 
 
 def test_garbage_of_the_daemon_s_is_passed_over(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     assert daemon.expect(WorkerHello)
     for garbage in (b"", b"garbage", encode(Ping()), encode(LOAD)[:-1]):
         daemon.say_raw(garbage)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     for garbage in (b"", b"garbage", encode(Ping()), encode(LOAD)[:-1]):
         daemon.say_raw(garbage)
@@ -628,9 +598,9 @@ def test_garbage_of_the_daemon_s_is_passed_over(
 # --- slots -----------------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_opened_changed_and_closed(daemon: FakeDaemon, running: Running, opened: list[FakeSlots]) -> None:
+def test_slots_are_opened_changed_and_closed(daemon: Daemon, running: Running, opened: list[FakeSlots]) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     for count in (1, 2):
         daemon.say(OpenSlots(count, SLOTS))
         assert daemon.expect(StepDone)
@@ -645,10 +615,10 @@ def test_slots_are_opened_changed_and_closed(daemon: FakeDaemon, running: Runnin
 
 
 def test_slots_that_cannot_be_opened_are_told_of_and_the_link_lives(
-    daemon: FakeDaemon, running: Running, opened: list[FakeSlots]
+    daemon: Daemon, running: Running, opened: list[FakeSlots]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     daemon.say(OpenSlots(1, structs.replace(SLOTS, gpu="elsewhere")))
     failed = daemon.expect(StepFailed)
     assert isinstance(failed, StepFailed)
@@ -658,16 +628,16 @@ def test_slots_that_cannot_be_opened_are_told_of_and_the_link_lives(
 
 
 def test_slots_end_with_the_link(
-    daemon: FakeDaemon, running: Running, opened: list[FakeSlots], tethers: list[FakeTether]
+    daemon: Daemon, running: Running, opened: list[FakeSlots], tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     daemon.say(OpenSlots(1, SLOTS))
     assert daemon.expect(StepDone)
     tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     assert not opened[0].open
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
 
 
@@ -675,13 +645,13 @@ def test_slots_end_with_the_link(
 
 
 def test_held_engine_that_was_busy_is_paused_as_soon_as_it_can_be(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     """Until a version comes for it, which may be long after, it would serve what it must not."""
     loader.serving = True
     loader.broken["pause"] = DeadlineError("a forward pass is running")
     assert daemon.expect(WorkerHello)
-    daemon.welcome(hold=True)
+    daemon.greet(hold=True)
     assert daemon.expect(Ping)
     assert loader.serving
     loader.broken.clear()
@@ -689,11 +659,11 @@ def test_held_engine_that_was_busy_is_paused_as_soon_as_it_can_be(
 
 
 def test_engine_that_was_resumed_is_not_paused_any_more(
-    daemon: FakeDaemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
 ) -> None:
     loader.broken["pause"] = DeadlineError("a forward pass is running")
     assert daemon.expect(WorkerHello)
-    daemon.welcome(hold=True)
+    daemon.greet(hold=True)
     assert daemon.expect(Ping)
     daemon.say(Resume(1))
     assert daemon.expect(StepDone)
@@ -704,19 +674,19 @@ def test_engine_that_was_resumed_is_not_paused_any_more(
 
 
 def test_worker_that_learns_where_its_engine_is_says_hello_anew(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     """It serves on meanwhile."""
     loader.content = NEW
     hello = daemon.expect(WorkerHello)
     assert isinstance(hello, WorkerHello)
     assert hello.url == ""
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     receiver.announce("unix:///v.sock", _SECONDS)
     assert daemon.expect(WorkerHello) == structs.replace(hello, url="unix:///v.sock", content=NEW)
     assert loader.serving
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: len(tethers) == 2)
     for _ in range(2):
         assert daemon.expect(Ping)
@@ -734,10 +704,10 @@ def asked(receiver: Receiver, what: Callable[[], None]) -> threading.Thread:
 
 
 def test_worker_that_goes_to_sleep_lets_its_slots_go_and_says_so(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, opened: list[FakeSlots], loader: FakeLoader
+    daemon: Daemon, receiver: Receiver, running: Running, opened: list[FakeSlots], loader: FakeLoader
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     daemon.say(OpenSlots(1, SLOTS))
     assert daemon.expect(StepDone)
@@ -754,11 +724,11 @@ def test_worker_that_goes_to_sleep_lets_its_slots_go_and_says_so(
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_worker_that_wakes_up_says_what_it_holds_and_serves_when_it_is_told_to(
-    kept: bool, daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    kept: bool, daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     loader.content = NEW
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     asked(receiver, lambda: receiver.sleep(_SECONDS)).join(_SECONDS)
     assert daemon.expect(WorkerState)
@@ -773,10 +743,10 @@ def test_worker_that_wakes_up_says_what_it_holds_and_serves_when_it_is_told_to(
 
 
 def test_worker_does_not_go_to_sleep_in_a_round(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     daemon.say(Pause(1, 1.0))
     assert daemon.expect(StepDone)
@@ -795,10 +765,10 @@ def test_worker_does_not_go_to_sleep_in_a_round(
 
 
 def test_sleep_that_a_round_keeps_from_beginning_is_given_up(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     daemon.say(Pause(1, 1.0))
     assert daemon.expect(StepDone)
@@ -811,10 +781,10 @@ def test_sleep_that_a_round_keeps_from_beginning_is_given_up(
 
 
 def test_engine_that_cannot_go_to_sleep_says_why_and_serves_on(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     for error in (DeadlineError("a forward pass is running"), ValueError("no such mode")):
         loader.broken["sleep"] = error
@@ -824,10 +794,10 @@ def test_engine_that_cannot_go_to_sleep_says_why_and_serves_on(
 
 
 def test_worker_that_is_asleep_stays_so_through_a_restart_of_its_daemon(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     asked(receiver, lambda: receiver.sleep(_SECONDS)).join(_SECONDS)
     assert daemon.expect(WorkerState)
@@ -835,23 +805,23 @@ def test_worker_that_is_asleep_stays_so_through_a_restart_of_its_daemon(
     hello = daemon.expect(WorkerHello)
     assert isinstance(hello, WorkerHello)
     assert hello.asleep
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(Ping)
     assert (loader.asleep, loader.serving) == (True, False)
     tethers[-1].cut = True
     assert daemon.expect(WorkerHello)
     waking = asked(receiver, lambda: receiver.wake_up(_SECONDS, kept=True))
-    daemon.welcome()
+    daemon.greet()
     assert daemon.expect(WorkerState) == WorkerState(False)
     waking.join(_SECONDS)
     assert not loader.serving
 
 
 def test_worker_is_woken_up(
-    daemon: FakeDaemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
+    daemon: Daemon, receiver: Receiver, running: Running, loader: FakeLoader, tethers: list[FakeTether]
 ) -> None:
     assert daemon.expect(WorkerHello)
-    daemon.welcome()
+    daemon.greet()
     until(daemon, lambda: loader.serving)
     daemon.say(Wake(1, 1.0))
     assert daemon.expect(StepDone)  # it is awake
