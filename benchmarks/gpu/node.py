@@ -31,6 +31,8 @@ START_SECONDS: Final = 300.0
 ANSWER_SECONDS: Final = 330.0
 _STATUS_SECONDS: Final = 10.0
 _MIB: Final = 1 << 20
+_GPU_HOST: Final = {"ingest": {"landing_credits": 24}}
+"""As configs/h200-8gpu.yaml has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Setting:
             "device": device,
             "retention": {"versions": 0},
             "http": {"listen": "127.0.0.1:0"},
+            **(_GPU_HOST if self.device == "cuda" else {}),
         }
         for section, settings in self.more.items():
             known = made.get(section, {})
