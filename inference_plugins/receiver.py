@@ -128,7 +128,7 @@ class Receiver:
 
     def announce(self, url: str, seconds: float) -> None:
         """Have the daemon know where the engine's own API is. From any other thread than `run`'s; raises as `sleep`."""
-        self._errands.do(lambda left: self._say_hello(left, url=url), seconds)
+        self._errands.do(lambda left: self._say_hello(min(left, _HELLO_EVERY_SECONDS), url=url), seconds)
 
     def sleep(self, seconds: float) -> None:
         """Have the engine sleep: it serves no more, has no slots open, and says so. From any other thread than `run`'s.

@@ -93,9 +93,15 @@ class CpeEndpoints:
         await self._engine.update_weights(request=WeightTransferUpdateRequest(update_info=update_info))
         return {"status": "ended"}
 
-    async def finish_weight_update(self) -> dict[str, str]:
-        """End a session."""
-        await self._engine.finish_weight_update()
+    async def finish_weight_update(
+        self, weight_version: Annotated[str | None, Body(embed=True)] = None
+    ) -> dict[str, str]:
+        """End a session, and note which version came, if this vLLM can."""
+        engine = self._engine
+        if weight_version is not None and hasattr(engine, "update_weight_version"):
+            await engine.finish_weight_update(weight_version)
+        else:
+            await engine.finish_weight_update()
         return {"status": "finished"}
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False) -> dict[str, bool]:

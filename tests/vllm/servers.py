@@ -177,17 +177,8 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         routes = {"VLLM_PLUGINS": f"cpe,{_PLUGIN}"} if own_routes else {"VLLM_SERVER_DEV_MODE": "1"}
         self._environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "CPE_", "PYTHON"))},
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(faults.directory),
-            "CPE_ENGINES_SOCKET": daemon.engines,
-            "CPE_ENGINE": engine,
+            **variables(engine, daemon, faults, model),
             "CPE_ENGINE_URL": self.url,
-            "CPE_MODEL": model,
             **routes,
             **(environment or {}),
         }
@@ -274,6 +265,22 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
         return True
+
+
+def variables(engine: str, daemon: Daemon, faults: Faults, model: str = "policy") -> dict[str, str]:
+    """The environment of a process with a small vLLM on the CPU."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "CPE_", "PYTHON"))},
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(faults.directory),
+        "CPE_ENGINES_SOCKET": daemon.engines,
+        "CPE_ENGINE": engine,
+        "CPE_MODEL": model,
+    }
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
