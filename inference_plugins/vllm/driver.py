@@ -45,6 +45,8 @@ class VllmDriver:
         self._workers = workers
         self._api = ServerApi(engine, workers, kind="vllm", keys=(API_KEY,), ca_file=CA_FILE)
         self._update: asyncio.Task[None] | None = None
+        self._version: VersionId | None = None
+        """What it is told that it holds, once it does."""
         self._prefix: str | None = None
 
     async def check(self, round: int, seconds: float) -> None:
@@ -62,6 +64,7 @@ class VllmDriver:
 
     async def begin(self, update: Update, seconds: float) -> None:
         """Bring the workers' threads into the update, and have them make ready."""
+        self._version = update.version
         if not self._workers.starting:
             await self._post("/start_weight_update", seconds)
             self._update = asyncio.create_task(self._stay())
@@ -70,12 +73,12 @@ class VllmDriver:
     async def finish(self, round: int, seconds: float) -> None:
         """Have the workers complete the update; the server's call returns then."""
         await self._workers.finish(round, seconds)
-        await self._leave(seconds)
+        await self._leave(seconds, {"weight_version": str(self._version)})
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
         """Have the workers undo what they can; the server stays paused."""
         touched = await self._workers.abort(round, reason, seconds)
-        await self._leave(seconds)
+        await self._leave(seconds, {})
         return touched
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
@@ -98,8 +101,8 @@ class VllmDriver:
     async def _stay(self) -> None:
         await self._post("/update_weights", None, body={"update_info": {}})
 
-    async def _leave(self, seconds: float) -> None:
-        """Await the end of the call, and tell the server that the session is over.
+    async def _leave(self, seconds: float, news: Mapping[str, str]) -> None:
+        """Await the end of the call, and tell the server that the session is over, and what it holds now.
 
         Raises:
             CpeError: the call failed, or did not return in time.
@@ -112,7 +115,7 @@ class VllmDriver:
                 await update
         except TimeoutError:
             raise DeadlineError(f"engine {self.engine!r}: update_weights did not return within {seconds:g} s") from None
-        await self._post("/finish_weight_update", seconds, body={})
+        await self._post("/finish_weight_update", seconds, body=news)
 
     # --- HTTP --------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class FakeServer:
 
     def __init__(self, *prefixes: str, key: str = "") -> None:
         self.calls: list[str] = []
+        self.told: list[object] = []
+        """What came with the end of each session."""
         self.key = key
         self.fails = ""
         self.hangs = ""
@@ -64,6 +66,8 @@ class FakeServer:
             return web.Response(status=404)
         self.calls.append(request.path_qs)
         name = request.path.rpartition("/")[2]
+        if name == "finish_weight_update":
+            self.told.append(await request.json())
         if name == self.hangs:
             await asyncio.Event().wait()
         if name == self.fails:
@@ -188,6 +192,7 @@ async def test_round_in_its_order(serve: Serve) -> None:
                 "/reset_prefix_cache?reset_running_requests=true",
                 "/resume",
             ]
+            assert server.told[-1] == {"weight_version": "m@r#1"}
 
 
 async def test_server_that_starts_is_not_called(serve: Serve) -> None:
@@ -232,6 +237,7 @@ async def test_abort_ends_the_session_and_leaves_the_server_paused(serve: Serve)
             server.calls.clear()
             assert await driver.abort(1, "late", LONG) is touched
             assert server.calls == ["abort late", "/update_weights", "/finish_weight_update"]
+            assert server.told[-1] == {}
 
 
 async def test_abort_before_begin_calls_no_server(serve: Serve) -> None:
