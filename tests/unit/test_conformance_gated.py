@@ -1,0 +1,80 @@
+"""The loader of vLLM's and SGLang's workers does what is promised, over vLLM's reload and a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from inference_plugins.gate import Gate
+from inference_plugins.gated import GatedLoader
+from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario
+from inference_plugins.vllm.reload import Reload
+from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Module, load
+
+ROWS = {"embed": 64, "first": 8, "second": 12, "norm": 1}
+SECONDS = 20.0
+
+
+class Model(nn.Module):
+    """Its tensors have the names of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows in ROWS.items():
+            self.add_module(name, Module(rows))
+
+    def load_weights(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            parameter: Any = self.get_parameter(name)
+            getattr(parameter, "weight_loader", load)(parameter, tensor)
+
+
+class Worker(LoaderWorker):
+    """A model, its loader, and the thread that the engine lends to updates: it is always in the gate, or on its way."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.model = Model()
+        self.gate = Gate()
+        models = [Reload(self.model, "config", FakeLayerwise().functions)]
+        self.loader = GatedLoader(lambda: models, torch.device("cpu"), self.gate, needs_version=False)
+        self._over = threading.Event()
+        self._lent = threading.Thread(target=self._lend)
+        self._lent.start()
+        super().__init__(endpoint, self.loader, kind="vllm")
+
+    def _lend(self) -> None:
+        while not self._over.is_set():
+            self.gate.hold(SECONDS)
+
+    def close(self) -> None:
+        super().close()
+        self._over.set()
+        while self._lent.is_alive():  # it may have been about to come in again
+            self.gate.release("over")
+            self._lent.join(0.01)
+
+
+def checkpoint(seed: int) -> Mapping[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"{name}.weight": torch.randn(rows, HIDDEN, generator=generator) for name, rows in ROWS.items()}
+
+
+PLUGIN = Plugin(
+    make=Worker,
+    close=Worker.close,
+    weights=lambda worker: dict(worker.model.named_parameters()),
+    serving=lambda worker: worker.loader.serving,
+    checkpoint=checkpoint,
+)
+ELSEWHERE = {"busy", "asleep"}
+"""The server pauses, and sleeps, by its own API."""
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_gated_loader_conforms(scenario: Scenario) -> None:
+    assert bool(scenario.run(PLUGIN)) is (scenario.name in ELSEWHERE)
