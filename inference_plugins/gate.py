@@ -24,17 +24,26 @@ class Gate:
         self.call = call
         self._changed = threading.Condition()
         self._held = False
+        self._awaited = False
+        """Whether somebody has found the engine's thread here."""
         self._outcome: str | None = None
 
-    def hold(self, seconds: float) -> str:
+    def hold(self, seconds: float, idle_seconds: float | None = None) -> str:
         """Stay here until `release`; the engine's thread calls it.
 
+        Args:
+            seconds: its deadline.
+            idle_seconds: go after this time already if nobody has awaited it until then; None: stay.
+
         Returns:
-            What `release` said; "deadline" if it did not come within ``seconds``.
+            What `release` said; "deadline" if it did not come in time.
         """
         with self._changed:
-            self._held, self._outcome = True, _awaited()
+            self._held, self._awaited, self._outcome = True, False, _unknown()
             self._changed.notify_all()
+            if idle_seconds is not None and not self._changed.wait_for(self._released_or_awaited, idle_seconds):
+                self._held = False
+                return "deadline"
             self._changed.wait_for(self._released, seconds)
             self._held = False
             return "deadline" if self._outcome is None else self._outcome
@@ -48,6 +57,8 @@ class Gate:
         with self._changed:
             if not self._changed.wait_for(lambda: self._held and self._outcome is None, seconds):
                 raise EngineError(f"{self.engine} did not enter {self.call} within {seconds:g} s")
+            self._awaited = True
+            self._changed.notify_all()
 
     @property
     def held(self) -> bool:
@@ -58,6 +69,9 @@ class Gate:
     def _released(self) -> bool:
         return self._outcome is not None
 
+    def _released_or_awaited(self) -> bool:
+        return self._awaited or self._outcome is not None
+
     def release(self, outcome: str) -> None:
         """Let the engine's thread go; does nothing if it is not here."""
         with self._changed:
@@ -66,6 +80,6 @@ class Gate:
                 self._changed.notify_all()
 
 
-def _awaited() -> str | None:
+def _unknown() -> str | None:
     """No outcome yet."""
     return None

@@ -7,7 +7,7 @@ import json
 import os
 import ssl
 from collections.abc import Awaitable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -17,6 +17,8 @@ from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
 
 _MOST_TEXT: Final = 300
 _FORBIDDEN: Final = (401, 403)
+
+T = TypeVar("T")
 
 
 class ServerApi:
@@ -37,8 +39,8 @@ class ServerApi:
         self._keys = keys
         self._ca_file = ca_file
 
-    async def within(self, what: str, seconds: float | None, call: Awaitable[object]) -> None:
-        """Await calls to the server.
+    async def within(self, what: str, seconds: float | None, call: Awaitable[T]) -> T:
+        """Await calls to the server, and return what they do.
 
         Raises:
             PeerLostError: it cannot be reached.
@@ -47,7 +49,7 @@ class ServerApi:
         """
         try:
             async with asyncio.timeout(seconds):
-                await call
+                return await call
         except TimeoutError:
             raise DeadlineError(f"engine {self._engine!r}: {what} took longer than {seconds:g} s") from None
         except aiohttp.ClientError as error:
@@ -60,14 +62,14 @@ class ServerApi:
         *,
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Call the server; raises as `within` does."""
+    ) -> Any:
+        """Call the server, and return what it says; raises as `within` does."""
 
-        async def call() -> None:
+        async def call() -> Any:
             async with self.session() as session:
-                await self.posted(session, path, path, params=params, body=body)
+                return await self.posted(session, path, path, params=params, body=body)
 
-        await self.within(path, seconds, call())
+        return await self.within(path, seconds, call())
 
     async def posted(
         self,
@@ -77,8 +79,11 @@ class ServerApi:
         *,
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> Any:
         """Call it within a session; ``what`` is for messages.
+
+        Returns:
+            Its answer, if that is JSON; else None.
 
         Raises:
             EngineError: it refuses; says why.
@@ -87,6 +92,10 @@ class ServerApi:
             self.check_key(reply)
             if reply.status >= 400:
                 raise EngineError(f"engine {self._engine!r}: {what} failed: {await _reason(reply)}")
+            try:
+                return json.loads(await reply.read())
+            except ValueError:
+                return None
 
     def check_key(self, reply: aiohttp.ClientResponse) -> None:
         """Raise if the server wants another key.

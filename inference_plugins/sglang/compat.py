@@ -1,0 +1,63 @@
+"""Where SGLang's versions differ: the one folder that knows is this, and this file says which were run.
+
+0.5.23 was, on the CPU. Others are refused, for an update that only seems to work serves wrong weights; whoever wants
+to try sets ``CPE_SGLANG_UNTESTED=1``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from typing import Any, Final
+
+from cpe_daemon.errors import EngineError
+
+OLDEST: Final = (0, 5, 23)
+NEWEST: Final = (0, 5, 24)
+"""Exclusive."""
+
+UNTESTED: Final = "CPE_SGLANG_UNTESTED"
+
+
+def check_version() -> str:
+    """Return SGLang's version.
+
+    Raises:
+        EngineError: it is none that was tested, and nobody said to try.
+    """
+    version = sglang_version()
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not OLDEST <= found < NEWEST and os.environ.get(UNTESTED) != "1":
+        raise EngineError(
+            f"SGLang {version} is not one that this release was tested with ({_text(OLDEST)} to before"
+            f" {_text(NEWEST)}); set {UNTESTED}=1 to try it all the same"
+        )
+    return version
+
+
+def sglang_version() -> str:
+    """SGLang's version; "0" if it cannot be told."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+def derived_error(model: Any) -> str | None:
+    """Why SGLang itself would not update a model: it keeps values that it computed of the weights.
+
+    Raises:
+        EngineError: this SGLang cannot be asked.
+    """
+    try:
+        from sglang.srt.model_executor.model_runner_components import weight_updater as module
+
+        found: str | None = module._unsupported_derived_weight_cache_error(model)
+    except (ImportError, AttributeError) as error:
+        raise EngineError(f"SGLang {sglang_version()} updates weights in another way: {error}") from None
+    return found
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

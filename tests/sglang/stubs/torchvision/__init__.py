@@ -1,0 +1,5 @@
+"""Not torchvision, which is built for CUDA."""
+
+from placeholders import stand_in  # type: ignore[import-not-found]  # it is on the path where SGLang runs
+
+stand_in(__name__, "0.28.0")
