@@ -17,6 +17,7 @@ from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.operations import Sender
 from cpe_daemon.errors import BusyError, CpeError, DeadlineError, MisuseError, VersionRefusedError, from_code
+from cpe_daemon.ingest.news import missing
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.links.router import Handler
 from cpe_daemon.versions import Catalogue, Version
@@ -100,6 +101,8 @@ def where(versions: Iterable[Version], wanted: Wanted, *, automatic: bool) -> st
     if near:
         version = near[-1]
         said = f"{version.id} is {version.state}"
+        if version.state is VersionState.RECEIVING:
+            said += f", for {missing(version)}"
         if version.state is VersionState.STAGED and not automatic:
             said += f", and waits for `cpe push {version.id.model}`"
     live = [version for version in known if version.state is VersionState.LIVE]

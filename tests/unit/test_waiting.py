@@ -176,14 +176,16 @@ async def test_run_that_was_superseded_is_not_waited_for(desk: Desk) -> None:
     [
         ("nothing", "nothing of it has come; none is live"),
         ("live", "nothing of it has come; m@r#1 is live"),
-        ("receiving", "m@r#2 is receiving; m@r#1 is live"),
+        ("receiving", "m@r#2 is receiving, for ranks [0, 2] of 3 have not sealed; m@r#1 is live"),
     ],
 )
 async def test_deadline_tells_how_far_it_is(before: str, said: str, desk: Desk) -> None:
     if before != "nothing":
         await desk.node.publish(ONE)
     if before == "receiving":
-        desk.node.catalogue.open(TWO, 1)
+        version = desk.node.catalogue.open(TWO, 3)
+        for rank in (0, 1):
+            desk.node.catalogue.contribute(version, rank, [], 0).digests = [] if rank == 1 else None
     desk.say(WaitRequest(2, 0.01, "m", "r"))
     assert await desk.refused() == f"deadline: m@r#2 is not live after 0.01 s: {said}"
     assert len(desk.waiting) == 0
