@@ -1,7 +1,21 @@
 """Where vLLM's versions differ: the one file that knows.
 
-Run with 0.32, on the CPU; 0.26 was read, and has the same functions. Others are refused, for a reload that only seems
-to work serves wrong weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``.
+Others than those from `OLDEST` to before `NEWEST` are refused, for a reload that only seems to work serves wrong
+weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``. What differs between 0.26 and 0.32, of what is used:
+
+================================  ============================================  ======================================
+what                              0.26                                          0.32
+================================  ============================================  ======================================
+what is processed at the end      `Attention` and `MLAAttention`                `is_deferred_attention_layer`
+tensors that no count has         `meta.SKIP_TENSORS`                           `meta.SKIP_LOAD_TENSORS`
+experts on the CPU                packed whenever weights are processed, by     packed when the kernel is made, which
+                                  `quant_method.cpu_fused_moe`                  is once, by `moe_kernel.fused_experts`
+MLA on the CPU                    there is none                                 with AMX, `kv_b_proj` loses its weight
+`WeightTransferEngine`            `trainer_send_weights` is abstract            it has none
+`Worker.start_weight_update`      the same: `_weight_update_active`, `weight_transfer_engine`, `get_draft_model`
+`reload.layerwise`                the same: `initialize_layerwise_reload`, `finalize_layerwise_reload`,
+                                  `get_layerwise_info`, `_place_kernel_tensors`, `LayerReloadingInfo`
+================================  ============================================  ======================================
 """
 
 from __future__ import annotations
@@ -9,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -85,6 +100,35 @@ def _lapsing(begin: Callable[..., None], ours: type) -> Callable[..., None]:
     return start
 
 
+def draft_model() -> tuple[torch.nn.Module, Any] | None:
+    """The draft model of the worker that is just making its weight transfer engine, and that model's config.
+
+    vLLM tells the engine of the model only, and of the draft model not before a session for that one begins. So the
+    worker is looked for among the callers.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Worker):
+            return draft_of(caller)
+        frame = frame.f_back
+    return None
+
+
+def draft_of(worker: Any) -> tuple[torch.nn.Module, Any] | None:
+    """A worker's draft model, and that one's config; None if it has none, as for n-grams or in a pipeline's first."""
+    runner, speculative = worker.model_runner, worker.vllm_config.speculative_config
+    find = getattr(runner, "get_draft_model", None)
+    model = find() if find is not None else None
+    config = getattr(speculative, "draft_model_config", None)
+    return None if model is None or config is None else (model, config)
+
+
+Refilled = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
+
+
 @dataclass(frozen=True, slots=True)
 class Layerwise:
     """What is used of vLLM's layerwise reload.
@@ -98,7 +142,10 @@ class Layerwise:
         any_order: in it, loaders do not insist on all tensors of a draft model.
         padding: how many elements of a module vLLM added, which no checkpoint has.
         prepare: makes of a module's weights what kernels need, where they are another module's as well.
-        uncounted: names of tensors that are never loaded, which no count of elements has.
+        refill: gives weights room again that vLLM let go once it had made others of them; returns what was there
+            instead: the module, the weight's name, and an empty parameter.
+        load_default: writes a tensor to a parameter that has no loader of its own.
+        uncounted: names of tensors that no count of elements has.
     """
 
     initialize: Callable[[torch.nn.Module], None]
@@ -109,6 +156,8 @@ class Layerwise:
     any_order: Callable[[], contextlib.AbstractContextManager[None]]
     padding: Callable[[torch.nn.Module], int]
     prepare: Callable[[torch.nn.Module], None]
+    refill: Callable[[torch.nn.Module], Refilled]
+    load_default: Callable[..., Any]
     uncounted: frozenset[str] = frozenset()
 
     def end(self, model: torch.nn.Module) -> None:
@@ -126,6 +175,7 @@ def layerwise() -> Layerwise:
     try:
         from vllm.model_executor.model_loader.reload import layerwise as module
         from vllm.model_executor.model_loader.reload import meta
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
         return Layerwise(
             initialize=module.initialize_layerwise_reload,
@@ -136,6 +186,8 @@ def layerwise() -> Layerwise:
             any_order=_any_order(),
             padding=_padding,
             prepare=_prepare,
+            refill=lambda model: _refill(model, module.get_layerwise_info),
+            load_default=default_weight_loader,
             uncounted=frozenset(getattr(meta, "SKIP_LOAD_TENSORS", None) or meta.SKIP_TENSORS),
         )
     except (ImportError, AttributeError) as error:
@@ -171,6 +223,53 @@ def _prepare(layer: Any) -> None:
     if not type(method).__name__.startswith("Unquantized"):
         raise EngineError(f"a quantised {type(layer).__name__} whose weight is another module's cannot be updated")
     method.process_weights_after_loading(layer)
+
+
+def _refill(model: torch.nn.Module, info: Callable[[torch.nn.Module], Any]) -> Refilled:
+    """MLA on a CPU with AMX keeps what it made of ``kv_b_proj``, and lets that one's weight go."""
+    refilled = Refilled()
+    for layer in model.modules():
+        source: Any = getattr(layer, "kv_b_proj", None) if getattr(layer, "is_amx_bmm_enabled", False) else None
+        empty = getattr(source, "weight", None)
+        if empty is not None and not empty.numel():
+            room = torch.empty_like(info(source).restore_metadata[0]["weight"], device=empty.device)
+            source.weight = torch.nn.Parameter(room, requires_grad=False)
+            refilled.append((source, "weight", empty))
+    return refilled
+
+
+def pack_experts_again(model: torch.nn.Module) -> None:
+    """Have vLLM pack the weights of experts on the CPU after every reload, as it does after the first loading.
+
+    It packs them when it makes the kernel, and it makes that once. A reload would leave weights as checkpoints have
+    them where the kernel takes them for packed ones. Does nothing where vLLM packs whenever it processes weights.
+
+    Raises:
+        EngineError: the experts are quantised, or this vLLM packs in another way.
+    """
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if not hasattr(method, "moe_kernel") or hasattr(method, "packs_again"):
+            continue
+        if not type(method).__name__.startswith("Unquantized"):
+            raise EngineError("on the CPU vLLM packs the weights of quantised experts in ways that were not tried")
+        if hasattr(method, "cpu_fused_moe"):
+            continue
+        experts: Any = getattr(method.moe_kernel, "fused_experts", None)
+        if not hasattr(experts, "process_weights_after_loading"):
+            raise EngineError(f"vLLM {vllm_version()} packs the weights of experts in another way")
+        method.process_weights_after_loading = _then(
+            method.process_weights_after_loading, experts.process_weights_after_loading
+        )
+        method.packs_again = True
+
+
+def _then(process: Callable[[Any], None], pack: Callable[[Any], None]) -> Callable[[Any], None]:
+    def both(layer: Any) -> None:
+        process(layer)
+        pack(layer)
+
+    return both
 
 
 def _any_order() -> Callable[[], contextlib.AbstractContextManager[None]]:

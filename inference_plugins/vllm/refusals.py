@@ -21,7 +21,7 @@ def check_supported(vllm_config: Any) -> None:
         reasons.append("elastic expert parallelism changes which rank has which expert")
     if getattr(vllm_config, "lora_config", None) is not None:
         reasons.append("with LoRA the base weights sit in other modules, whose names no checkpoint has")
-    if vllm_config.device_config.device_type == "cpu" and vllm_config.model_config.is_moe:
-        reasons.append("on the CPU vLLM packs the weights of experts only once, and a reload leaves them unpacked")
+    if getattr(parallel, "all2all_backend", "") == "moonep":
+        reasons.append("MoonEP keeps experts' weights in a form that vLLM cannot load anew")
     if reasons:
         raise EngineError(f"this vLLM cannot be updated live: {'; '.join(reasons)}")

@@ -7,13 +7,14 @@ forward pass over meta tensors would end the engine, and vLLM would skip such a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, Final
 
 import torch
 
 from cpe_daemon.errors import EngineError
-from inference_plugins.vllm.compat import Layerwise
+from inference_plugins.vllm.compat import Layerwise, Refilled
+from inference_plugins.vllm.watch import Watch, sparing
 
 _NAMED: Final = 10
 
@@ -25,21 +26,46 @@ class Reload:
         model: as vLLM runs it.
         model_config: vLLM's, of that model.
         layerwise: vLLM's functions.
+        others: modules that may be in it, but are another model's, which is reloaded first: that one's tensors count.
     """
 
-    def __init__(self, model: Any, model_config: Any, layerwise: Layerwise) -> None:
+    def __init__(
+        self, model: Any, model_config: Any, layerwise: Layerwise, others: Set[torch.nn.Module] = frozenset()
+    ) -> None:
         self._model = model
         self._model_config = model_config
         self._layerwise = layerwise
+        self._others = others
         self._pending: list[tuple[str, torch.nn.Module, Any]] = []
         """The modules that were not complete when last looked at: their name, and their reload info."""
+        self._begun = 0
+        """How many modules there were to be loaded."""
+        self._refilled: Refilled = []
+        self._watch = Watch(layerwise.load_default)
+
+    @property
+    def modules(self) -> Set[torch.nn.Module]:
+        """All that the model consists of."""
+        return set(self._model.modules())
 
     def begin(self) -> None:
         """Take the parameters of all modules away, until they have been loaded."""
         self.undo()
+        self._refilled = self._layerwise.refill(self._model)
         self._layerwise.initialize(self._model)
         infos = ((name, module, self._layerwise.info(module)) for name, module in self._model.named_modules())
-        self._pending = [entry for entry in infos if entry[2].can_load()]
+        self._pending = [entry for entry in infos if entry[1] not in self._others and entry[2].can_load()]
+        self._begun = len(self._pending)
+        theirs = {id(one) for module in self._others for one in module.parameters(recurse=False)}
+        for name, parameter in self._model.named_parameters():
+            if name.rpartition(".")[2] in self._layerwise.uncounted and id(parameter) not in theirs:
+                self._watch.add(name, parameter)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing came for it since `begin`."""
+        waiting = [info for _, _, info in self._pending if info.can_load() and not info.loaded_weights]
+        return len(waiting) == self._begun and not self._watch.seen
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Give tensors to the model's loader. A module's are written to its parameters when the last of them came.
@@ -47,7 +73,7 @@ class Reload:
         What waits for that no longer refers to the memory of ``tensors`` when this returns: it was cloned. It is what
         came of modules whose tensors are not all in this bucket, one group of modules at the most.
         """
-        with self._layerwise.any_order():
+        with self._layerwise.any_order(), sparing(self._model, self._others):
             self._model.load_weights(tensors)
         given = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
         self._pending = [entry for entry in self._pending if entry[2].can_load()]
@@ -64,27 +90,34 @@ class Reload:
             EngineError: tensors did not come that modules need; nothing was completed.
         """
         tied = self._tied()
-        if missing := list(self._incomplete(tied)):
+        if missing := [*self._incomplete(tied), *self._watch.missing]:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise EngineError(f"not all tensors came of {', '.join(missing[:_NAMED])}{more}")
         self._layerwise.finalize(self._model, self._model_config)
         for module in tied:
             self._layerwise.prepare(module)
-        self._pending = []
+        self._watch.clear()
+        self._pending, self._refilled = [], []
 
     def undo(self) -> None:
         """Put the parameters of modules back that were not complete, with the values that they had.
 
         Modules that were complete keep what was loaded. Does nothing if nothing was begun.
         """
+        self._watch.clear()
+        undone = set[torch.nn.Module]()
         for module in self._model.modules():
             info = self._layerwise.info(module)
-            if info.can_load():
+            if module not in self._others and info.can_load():
                 if info.kernel_tensors is not None:
                     self._layerwise.put_back(module, info)
                 info.reset()
+                undone.add(module)
+        for module, name, empty in self._refilled:
+            if module in undone:
+                setattr(module, name, empty)
         self._layerwise.end(self._model)
-        self._pending = []
+        self._pending, self._refilled = [], []
 
     def _incomplete(self, tied: Sequence[torch.nn.Module]) -> Iterator[str]:
         """Modules whose tensors have not all been loaded, and what came of them.

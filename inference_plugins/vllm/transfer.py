@@ -27,15 +27,23 @@ from vllm.distributed.weight_transfer.base import (
 from cpe_daemon.devices.cuda.slots import gpu_uuid
 from cpe_daemon.errors import DeadlineError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
-from inference_plugins.disk import shapes_on_disk
 from inference_plugins.gate import Gate
+from inference_plugins.gated import Reloading
 from inference_plugins.receiver import Receiver
-from inference_plugins.vllm.compat import check_version, layerwise, let_sessions_lapse
+from inference_plugins.vllm.compat import (
+    check_version,
+    draft_model,
+    layerwise,
+    let_sessions_lapse,
+    pack_experts_again,
+)
 from inference_plugins.vllm.loader import VllmLoader
+from inference_plugins.vllm.parts import DRAFT, Draft, Target
 from inference_plugins.vllm.ranks import place
 from inference_plugins.vllm.refusals import check_supported
 from inference_plugins.vllm.reload import Reload
 from inference_plugins.vllm.settings import Settings
+from inference_plugins.vllm.snapshot import shapes
 
 log: Final = logging.getLogger(__name__)
 
@@ -77,14 +85,19 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
         self._settings = Settings.read()
         let_sessions_lapse(CpeWeightTransferEngine)
         self._layerwise = layerwise()
-        self._models = [Reload(model, vllm_config.model_config, self._layerwise)]
+        self._target = Reload(model, vllm_config.model_config, self._layerwise)
+        self._models: list[Reloading] = [Target(self._target)]
+        self._shapes = shapes(vllm_config.model_config, vllm_config.load_config)
+        self._add(model)
+        if (draft := draft_model()) is not None:
+            self._add_draft(*draft)
         self._gate = Gate("vLLM")
         self._loader = VllmLoader(
             lambda: self._models,
             device,
             self._gate,
             needs_version=self._settings.start == "version",
-            shapes=shapes_on_disk(vllm_config.model_config.model),
+            shapes=self._shapes,
         )
         self._receiver = Receiver(self._settings.socket, _hello(self._settings, vllm_config, device), self._loader)
         self._stopped = threading.Event()
@@ -105,9 +118,9 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
             self._receiver.announce(init_info.url, _ANNOUNCE_SECONDS)
 
     def start_weight_update(self) -> None:
-        """Note the draft model, if this session is for it; the reload begins with the first tensors that come."""
+        """Nothing to do yet: the reload begins with the first tensors that come, of the model and its draft alike."""
         if self.model is not self._default_model and len(self._models) == 1:
-            self._models.append(Reload(self.model, self.model_config, self._layerwise))
+            self._add_draft(self.model, self.model_config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Stay until the update has ended, however that is; the daemon knows from the link."""
@@ -133,6 +146,22 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
     def trainer_send_weights(*arguments: Any, **named: Any) -> None:
         """Refuse: trainers publish to the daemon."""
         raise NotImplementedError("trainers publish with cpe_daemon.publisher.Publisher")
+
+    # --- the models --------------------------------------------------------------------------------------------------
+
+    def _add(self, model: torch.nn.Module) -> None:
+        if self.device.type == "cpu":
+            pack_experts_again(model)
+
+    def _add_draft(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Have versions go into the draft model too. What it shares with the model is loaded with that one."""
+        apart = model_config.model != self._default_model_config.model
+        self._add(model)
+        reload = Reload(model, model_config, self._layerwise, self._target.modules)
+        self._models.append(Draft(reload, apart=apart))
+        if apart:
+            found = shapes(model_config, self.vllm_config.load_config)
+            self._shapes.update((DRAFT + name, shape) for name, shape in found.items())
 
     # --- the link ----------------------------------------------------------------------------------------------------
 

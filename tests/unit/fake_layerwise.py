@@ -16,6 +16,8 @@ HIDDEN = 4
 PADDING = 2 * HIDDEN
 """Elements that an `Embedding` has beside those of a checkpoint."""
 SHARDS = ("q", "k", "v")
+UNCOUNTED = frozenset({"bias"})
+"""Parameters that a loader writes to at once."""
 
 
 class Info:
@@ -82,6 +84,24 @@ class Model(nn.Module):
         return {name: tensor.tolist() for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
 
 
+class Plain(nn.Module):
+    """A model whose tensors have the names of its parameters; takes only those, as drafts do, if it is ``choosy``."""
+
+    def __init__(self, *, choosy: bool = False, **modules: nn.Module) -> None:
+        super().__init__()
+        self._choosy = choosy
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def load_weights(self, tensors: Sequence[tuple[str, Tensor]]) -> set[str]:
+        parameters = dict(self.named_parameters())
+        for name, tensor in tensors:
+            if name in parameters or not self._choosy:
+                parameter: Any = parameters[name]
+                getattr(parameter, "weight_loader", load)(parameter, tensor)
+        return set()
+
+
 def tensors(value: float) -> dict[str, Tensor]:
     """A checkpoint; all of its elements are the same."""
     rows = {"embed": 2, "q": HIDDEN, "k": HIDDEN, "v": HIDDEN, "norm": 1}
@@ -105,6 +125,8 @@ class FakeLayerwise:
         self.infos: dict[nn.Module, Info] = {}
         self.finalized: list[Any] = []
         self.prepared: list[nn.Module] = []
+        self.emptied: list[nn.Module] = []
+        """Modules whose weight was let go once kernels had what they need."""
         self.functions = Layerwise(
             initialize=self.initialize,
             finalize=self.finalize,
@@ -114,7 +136,19 @@ class FakeLayerwise:
             any_order=contextlib.nullcontext,
             padding=lambda module: PADDING if isinstance(module, Embedding) else 0,
             prepare=self.prepared.append,
+            refill=self.refill,
+            load_default=load,
+            uncounted=UNCOUNTED,
         )
+
+    def refill(self, model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        refilled = []
+        for module in model.modules():
+            if module in self.emptied:
+                owner: Any = module
+                refilled.append((module, "weight", owner.weight))
+                owner.weight = nn.Parameter(torch.zeros(HIDDEN, HIDDEN), requires_grad=False)
+        return refilled
 
     def info(self, module: nn.Module) -> Info:
         return self.infos.setdefault(module, Info())
@@ -130,9 +164,10 @@ class FakeLayerwise:
             parameters, buffers = dict(module._parameters), dict(module._buffers)
             info.kernel_tensors = parameters, buffers  # type: ignore[assignment]
             info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
-            info.load_numel_total = sum(t.numel() for t in [*parameters.values(), *buffers.values()] if t is not None)
+            counted = {name: t for name, t in [*parameters.items(), *buffers.items()] if name not in UNCOUNTED}
+            info.load_numel_total = sum(tensor.numel() for tensor in counted.values() if tensor is not None)
             for name, parameter in parameters.items():
-                if parameter is not None:
+                if parameter is not None and name not in UNCOUNTED:
                     empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
                     empty.weight_loader = self._collecting(module, name)
                     module._parameters[name] = empty
@@ -153,6 +188,7 @@ class FakeLayerwise:
 
     def _process(self, module: nn.Module, info: Info) -> None:
         kernel, _ = info.kernel_tensors or ({}, {})
+        kernel = {name: tensor for name, tensor in kernel.items() if name not in UNCOUNTED}
         made = {name: torch.zeros_like(tensor) for name, tensor in kernel.items()}
         for name, bound in info.loaded_weights:
             load(made[name], *bound.args[1:])
@@ -175,3 +211,6 @@ class FakeLayerwise:
                 else:
                     self.put_back(module, info)
                 info.reset()
+            if module in self.emptied:
+                owner: Any = module
+                owner.weight = nn.Parameter(torch.empty(0), requires_grad=False)

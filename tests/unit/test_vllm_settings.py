@@ -66,18 +66,13 @@ def test_start_that_is_not_known() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def config(lora: object = None, device: str = "cpu", *, is_moe: bool = False, **parallel: bool) -> Any:
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel),
-        lora_config=lora,
-        device_config=SimpleNamespace(device_type=device),
-        model_config=SimpleNamespace(is_moe=is_moe),
-    )
+def config(lora: object = None, **parallel: object) -> Any:
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), lora_config=lora)
 
 
 def test_plain_server_is_taken() -> None:
     check_supported(config(enable_eplb=False))
-    check_supported(config(device="cuda", is_moe=True))
+    check_supported(config(all2all_backend="deepep_low_latency"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +81,7 @@ def test_plain_server_is_taken() -> None:
         (config(enable_eplb=True), "EPLB moves experts"),
         (config(enable_elastic_ep=True), "elastic expert parallelism"),
         (config(lora=object()), "with LoRA"),
-        (config(is_moe=True), "on the CPU vLLM packs the weights of experts only once"),
+        (config(all2all_backend="moonep"), "MoonEP keeps experts' weights"),
         (config(lora=object(), enable_eplb=True), "EPLB .*; with LoRA"),
     ],
 )
