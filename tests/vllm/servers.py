@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import pytest
@@ -153,6 +154,7 @@ class Server:
         faults: the tests' plugin.
         logs: a directory.
         ranks: tensor parallel.
+        replicas: data parallel.
         model: whose versions it takes.
         own_routes: by our endpoint plugin, without vLLM's routes for developers.
         environment: more of it.
@@ -167,6 +169,7 @@ class Server:
         logs: Path,
         *,
         ranks: int = 1,
+        replicas: int = 1,
         model: str = "policy",
         own_routes: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -191,6 +194,7 @@ class Server:
             "--host": "127.0.0.1",
             "--port": port,
             "--tensor-parallel-size": ranks,
+            "--data-parallel-size": replicas,
             "--weight-transfer-config": '{"backend": "cpe"}',
         }
         self._command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
@@ -241,20 +245,29 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(20)
 
-    def complete(self, *, tokens: int = TOKENS, seconds: float = LIVE_SECONDS) -> tuple[list[int], list[float]]:
-        """Greedy tokens after the prompt, and their logprobs."""
+    def complete(
+        self, *, tokens: int = TOKENS, seconds: float = LIVE_SECONDS, replica: int | None = None
+    ) -> tuple[list[int], list[float]]:
+        """Greedy tokens after the prompt, and their logprobs; by one of the data-parallel engines, if it is named."""
         body = {"model": "m", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
         body |= {"return_token_ids": True, "ignore_eos": True}
-        said = json.loads(self.call("/v1/completions", body, seconds))["choices"][0]
+        headers = {} if replica is None else {"X-data-parallel-rank": str(replica)}
+        said = json.loads(self.call("/v1/completions", body, seconds, headers))["choices"][0]
         return said["token_ids"], said["logprobs"]["token_logprobs"]
 
     def tokens(self) -> list[int]:
         return self.complete()[0]
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, seconds: float = LIVE_SECONDS) -> bytes:
+    def call(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        seconds: float = LIVE_SECONDS,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> bytes:
         """Call its API: POST with a body, else GET."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **headers})
         with urllib.request.urlopen(request, timeout=seconds) as reply:
             content: bytes = reply.read()
             return content
