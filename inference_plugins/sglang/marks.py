@@ -8,6 +8,7 @@ The mark is a NaN, so that a model that is not whole cannot be taken for one tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -17,6 +18,7 @@ _MARK: Final = 0x7FFF7FFF7FFF7FFF
 _WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE: Final = 1 << 25
 """Words that are compared at once: a flag is made for each."""
+_NONE: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
 _SMALL: Final = 1 << 22
 """Elements of a parameter that may be kept aside."""
 
@@ -26,18 +28,30 @@ class Marks:
 
     Args:
         parameters: by name. Those that are bool, or have no memory, are passed over.
-        keep: names of those whose elements get their values back where nothing was written.
+        defaults: what elements of some parameters are where nothing is written, as `defaults` gave them.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, torch.Tensor]], keep: Iterable[str] = ()) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], defaults: Mapping[str, torch.Tensor] = _NONE
+    ) -> None:
         self._words = {name: words for name, tensor in parameters if (words := _words_of(tensor.data)) is not None}
-        self._kept = {name: self._words[name].clone() for name in set(keep) & self._words.keys()}
+        self._defaults = {
+            name: values
+            for name, values in defaults.items()
+            if (words := self._words.get(name)) is not None
+            and (words.shape, words.dtype) == (values.shape, values.dtype)
+        }
 
     @classmethod
     def keeping_small(cls, parameters: Iterable[tuple[str, torch.Tensor]]) -> Marks:
-        """Only of parameters of a few million elements at the most, all of which are kept."""
-        small = [(name, tensor) for name, tensor in parameters if tensor.numel() <= _SMALL]
-        return cls(small, [name for name, _ in small])
+        """Only of parameters of a few million elements at the most; what they are now are their defaults."""
+        made = cls((name, tensor) for name, tensor in parameters if tensor.numel() <= _SMALL)
+        made._defaults = {name: words.clone() for name, words in made._words.items()}
+        return made
+
+    def defaults(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Those of some parameters, as far as there are any."""
+        return {name: self._defaults[name] for name in names if name in self._defaults}
 
     def set(self) -> None:
         """Fill all parameters with the mark."""
@@ -51,10 +65,10 @@ class Marks:
         return {name: (count, self._words[name].numel()) for name, count in found.items() if count}
 
     def restore(self) -> None:
-        """Give the kept parameters their values back, where the mark is left."""
-        for name, kept in self._kept.items():
+        """Give parameters their defaults, where the mark is left."""
+        for name, values in self._defaults.items():
             words = self._words[name]
-            words.copy_(torch.where(words == _mark_of(words.dtype), kept, words))
+            words.copy_(torch.where(words == _mark_of(words.dtype), values, words))
 
 
 def _words_of(tensor: torch.Tensor) -> torch.Tensor | None:

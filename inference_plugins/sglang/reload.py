@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -12,6 +12,18 @@ from inference_plugins.sglang.marks import Marks
 
 _NAMED: Final = 10
 _NEVER: Final = "_cpe_never_loaded"
+
+
+class Never(NamedTuple):
+    """What the checkpoint on disk has not, of parameters that are never loaded, or not all of them.
+
+    Attributes:
+        counts: of how many elements it has none.
+        defaults: what these parameters were before, as `Marks` has them. A version without them has these.
+    """
+
+    counts: Mapping[str, int]
+    defaults: Mapping[str, torch.Tensor]
 
 
 class Reload:
@@ -33,7 +45,7 @@ class Reload:
         """Mark all parameters."""
         self._runner.weight_updater.begin_weight_update()
         model = self._runner.model
-        self._marks = Marks(model.named_parameters(), never_loaded(model))
+        self._marks = Marks(model.named_parameters(), never_loaded(model).defaults)
         self._marks.set()
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -48,9 +60,10 @@ class Reload:
         """
         if self._marks is None:
             raise EngineError("no reload was begun")
-        never = never_loaded(self._runner.model)
         left = self._marks.left()
-        missing = {name: found for name, found in left.items() if found[0] > never.get(name, 0)}
+        counts, defaults = never_loaded(self._runner.model)
+        known = self._marks.defaults(defaults)
+        missing = {name: found for name, found in left.items() if name not in known or found[0] > counts[name]}
         if missing:
             named = [f"{name} ({count} of {total} elements)" for name, (count, total) in missing.items()]
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
@@ -64,9 +77,9 @@ class Reload:
         self._marks = None
 
 
-def never_loaded(model: Any) -> Mapping[str, int]:
-    """Parameters that the checkpoint on disk has not, or not all of: of how many elements it has none."""
-    found: Mapping[str, int] = getattr(model, _NEVER, {})
+def never_loaded(model: Any) -> Never:
+    """What was noted when a model was loaded from disk; nothing, if it was not."""
+    found: Never = getattr(model, _NEVER, Never({}, {}))
     return found
 
 
@@ -77,6 +90,7 @@ def load_marked(original: Callable[..., Any], model: Any, *arguments: Any, **nam
     marks = Marks.keeping_small(model.named_parameters())
     marks.set()
     result = original(model, *arguments, **named)
-    setattr(model, _NEVER, {name: count for name, (count, _) in marks.left().items()})
+    counts = {name: count for name, (count, _) in marks.left().items()}
+    setattr(model, _NEVER, Never(counts, marks.defaults(counts)))
     marks.restore()
     return result
