@@ -72,7 +72,7 @@ class Journal:
         return self._file.path
 
     def connect(self, look: Callable[[], State]) -> None:
-        """Write down what ``look`` sees from now on; the round and ``lost`` are added here."""
+        """Write down what ``look`` sees from now on; the round is added here."""
         self._look = look
 
     def note(self) -> None:
@@ -139,7 +139,7 @@ class Journal:
             self._urgent.clear()
             noted = self._noted
             try:
-                await self._put(encode(structs.replace(self._look(), round=self._round, lost=self.found.lost)))
+                await self._put(encode(structs.replace(self._look(), round=self._round)))
             finally:
                 waiting, self._waiting = self._waiting, []
                 for number, written in waiting:

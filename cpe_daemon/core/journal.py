@@ -42,12 +42,17 @@ class ModelEntry(msgspec.Struct, frozen=True):
 
 
 class EngineEntry(msgspec.Struct, frozen=True):
-    """An engine that was attached. ``held``: what it held whole; None if that was no version, or in doubt."""
+    """An engine that was attached.
+
+    ``held``: what it held whole; None if that was no version, or in doubt. ``gone_at``: Unix time since when no worker
+    of it was attached; 0.0 if some were.
+    """
 
     model: str = ""
     world_size: int = 1
     state: str = ""
     held: Identity | None = None
+    gone_at: float = 0.0
 
 
 class RoundEntry(msgspec.Struct, frozen=True):

@@ -6,11 +6,20 @@ follows from what is known of the versions' names and digests. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
 
 from cpe_daemon.core.admission import History
-from cpe_daemon.core.journal import Identity, State
+from cpe_daemon.core.journal import EngineEntry, Identity, State
 from cpe_daemon.core.types import VersionId
+
+AWAY_SECONDS: Final = 3600.0
+"""For how long an engine without workers is written down, and awaited by a daemon that starts."""
+
+
+def remembered(engines: Mapping[str, EngineEntry], now: float) -> dict[str, EngineEntry]:
+    """Leave out the engines that have been gone for too long to be waited for; ``now``: Unix time."""
+    return {name: entry for name, entry in engines.items() if not entry.gone_at or now - entry.gone_at < AWAY_SECONDS}
 
 
 class Before:
@@ -24,6 +33,29 @@ class Before:
         state = state or State()
         self._live = {model: entry.live for model, entry in state.models.items() if entry.live is not None}
         self._lost = state.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether there may have been versions that nobody knows of: a journal could not be read."""
+        return self._lost
+
+    def make_good(self, *, settled: bool, held: Collection[Identity | None], live: Collection[str]) -> bool:
+        """Whether a loss does not matter any more; True once, when that is found out.
+
+        An engine that holds nothing may be one that should hold something. When every one holds a version of a model
+        that is live here, and those that were here before have had the time to come back, what the lost journal told is
+        known otherwise.
+
+        Args:
+            settled: engines of the daemon before have had their time to come back.
+            held: by each engine that is here, or expected: what it holds whole, or None.
+            live: the models of which a version is live here.
+        """
+        known = all(identity is not None and identity.version.model in live for identity in held)
+        if not (self._lost and settled and held and known):
+            return False
+        self._lost = False
+        return True
 
     @property
     def models(self) -> Sequence[str]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
+import structlog
+from msgspec import structs
+
 from cpe_daemon.core.admission import History
 from cpe_daemon.core.journal import EngineEntry, Identity, ModelEntry, RoundEntry, State
 from cpe_daemon.core.lifecycle import EngineState, VersionState
-from cpe_daemon.core.recovery import Before
+from cpe_daemon.core.recovery import Before, remembered
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.returning import Returning
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.journal import Journal
 from cpe_daemon.versions import Catalogue, Version
+
+log = structlog.get_logger(__name__)
 
 
 class Chronicle:
@@ -24,12 +32,23 @@ class Chronicle:
         catalogue: of this daemon, in which nothing is staged yet.
         registry: its engines.
         before: what was live; is told what goes live.
-        returning: engines that have yet to come back. They stay in the journal meanwhile.
+        returning: engines that have yet to come back. They stay in the journal meanwhile, but not for ever.
+        now: Unix time.
     """
 
     def __init__(
-        self, journal: Journal, catalogue: Catalogue, registry: Registry, before: Before, returning: Returning
+        self,
+        journal: Journal,
+        catalogue: Catalogue,
+        registry: Registry,
+        before: Before,
+        returning: Returning,
+        *,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        self._now = now
+        self._gone_at = {name: entry.gone_at or now() for name, entry in returning.missing.items()}
+        """Since when engines have no workers."""
         self._journal = journal
         self._catalogue = catalogue
         self._registry = registry
@@ -49,7 +68,15 @@ class Chronicle:
         models = {name: self._model(name, histories.get(name, History())) for name in sorted(names)}
         engines = dict(self._returning.missing)
         engines |= {engine.name: self._engine(engine) for engine in self._registry}
-        return State(models, engines)
+        now, here = self._now(), {engine.name for engine in self._registry if engine.workers}
+        self._gone_at = {name: self._gone_at.get(name, now) for name in engines if name not in here}
+        engines = remembered(
+            {name: structs.replace(entry, gone_at=self._gone_at.get(name, 0.0)) for name, entry in engines.items()}, now
+        )
+        held = [engines[name].held for name in engines] + [None for _ in self._registry.absent]
+        if self._before.make_good(settled=self._returning.settled, held=held, live=self._catalogue.live_models()):
+            log.info("journal.made_good", consequence="engines that hold no version are no longer kept from serving")
+        return State(models, engines, lost=self._before.lost)
 
     def _model(self, name: str, history: History) -> ModelEntry:
         live = self._catalogue.live(name)

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from msgspec import structs
+
 from cpe_daemon.config import JOURNAL_FILE, Config
-from cpe_daemon.core.recovery import Before
+from cpe_daemon.core.recovery import Before, remembered
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.bootstrap import Bootstrap
 from cpe_daemon.daemon.chronicle import Chronicle
@@ -39,6 +41,7 @@ class Recovery:
     def connect(self, catalogue: Catalogue, registry: Registry, pusher: Pusher) -> None:
         """Tell the daemon's parts what was, and have the journal written from now on. Nothing is staged yet."""
         config, found = self._config, self.journal.found
+        found = structs.replace(found, engines=remembered(found.engines, time.time()))
         self._catalogue = catalogue
         self.returning = Returning(found, registry, seconds=config.deadlines.hello_seconds, clock=time.monotonic)
         pusher.write_down(Chronicle(self.journal, catalogue, registry, self.before, self.returning))
@@ -84,7 +87,7 @@ class Recovery:
         warnings = [Reason("not_resident", f"{live} is live, and not here: {_MEND}") for live in self.not_resident]
         if self.journal.trouble:
             warnings.append(Reason("journal", f"what is done is not written down: {self.journal.trouble}"))
-        if self.journal.found.lost and not self._catalogue.live_models():
+        if self.before.lost and not self._catalogue.live_models():
             warnings.append(Reason("journal_lost", f"a journal could not be read: {_LOST}"))
         if self.bootstrap.state == "skipped":
             warnings.append(Reason("bootstrap_skipped", self.bootstrap.message))
@@ -96,7 +99,7 @@ class Recovery:
             "path": str(self.journal.path),
             "error": self.journal.trouble or None,
             "written_at": self.journal.written_at or None,
-            "lost": self.journal.found.lost,
+            "lost": self.before.lost,
             "not_resident": [{"model": v.model, "run": v.run, "number": v.number} for v in self.not_resident],
             "awaited": sorted(self.returning.missing),
         }

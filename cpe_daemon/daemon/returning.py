@@ -35,8 +35,10 @@ class Returning:
         self._clock = clock
         self._began_at: float | None = None
         self._over = asyncio.Event()
+        self.settled = False
+        """Whether all that time has passed."""
         self.changed: Callable[[], None] = lambda: None
-        """Called when some are given up."""
+        """Called when the time is over, and some are given up."""
 
     @property
     def missing(self) -> Mapping[str, EngineEntry]:
@@ -66,17 +68,23 @@ class Returning:
 
     def look(self) -> None:
         """Note who has come back, and give up those whose time is over."""
-        if self._began_at is None or self._over.is_set():
+        if self._began_at is None:
             return
-        self._missing = dict(self.missing)
-        if self._missing and self._clock() - self._began_at >= self._seconds:
-            for name, entry in self._missing.items():
-                expected = self._registry.expected.get(name) is not None
-                log.warning("engine.not_returned", engine=name, held=str(entry.held), expected=expected)
-            self._missing = {}
+        before, self.settled = self.settled, self.settled or self._clock() - self._began_at >= self._seconds
+        if not self._over.is_set():
+            self._missing = dict(self.missing)
+            if self.settled:
+                self._give_up()
+            if not self._missing:
+                self._over.set()
+        if self.settled is not before:
             self.changed()
-        if not self._missing:
-            self._over.set()
+
+    def _give_up(self) -> None:
+        for name, entry in self._missing.items():
+            expected = self._registry.expected.get(name) is not None
+            log.warning("engine.not_returned", engine=name, held=str(entry.held), expected=expected)
+        self._missing = {}
 
     async def over(self) -> None:
         """Wait until all are back, or given up."""

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 ONE, TWO = number(1), number(2)
 DEFAULTS = DeadlinesConfig()
 NO_WAITS = {
+    "cpe_daemon.core.recovery.AWAY_SECONDS",
     "cpe_daemon.daemon.accounts._LAG_SECONDS",
     "cpe_daemon.daemon.daemon._CANCEL_SECONDS",
     "cpe_daemon.daemon.front._STATUS_SECONDS",

@@ -210,7 +210,7 @@ async def test_file_that_is_none_of_ours_is_put_aside_and_nothing_of_it_is_belie
     assert says in said["error"]
     assert held(said["kept_as"]) == content
     assert names(path) == [Path(said["kept_as"]).name]
-    journal.connect(lambda: STATE)
+    journal.connect(lambda: State(STATE.models, STATE.engines, lost=True))
     await journal.close()
     assert read(path) == State(STATE.models, STATE.engines, lost=True)  # the next daemon has to know of the loss, too
     assert Journal(path, seconds=SECONDS).found.lost

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import structlog
+from msgspec import structs
 from rich.console import Console
 from structlog.typing import EventDict
 
@@ -21,7 +23,7 @@ from cpe_daemon.cli.tables import bootstrap_text, journal_text, lag_text
 from cpe_daemon.config import BootstrapConfig, load_config
 from cpe_daemon.core.admission import History, Used
 from cpe_daemon.core.journal import EngineEntry, Identity, ModelEntry, RoundEntry, State, encode
-from cpe_daemon.core.recovery import Before, why_not_bootstrap
+from cpe_daemon.core.recovery import AWAY_SECONDS, Before, remembered, why_not_bootstrap
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.bootstrap import Bootstrap
 from cpe_daemon.daemon.chronicle import Chronicle
@@ -45,6 +47,7 @@ FOUND = State(
     RoundEntry(Identity(THREE, OTHER), {"a": LIVE, "b": None}),
 )
 HELLO_SECONDS = 10.0
+NOW = 1_700_000_000.0
 
 Logs = list[EventDict]
 
@@ -243,18 +246,19 @@ async def test_journal_is_told_versions_engines_and_rounds_as_they_are(tmp_path:
         node.pusher.write_down(chronicle)
         node.worker("a", model="m")
         decided: list[State] = []
-        paused = node.worker("b", model="m")
+        loaded = node.worker("b", model="m")
 
-        def pause(step: Any) -> Any:
-            decided.append(Journal(journal.path, seconds=HELLO_SECONDS).found)
-            return paused.do(step)
+        def load(step: Any) -> Any:
+            if step.seq == 0:
+                decided.append(Journal(journal.path, seconds=HELLO_SECONDS).found)
+            return loaded.do(step)
 
-        paused.script["pause"] = pause
+        loaded.script["load"] = load
         for version, digest in ((ONE, OTHER), (TWO, DIGEST)):
             record = node.stage(version, digest)
             await node.until(lambda record=record: record.state == "live")  # type: ignore[misc]
             await node.idle()
-        # Before the pause it was on the disk what was about to be done, and what each engine held.
+        # Before the first bucket it was on the disk what was about to be done, and what each engine held.
         assert [state.round for state in decided] == [
             RoundEntry(Identity(ONE, OTHER), {"a": None, "b": None}),
             RoundEntry(LIVE, {"a": Identity(ONE, OTHER), "b": Identity(ONE, OTHER)}),
@@ -275,8 +279,9 @@ async def test_what_was_known_stays_in_the_journal_until_it_is_known_better(tmp_
         journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
         journal.found = FOUND
         waited = returning(node)
-        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, waited)
-        assert chronicle.look() == State(FOUND.models, FOUND.engines)
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, waited, now=lambda: NOW)
+        found = {name: structs.replace(entry, gone_at=NOW) for name, entry in FOUND.engines.items()}
+        assert chronicle.look() == State(FOUND.models, found)
         with pytest.raises(VersionRefusedError, match="has staged number 2 already"):
             node.stage(ONE, OTHER)
         with pytest.raises(VersionRefusedError, match="was staged before with other weights"):
@@ -286,6 +291,46 @@ async def test_what_was_known_stays_in_the_journal_until_it_is_known_better(tmp_
         await node.publish(THREE)
         assert chronicle.look().models["m"].live == Identity(THREE)
         assert node.before.live("m") is None
+
+
+async def test_engine_that_is_gone_for_long_is_neither_written_down_nor_awaited(tmp_path: Path) -> None:
+    clock = [NOW]
+    async with FakeNode.running() as node:
+        waited = returning(node, State())
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, waited, now=lambda: clock[0])
+        worker = node.worker("a", **HELD)
+        node.worker("b", **HELD)
+        assert [entry.gone_at for entry in chronicle.look().engines.values()] == [0.0, 0.0]
+        worker.die()
+        assert {name: entry.gone_at for name, entry in chronicle.look().engines.items()} == {"a": NOW, "b": 0.0}
+        clock[0] += AWAY_SECONDS - 1
+        said = chronicle.look()
+        assert said.engines["a"].gone_at == NOW
+        clock[0] += 1
+        assert list(chronicle.look().engines) == ["b"]
+        worker.attach()
+        assert chronicle.look().engines["a"].gone_at == 0.0
+    assert list(remembered(said.engines, NOW + AWAY_SECONDS - 1)) == ["a", "b"]
+    assert list(remembered(said.engines, NOW + AWAY_SECONDS)) == ["b"]
+    assert list(remembered(said.engines, NOW - AWAY_SECONDS)) == ["a", "b"]  # the clock was set back
+
+
+async def test_time_that_an_engine_is_gone_goes_on_through_restarts(tmp_path: Path) -> None:
+    entry = EngineEntry("m", 1, "unknown", None, NOW - AWAY_SECONDS + 10)
+    found = State(FOUND.models, {"a": entry, "b": FOUND.engines["b"]})
+    async with FakeNode.running(found=found) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        journal.found = found
+        waited = returning(node, found)
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, waited, now=lambda: NOW)
+        assert {name: one.gone_at for name, one in chronicle.look().engines.items()} == {"a": entry.gone_at, "b": NOW}
+
+
+async def test_engine_that_was_gone_for_long_is_not_waited_for(tmp_path: Path) -> None:
+    entry = EngineEntry("m", 1, "unknown", None, time.time() - AWAY_SECONDS)
+    async with recovering(tmp_path, encode(State(FOUND.models, {"a": entry, "b": FOUND.engines["b"]}))) as (_, again):
+        assert list(again.returning.missing) == ["b"]
 
 
 async def test_version_that_was_live_may_come_again_after_later_ones_failed(tmp_path: Path) -> None:
@@ -534,6 +579,49 @@ async def test_journal_that_was_lost_is_told_until_a_version_is_live(tmp_path: P
         await node.publish(THREE)
         assert recovery.warnings == []
         assert not held.paused
+
+
+async def test_loss_of_a_journal_is_made_good_when_every_engine_holds_what_is_live(tmp_path: Path) -> None:
+    async with recovering(tmp_path, b"{") as (node, recovery):
+        recovery.returning.begin()
+        journal = recovery.journal
+
+        def lost() -> bool:
+            return journal._look().lost
+
+        held, other = node.worker("a", model="m"), node.worker("b", model="other")
+        await node.publish(THREE)
+        assert not held.paused
+        recovery.returning._seconds = 0.0
+        recovery.returning.look()
+        assert recovery.returning.settled
+        assert lost(), "one holds nothing, and nobody knows whether it should"
+        assert other.paused
+        await node.publish(number(1, "other"))
+        assert not lost()
+        assert (recovery.status()["lost"], recovery.warnings) == (False, [])
+        await journal.close()
+        assert not Journal(journal.path, seconds=HELLO_SECONDS).found.lost
+
+
+@pytest.mark.parametrize(
+    ("settled", "held", "live", "good"),
+    [
+        (True, [LIVE], ["m"], True),
+        (False, [LIVE], ["m"], False),
+        (True, [], ["m"], False),
+        (True, [LIVE, None], ["m"], False),
+        (True, [LIVE], ["other"], False),
+    ],
+)
+def test_loss_is_over_when_nothing_is_left_to_be_known(
+    settled: bool, held: list[Identity | None], live: list[str], good: bool
+) -> None:
+    before = Before(State(lost=True))
+    assert before.make_good(settled=settled, held=held, live=live) is good
+    assert before.lost is not good
+    assert bool(before.objection("m", None)) is not good
+    assert not Before(State()).make_good(settled=settled, held=held, live=live)
 
 
 async def test_new_node_has_nothing_to_tell(tmp_path: Path) -> None:
