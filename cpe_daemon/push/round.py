@@ -47,7 +47,8 @@ class Round:
         traffic: is told what each stage moves; None if nobody wants to know.
         fold: of the version's bytes, that every worker is to find; None if none is to look.
         digest: of the version (`cpe_daemon.core.identity`), for the workers to keep beside its name.
-        write_down: awaited before any engine is paused, while slots fill; never raises. None: nobody writes down.
+        write_down: awaited before any engine is given a bucket, while engines stop; never raises. None: nobody writes
+            down.
     """
 
     def __init__(
@@ -145,8 +146,6 @@ class Round:
             await self._pipeline.primed()
             prefetched = self._clock() - began
             await checked
-            if written is not None:
-                await written
             self._change(RoundEvent.SLOTS_FULL)
             limits = self._deadlines
             await self._each(
@@ -158,6 +157,8 @@ class Round:
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
             )
+            if written is not None:
+                await written  # weights change from now on; after a crash before that engines are as they were
             self._change(RoundEvent.PAUSED)
             opened = self._clock()
             self._pipeline.open()

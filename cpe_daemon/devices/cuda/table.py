@@ -105,8 +105,8 @@ class Tables:
     def make(self, rectangles: Sequence[Rectangle]) -> Table:
         """Bring rectangles to the GPU, on torch's current stream; their sources count from a slot's beginning."""
         entries, owners = described(rectangles)
-        moved = [part.pin_memory().to(self._device, non_blocking=True) for part in (entries, owners)]
-        return Table(self._kernel, moved[0], moved[1])
+        # Not from page-locked memory: to take that may cost milliseconds, and these are some kilobytes.
+        return Table(self._kernel, entries.to(self._device), owners.to(self._device))
 
 
 class Table:
