@@ -32,8 +32,12 @@ def start(original: Callable[..., None], scheduler: Any, *arguments: Any, **name
     original(scheduler, *arguments, **named)
     _check_hooked()
     worker = Worker(scheduler)
+    try:
+        worker.start()
+    except BaseException:  # task boundary: a scheduler that does not start leaves nothing behind
+        worker.close()
+        raise
     setattr(scheduler, _ATTRIBUTE, worker)
-    worker.start()
 
 
 def update(original: Callable[..., Any], manager: Any, request: Any) -> Any:

@@ -35,6 +35,7 @@ log: Final = logging.getLogger(__name__)
 KIND: Final = "sglang"
 _IDLE_SECONDS: Final = 20.0
 """How long SGLang's thread waits in an update that nobody begins: its daemon has died."""
+_CLOSE_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 5.0
 """How long a server that may do without a daemon looks for one."""
 _EVERYWHERE: Final = ("0.0.0.0", "::", "")  # noqa: S104 - what a server listens on, not we
@@ -73,6 +74,7 @@ class Worker:
         self._hello = _hello(self._settings, told, self._device, scheduler.weight_updater.tp_cpu_group)
         self._receiver = Receiver(self._settings.socket, self._hello, self._loader)
         self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="cpe-receiver", daemon=True)
 
     def start(self) -> None:
         """Come up with what the settings ask for.
@@ -80,7 +82,7 @@ class Worker:
         Raises:
             DeadlineError: that is a version of the daemon's, and none came in time.
         """
-        threading.Thread(target=self._serve, name="cpe-receiver", daemon=True).start()
+        self._thread.start()
         settings = self._settings
         if settings.start == "any" and not self._found(_LOOK_SECONDS):
             log.warning("no daemon at %s: serving what was loaded from disk until one comes", settings.socket)
@@ -130,6 +132,12 @@ class Worker:
         if request.flush_cache:
             manager.flush_cache(empty_cache=request.torch_empty_cache)
         return True, "the version was taken"
+
+    def close(self) -> None:
+        """Part from the daemon."""
+        self._stopped.set()
+        self._receiver.wake()
+        self._thread.join(_CLOSE_SECONDS)
 
     # --- the link ----------------------------------------------------------------------------------------------------
 

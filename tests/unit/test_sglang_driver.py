@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -377,12 +377,13 @@ async def test_server_that_is_none_says_so(serve: Serve) -> None:
 async def test_server_that_hangs_costs_a_deadline(serve: Serve, name: str) -> None:
     async with serve() as (driver, server, _):
         server.hangs = name
-        step = {
+        steps: dict[str, Callable[[], Awaitable[None]]] = {
             "list_external_corpora": lambda: driver.check(1, SHORT),
             "pause_generation": lambda: driver.pause(1, SHORT),
-        }.get(name, lambda: driver.resume(1, VERSION, SHORT))
+            "continue_generation": lambda: driver.resume(1, VERSION, SHORT),
+        }
         with pytest.raises(DeadlineError, match=rf"engine 's': /{name} took longer than 0\.05 s"):
-            await step()
+            await steps[name]()
 
 
 @pytest.mark.parametrize("name", ["pause_generation", "update_weights_from_ipc", "continue_generation"])
