@@ -22,6 +22,9 @@ def evict_command(version: str, daemon: DaemonAddress, timeout: float) -> None:
     meant, and while one is on its way into engines. Numbers stay used up. For a model whose name was misspelt, and for
     room.
 
+    A version that was live before the daemon was restarted, and is not here, is forgotten, unless an engine holds one
+    of its model: engines that waited for it serve what they started with.
+
     \b
     Examples:
       cpe evict polciy                 all of a model that was published by mistake

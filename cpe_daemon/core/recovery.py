@@ -71,6 +71,10 @@ class Before:
         """A version is live here: what was before does not matter any more for its model."""
         self._live.pop(version.model, None)
 
+    def forget(self, model: str) -> None:
+        """Nobody wants a model's version any more that was live and is not here: it keeps no engine from serving."""
+        self._live.pop(model, None)
+
     def objection(self, model: str, held: Identity | None) -> str:
         """Why an engine may not serve what it says it holds, while no version of its model is live here; "" if it may.
 

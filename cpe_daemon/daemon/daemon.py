@@ -138,7 +138,7 @@ class Daemon:
             registry=self.registry,
             tasks=tasks,
             session=self.trainers.session,
-            evict=partial(evict, self.catalogue, self.registry),
+            evict=partial(evict, self.catalogue, self.registry, before=self.recovery.before),
         )
         self.waiting = Waiting(
             self.catalogue,

@@ -64,3 +64,8 @@ class Adoption:
 def _named_alike_only(engine: Engine) -> bool:
     """Whether its workers hold different weights by one name."""
     return len({worker.digest for worker in engine.workers.values()} - {b""}) > 1
+
+
+def model_of(hello: WorkerHello) -> str:
+    """The model that a worker is for: as it says, else of the version that it holds; "" if it says neither."""
+    return hello.model or (hello.content.model if hello.content is not None else "")

@@ -14,7 +14,7 @@ from cpe_daemon.core.journal import Identity
 from cpe_daemon.core.lifecycle import EngineEvent
 from cpe_daemon.core.recovery import Before
 from cpe_daemon.devices.device import Device
-from cpe_daemon.engines.adoption import Adoption
+from cpe_daemon.engines.adoption import Adoption, model_of
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.expected import MAX_WORKERS, Expected, check_fit, check_hello
 from cpe_daemon.engines.sleep import take_state
@@ -110,6 +110,12 @@ class Registry:
         if engine is not None and not engine.workers:
             del self._engines[name]
             self.changed()
+
+    def look_again(self, model: str) -> None:
+        """What engines of a model may serve has changed: those in doubt that may serve what they hold do so."""
+        for engine in self:
+            if engine.in_doubt and engine.takes(model):
+                self._join(engine)
 
     def handlers(self) -> Mapping[type[Message], Handler]:
         """The messages that are answered here."""
@@ -216,7 +222,7 @@ class Registry:
             raise BusyError(f"{len(self._workers)} workers are attached; no more are taken")
         spec = self.expected.get(hello.engine)
         if spec is not None:
-            check_fit(spec, kind=hello.kind, model=_model(hello), world_size=hello.world_size)
+            check_fit(spec, kind=hello.kind, model=model_of(hello), world_size=hello.world_size)
 
     def _gpu(self, hello: WorkerHello) -> int:
         """The index of a worker's GPU; on a CPU host a worker need not name one."""
@@ -276,7 +282,7 @@ class Registry:
             MisuseError: nobody says, and there are several to choose from.
         """
         spec = self.expected.get(hello.engine)
-        model = (spec.model if spec is not None else "") or engine.serves or _model(hello)
+        model = (spec.model if spec is not None else "") or engine.serves or model_of(hello)
         if not model and len(models := self.adoption.models) > 1:
             raise MisuseError(
                 f"engine {hello.engine!r} says no model, and this node serves {', '.join(models)}: attach it"
@@ -342,8 +348,3 @@ class Registry:
         empty = [known.name for known in self if not known.workers]
         for name in empty[: max(0, len(empty) - _MAX_REMEMBERED)]:
             del self._engines[name]
-
-
-def _model(hello: WorkerHello) -> str:
-    """The model that a worker is for: as it says, else of the version that it holds; "" if it says neither."""
-    return hello.model or (hello.content.model if hello.content is not None else "")

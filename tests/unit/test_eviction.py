@@ -10,6 +10,8 @@ import structlog
 from click.testing import CliRunner
 
 from cpe_daemon.cli import main
+from cpe_daemon.core.admission import History, Used
+from cpe_daemon.core.journal import Identity, ModelEntry, State
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.errors import BusyError, MisuseError
 from cpe_daemon.push.eviction import evict
@@ -28,7 +30,7 @@ def quiet() -> Iterator[None]:
 
 
 def ask(node: FakeNode, model: str, run: str = "", n: int = -1) -> str:
-    return evict(node.catalogue, node.registry, EvictRequest(model, run, n))
+    return evict(node.catalogue, node.registry, EvictRequest(model, run, n), node.before)
 
 
 def here(node: FakeNode) -> dict[str, str]:
@@ -87,6 +89,41 @@ async def test_what_is_not_here_or_on_its_way_is_refused() -> None:
         with pytest.raises(BusyError, match="m@r#1 is staged"):
             ask(node, "m")
         assert staged.state is VersionState.STAGED
+
+
+LIVE_BEFORE = State({"n": ModelEntry(History("r", {"r": Used(1, b"d" * 16)}), Identity(MISSPELT, b"d" * 16))})
+
+
+async def test_misspelt_model_that_was_live_before_a_restart_is_forgotten() -> None:
+    async with FakeNode.running(found=LIVE_BEFORE) as node:
+        changes: list[int] = []
+        node.registry.changed = lambda: changes.append(1)
+        with pytest.raises(MisuseError, match="no n@r#2 is here"):
+            ask(node, "n", "r", 2)
+        assert ask(node, "n") == f"forgot {MISSPELT}, which was live before this daemon and is not here"
+        assert changes, "so that it is written down"
+        assert node.before.models == []
+        with pytest.raises(MisuseError, match="no n is here; there is: none"):
+            ask(node, "n")
+
+
+async def test_engine_that_waited_for_what_is_forgotten_serves() -> None:
+    async with FakeNode.running(found=LIVE_BEFORE) as node:
+        worker, touched = node.worker("a", model="n"), node.worker("b", model="n", touched=True)
+        await node.idle()
+        assert worker.paused
+        ask(node, "n", "r", 1)
+        await node.idle()
+        assert (worker.paused, touched.paused) == (False, True)
+        assert node.states() == {"a": ("current", None), "b": ("unknown", None)}
+
+
+async def test_what_an_engine_holds_is_not_forgotten() -> None:
+    async with FakeNode.running(found=LIVE_BEFORE) as node:
+        node.worker("a", model="n", content=MISSPELT, digest=b"d" * 16)
+        with pytest.raises(MisuseError, match="engine 'a' holds a version of n: n@r#1 is not forgotten"):
+            ask(node, "n")
+        assert node.before.models == ["n"]
 
 
 async def test_what_is_being_read_is_refused() -> None:
