@@ -144,8 +144,10 @@ def described(rectangles: Sequence[Rectangle]) -> tuple[torch.Tensor, torch.Tens
     first = blocks.cumsum(0) - blocks
     fields = destination, source, width, to_pitch >> unit, from_pitch >> unit, words, first, unit
     entries = torch.stack(fields, dim=1)
-    owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32), blocks)
-    return entries, owners
+    owners = array("i")
+    for entry, count in enumerate(blocks.tolist()):  # torch's repeat_interleave would wake a thread a core, for this
+        owners.extend(array("i", [entry]) * count)
+    return entries, torch.frombuffer(owners, dtype=torch.int32)
 
 
 def _small(rectangles: Sequence[Rectangle]) -> Iterator[Rectangle]:
