@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-import structlog
 from msgspec.structs import replace
 
 from cpe_daemon.config import DeadlinesConfig
@@ -19,16 +18,14 @@ from cpe_daemon.core.types import Shard, TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import CpeError, EngineError, ManifestError
+from cpe_daemon.push.driving import drive
 from cpe_daemon.push.targets import Targets
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.codec import encode
 from cpe_daemon.wire.messages import Expect
 from cpe_daemon.wire.reports import EngineReport, ErrorInfo, VersionReport
 
-log = structlog.get_logger(__name__)
-
 _SPECS_A_MESSAGE: Final = 4096
-_MARGIN_SECONDS: Final = 1.0
 
 FITS: Final = EngineReport("fits")
 """What a dry run says of an engine that could load the version."""
@@ -69,10 +66,15 @@ class Compatibility:
         self._examined: set[Version] = set()
 
     async def refusal(self, version: VersionId, contributions: Sequence[Sequence[Shard]]) -> ManifestError | None:
-        """Return why no engine could take a version of these shards, by rank; None as long as one might.
+        """Return why no engine that answers could take a version; None if one could, or if none answers.
 
-        Asks the engines of its model that are idle, but for those that hold such a version already. Nobody is waited
-        for longer than the deadline, and who does not answer may fit.
+        An engine all of whose workers have loaded these very tensors before could, and then nobody is asked. Otherwise
+        the engines of its model are that are idle. One that is busy or asleep, or does not answer by the deadline, has
+        no say, neither for the version nor against it.
+
+        Args:
+            version: its name.
+            contributions: its shards, by rank.
         """
         engines = [engine for engine in self._registry if engine.workers and engine.takes(version.model)]
         known = {id(w.loaded): w.loaded for e in engines for w in e.workers.values() if w.loaded is not None}
@@ -138,15 +140,7 @@ class Compatibility:
         for header in announced(number, specs):
             for worker in workers:
                 worker.tell(header)
-        try:
-            async with asyncio.timeout(seconds + _MARGIN_SECONDS):
-                await engine.driver.check(number, seconds)
-        except CpeError as error:
-            return error
-        except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
-            log.warning("engine.check_failed", engine=engine.name, error=repr(error))
-            return EngineError(f"engine {engine.name!r} could not say: {type(error).__name__}: {error}")
-        return None
+        return await drive(engine, "say", lambda: engine.driver.check(number, seconds), seconds)
 
 
 def _compared(

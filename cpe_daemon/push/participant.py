@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
 
 import structlog
 
@@ -13,14 +12,13 @@ from cpe_daemon.core.lifecycle import EngineEvent, EngineState
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.worker import Worker
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError
+from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.push.driving import drive
 from cpe_daemon.push.trace import Trace
 from cpe_daemon.wire.messages import Abort, Load, StepDone
 from cpe_daemon.wire.reports import EngineReport, ErrorInfo
 
 log = structlog.get_logger(__name__)
-
-_MARGIN_SECONDS: Final = 1.0
 
 
 class Participant:
@@ -79,26 +77,23 @@ class Participant:
     async def step(self, phase: str, work: Callable[[], Awaitable[object]], seconds: float) -> None:
         """Carry out one phase, time it, and drop the engine if it fails or is late, or may not be asked any more.
 
-        ``seconds`` is the workers' own deadline. A driver gets a little more, so that the error that arrives is the one
-        that names the worker.
+        ``seconds`` is the workers' own deadline.
         """
         began = self._clock()
-        try:
+
+        async def checked() -> None:
             self._check_attached()
             if phase == "pause":
                 self._stopped_at, self._paused = began, True
-            async with asyncio.timeout(seconds + _MARGIN_SECONDS):
-                await work()
+            await work()
             self._check_attached()
-        except CpeError as error:  # before TimeoutError: a DeadlineError is one too, and knows who was late
-            self.drop(error)
-        except TimeoutError:
-            self.drop(DeadlineError(f"engine {self.engine.name!r} did not {phase} within {seconds:g} s"))
-        except Exception as error:  # task boundary: a plugin's bug ends its engine's part, and not the daemon
-            log.exception("engine.driver_failed", engine=self.engine.name, phase=phase)
-            self.drop(EngineError(f"engine {self.engine.name!r} could not {phase}: {type(error).__name__}: {error}"))
+
+        try:
+            error = await drive(self.engine, phase, checked, seconds)
         finally:
             self.phases[phase] = self._clock() - began
+        if error is not None:
+            self.drop(error)
 
     def _check_attached(self) -> None:
         """A worker that was lost or fell asleep, even if it is back already, ends the engine's part in the round.

@@ -9,7 +9,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
 
 import structlog
 
@@ -22,6 +21,7 @@ from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.compatibility import Compatibility
+from cpe_daemon.push.driving import drive
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.repair import Repair
 from cpe_daemon.push.request import Request, choose_version, only_model
@@ -36,8 +36,6 @@ from cpe_daemon.wire.messages import PushRequest
 from cpe_daemon.wire.reports import VersionReport
 
 log = structlog.get_logger(__name__)
-
-_MARGIN_SECONDS: Final = 1.0
 
 
 class Pusher:
@@ -317,11 +315,10 @@ class Pusher:
     async def _let_serve(self, engine: Engine) -> None:
         """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
         seconds = self._config.deadlines.resume_seconds
-        try:
-            async with asyncio.timeout(seconds + _MARGIN_SECONDS):  # a driver may be a plugin's, and have none
-                await engine.driver.resume(self._rounds.number, engine.content, seconds)
-        except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
-            log.warning("engine.resume_failed", engine=engine.name, error=repr(error))
+        number, content = self._rounds.number, engine.content
+        error = await drive(engine, "resume", lambda: engine.driver.resume(number, content, seconds), seconds)
+        if error is not None:
+            log.warning("engine.resume_failed", engine=engine.name, error=error.message)
 
 
 def _failures(report: VersionReport) -> str:

@@ -5,14 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-import structlog
-
 from cpe_daemon.engines.engine import Engine
-from cpe_daemon.errors import CpeError, DeadlineError, EngineError
-
-log = structlog.get_logger(__name__)
-
-_MARGIN_SECONDS = 1.0
+from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.push.driving import drive
 
 
 async def rouse(engines: Iterable[Engine], seconds: float | None) -> dict[Engine, CpeError]:
@@ -30,14 +25,7 @@ async def rouse(engines: Iterable[Engine], seconds: float | None) -> dict[Engine
 
 
 async def _wake(engine: Engine, seconds: float) -> CpeError | None:
-    try:
-        async with asyncio.timeout(seconds + _MARGIN_SECONDS):
-            await engine.driver.wake(seconds)
-    except CpeError as error:  # before TimeoutError: a DeadlineError is one too, and names the worker
+    error = await drive(engine, "wake up", lambda: engine.driver.wake(seconds), seconds)
+    if error is not None:
         return error
-    except TimeoutError:
-        return DeadlineError(f"engine {engine.name!r} did not wake up within {seconds:g} s")
-    except Exception as error:  # task boundary: a plugin's bug concerns its engine alone
-        log.exception("engine.driver_failed", engine=engine.name, phase="wake")
-        return EngineError(f"engine {engine.name!r} could not wake up: {type(error).__name__}: {error}")
     return EngineError(f"engine {engine.name!r} is asleep still") if engine.asleep else None

@@ -13,7 +13,7 @@ import structlog
 from cpe_daemon.config import DeadlinesConfig
 from cpe_daemon.core.types import Shard, TensorSpec
 from cpe_daemon.errors import CpeError, EngineError, ManifestError
-from cpe_daemon.push import compatibility as module
+from cpe_daemon.push import driving
 from cpe_daemon.push.compatibility import Compatibility, announced, specs_of
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.codec import Codec
@@ -168,7 +168,7 @@ async def test_driver_that_hangs_is_not_waited_for(
         async def check(self, round: int, seconds: float) -> None:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(module, "_MARGIN_SECONDS", SHORT)
+    monkeypatch.setattr(driving, "MARGIN_SECONDS", SHORT)
     node.drivers["hanging"] = Hanging
     node.worker("a", kind="hanging")
     assert await compatibility.refusal(ONE, SHARDS) is None

@@ -18,7 +18,7 @@ from cpe_daemon.core.plan import assign, cut
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError, ResourceError
-from cpe_daemon.push import participant as participant_module
+from cpe_daemon.push import driving
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.round import Round
 from cpe_daemon.wire.messages import Check, Expect, Load, Pause, Resume, StepDone, StepFailed
@@ -704,7 +704,7 @@ async def test_bug_in_a_driver_s_abort_leaves_its_engine_in_doubt(node: FakeNode
 async def test_driver_that_hangs_is_cut_off_a_moment_after_its_deadline(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(participant_module, "_MARGIN_SECONDS", SHORT)
+    monkeypatch.setattr(driving, "MARGIN_SECONDS", SHORT)
 
     class Hanging(TorchDriver):
         async def begin(self, update: Update, seconds: float) -> None:
