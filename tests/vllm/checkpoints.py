@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ from typing import Any, Final
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 PROMPT: Final = [5, 6, 7, 8]
 TOKENS: Final = 8
@@ -44,12 +44,24 @@ class Checkpoints:
         directory: where they go.
         config: of transformers.
         likely: seeds to try first; the search for others takes a minute.
+        adjust: is given each random model.
+        complete: is given the tensors of each checkpoint, and its number, to add some that transformers do not know.
     """
 
-    def __init__(self, directory: Path, config: Any, likely: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Any,
+        likely: Sequence[int] = (),
+        *,
+        adjust: Callable[[torch.nn.Module], None] | None = None,
+        complete: Callable[[dict[str, torch.Tensor], int], None] | None = None,
+    ) -> None:
         self._directory = directory
         self._config = config
         self._seeds = itertools.chain(likely, itertools.count(1))
+        self._adjust = adjust
+        self._complete = complete
         self._seen: list[list[int]] = []
 
     def make(self, *, served: bool = True) -> Checkpoint:
@@ -57,6 +69,8 @@ class Checkpoints:
         for seed in self._seeds:
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(self._config, dtype=torch.bfloat16)
+            if self._adjust is not None:
+                self._adjust(model)
             tokens, logprobs, margin = generate(model.float())
             if not served or (margin >= MARGIN and tokens not in self._seen and len(set(tokens)) >= TOKENS // 2):
                 break
@@ -67,7 +81,11 @@ class Checkpoints:
         transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer(words), unk_token="t0", eos_token="t1", pad_token="t2"
         ).save_pretrained(path)
-        return Checkpoint(path, load_file(path / "model.safetensors"), tokens, logprobs)
+        tensors = load_file(path / "model.safetensors")
+        if self._complete is not None:
+            self._complete(tensors, len(self._seen) - 1)
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return Checkpoint(path, tensors, tokens, logprobs)
 
 
 @torch.no_grad()
@@ -106,6 +124,61 @@ def mixture() -> Any:
         norm_topk_prob=True,
         tie_word_embeddings=False,
     )
+
+
+def latent() -> Any:
+    """DeepSeek-V3: multi-head latent attention, experts and a shared one, and a layer that predicts the second token.
+
+    vLLM's kernels for the CPU want the ranks that DeepSeek has.
+    """
+    return transformers.DeepseekV3Config(
+        **_small() | {"num_key_value_heads": 4, "head_dim": 64},
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",
+        routed_scaling_factor=1.0,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=32,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        num_nextn_predict_layers=1,
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def soften(model: torch.nn.Module) -> None:
+    """Have a token mostly depend on the one before, and routers have a bias.
+
+    Then vLLM's latent attention, whose error is large in bfloat16, agrees with transformers', and the second token is
+    easy to predict.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or "experts.down_proj" in name:
+            tensor.mul_(0.3)
+        if name.endswith("e_score_correction_bias"):
+            tensor.normal_(0, 0.1)
+
+
+def predict_second(tensors: dict[str, torch.Tensor], number: int) -> None:
+    """Add the layer that predicts the second token: well in checkpoints of even numbers, badly in the others."""
+    last, added = "model.layers.1.", "model.layers.2."
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[added + name.removeprefix(last)] = tensors[name].clone()
+    hidden, dtype = tensors["model.norm.weight"].numel(), torch.bfloat16
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{added}{name}.weight"] = torch.ones(hidden, dtype=dtype)
+    eye = torch.eye(hidden, dtype=dtype) * (1 if number % 2 == 0 else -1)
+    tensors[f"{added}eh_proj.weight"] = torch.cat([eye, torch.zeros_like(eye)], 1)
+    for name, copied in (("shared_head.head", "lm_head"), ("embed_tokens", "model.embed_tokens")):
+        tensors[f"{added}{name}.weight"] = tensors[f"{copied}.weight"].clone()
 
 
 def _small() -> dict[str, Any]:

@@ -31,7 +31,12 @@ def register() -> None:
 def faulty(step: str, genuine: Callable[..., None]) -> Callable[..., None]:
     def wrapped(loader: Any, *arguments: Any) -> None:
         if step == "load":
-            genuine(loader, *arguments)  # so that the weights are a mixture by now
+            tensors = arguments[0]
+            for number, (name, _) in enumerate(tensors, 1):
+                if ordered(f"after {name}"):
+                    genuine(loader, tensors[:number])
+                    obey(f"after {name}")
+            genuine(loader, tensors)  # so that the weights are a mixture by now
         obey(step)
         if step != "load":
             genuine(loader, *arguments)
@@ -39,16 +44,23 @@ def faulty(step: str, genuine: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def obey(step: str) -> None:
+def ordered(step: str) -> bool:
+    """Whether this worker is to do something there."""
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
     order = HERE / "order"
     if not order.exists():
+        return False
+    engine, rank, at, _ = json.loads(order.read_text())
+    return [engine, rank, at] == [os.environ["CPE_ENGINE"], get_tensor_model_parallel_rank(), step]
+
+
+def obey(step: str) -> None:
+    """Fail, or hang, if this worker is to do so there: at a step, or ``after`` a tensor."""
+    order = HERE / "order"
+    if not ordered(step):
         return
-    engine, rank, at, deed = json.loads(order.read_text())
-    if [engine, rank, at] != [os.environ["CPE_ENGINE"], get_tensor_model_parallel_rank(), step]:
-        return
-    if deed == "fail":
+    if json.loads(order.read_text())[3] == "fail":
         order.unlink()  # what is loaded next, to restore this engine, is loaded well
         raise RuntimeError("the test wants this")
     (HERE / "reached.new").write_text(str(os.getpid()))
