@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from cpe_daemon.config import DeadlinesConfig
+from cpe_daemon.core.identity import may_be_same
 from cpe_daemon.core.lifecycle import EngineEvent, EngineState
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.engines.engine import Engine
@@ -47,6 +48,8 @@ class Participant:
         """For how long it did not serve, if it served before the round and serves the version now."""
         self.held = engine.content
         """The version that the engine held before the round."""
+        self.held_digest = engine.digest
+        """Of that; ``b""`` if it is not known."""
         self.let_go = False
         """Whether it is dropped and has forgotten the round: it answers, and a version can be tried again."""
         self._was_current = engine.state is EngineState.CURRENT
@@ -196,8 +199,10 @@ class Participant:
 
         Whoever takes it in anew lets it serve; nothing else could, if no version is there to be given to it.
         """
-        whole = {(worker.content, worker.touched) for worker in self.engine.workers.values()} == {(self.held, False)}
-        if self._was_current and self.engine.in_doubt and whole:
+        workers = self.engine.workers.values()
+        whole = {(worker.content, worker.touched) for worker in workers} == {(self.held, False)}
+        same = all(may_be_same(worker.digest, self.held_digest) for worker in workers)
+        if self._was_current and self.engine.in_doubt and whole and same:
             self.engine.change(EngineEvent.REPORT, content=self.held, error=self.error)
 
     async def _tell_survivors(self) -> None:

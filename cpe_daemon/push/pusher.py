@@ -251,8 +251,8 @@ class Pusher:
             return report
         taken = [participant for participant in participants if participant.alive]
         self._metrics.rollbacks.labels("partial").inc()
-        self._retries.look(await self._repair.restore([*failed, *taken], version.id))
-        return without(report, version.id, [participant.engine for participant in taken])
+        self._retries.look(await self._repair.restore([*failed, *taken], version))
+        return without(report, version, [participant.engine for participant in taken])
 
     def _judge(self, version: Version, participants: Sequence[Participant]) -> Verdict:
         """Decide what becomes of a version. A daemon that stops takes nothing back: that might not end in time."""

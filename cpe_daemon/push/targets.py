@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from msgspec.structs import replace
 
 from cpe_daemon.core.lifecycle import VersionState
-from cpe_daemon.core.types import VersionId
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import EngineError, MisuseError
@@ -102,11 +101,11 @@ class Targets:
             self.engines.append(engine)
 
 
-def without(report: VersionReport, version: VersionId, taken: Iterable[Engine]) -> VersionReport:
+def without(report: VersionReport, version: Version, taken: Iterable[Engine]) -> VersionReport:
     """The report of a push whose version was taken back: those that took it serve what they held, or are in doubt."""
     engines = dict(report.engines)
     for engine in taken:
-        serves = engine.ready and engine.content != version
+        serves = engine.ready and not engine.holds(version.id, version.digest)
         outcome = "taken back" if serves else "kept" if engine.ready else "failed"
         error = ErrorInfo(engine.error.code, engine.error.message) if engine.error is not None else None
         engines[engine.name] = replace(engines[engine.name], outcome=outcome, error=error)

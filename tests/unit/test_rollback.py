@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 import structlog
 
+from cpe_daemon.core.lifecycle import EngineEvent
 from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.errors import (
     ArenaFullError,
@@ -20,6 +22,7 @@ from cpe_daemon.errors import (
     VerificationError,
     VersionRefusedError,
 )
+from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.rollback import Rollback, rollback_target
 from cpe_daemon.versions import Version
 from cpe_daemon.wire.messages import Begin, PushRequest
@@ -381,6 +384,41 @@ async def test_version_that_was_verified_as_another_counts_as_not_taken() -> Non
         version = await node.publish(TWO)
         assert version.state == "failed"
         assert node.states() == {"bad": (CURRENT, ONE), "good": (CURRENT, ONE)}
+
+
+DIGEST, OTHER = b"d" * 16, b"o" * 16
+
+
+@contextlib.asynccontextmanager
+async def holding(content: VersionId, digest: bytes) -> AsyncIterator[tuple[FakeNode, Participant]]:
+    """A node where ONE is retained and TWO live, and an engine that is said to hold one of them, before a round."""
+    async with FakeNode.running(automatic=False) as node:
+        node.worker("a", content=content, digest=digest)
+        for version in (ONE, TWO):
+            record = node.stage(version, DIGEST)
+            node.catalogue.begin_push(record)
+            node.catalogue.go_live(record, VersionReport(version, 0, 0))
+        yield node, Participant(node.engine("a"), 1, node.config.deadlines, node.clock)
+
+
+@pytest.mark.parametrize(("digest", "given"), [(DIGEST, ONE), (b"", ONE), (OTHER, TWO)])
+async def test_what_goes_by_the_name_of_what_an_engine_held_is_not_given_to_it(digest: bytes, given: VersionId) -> None:
+    async with holding(ONE, digest) as (node, participant):
+        before = node.pusher._repair.before(participant)
+        assert before is not None
+        assert before.id == given
+
+
+@pytest.mark.parametrize(("digest", "given"), [(DIGEST, [TWO]), (OTHER, [])])
+async def test_version_is_taken_back_from_who_holds_it_and_not_its_name_alone(
+    digest: bytes, given: list[VersionId]
+) -> None:
+    async with holding(TWO, digest) as (node, participant):
+        engine = node.engine("a")
+        engine.change(EngineEvent.WITHDRAW, content=TWO)  # it is ready, and was in the round
+        taken = node.catalogue.find(TWO)
+        await node.pusher._repair.restore([participant], taken)
+        assert loaded(next(iter(node.workers.values()))) == given
 
 
 async def test_first_version_cannot_be_taken_back_and_stays() -> None:
