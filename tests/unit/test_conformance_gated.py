@@ -1,4 +1,4 @@
-"""The loader of vLLM's and SGLang's workers does what is promised, over vLLM's reload and a stand-in for vLLM."""
+"""The loader of vLLM's and SGLang's workers does what is promised, over the reloads of both and stand-ins for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from inference_plugins.gate import Gate
-from inference_plugins.gated import GatedLoader
+from inference_plugins.gated import GatedLoader, Reloading
+from inference_plugins.sglang import reload as sglang
 from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario
 from inference_plugins.vllm.reload import Reload
 from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Module, load
@@ -40,12 +41,15 @@ class Worker(LoaderWorker):
     def __init__(self, endpoint: str) -> None:
         self.model = Model()
         self.gate = Gate()
-        models = [Reload(self.model, "config", FakeLayerwise().functions)]
+        models = [self.reload()]
         self.loader = GatedLoader(lambda: models, torch.device("cpu"), self.gate, needs_version=False)
         self._over = threading.Event()
         self._lent = threading.Thread(target=self._lend)
         self._lent.start()
-        super().__init__(endpoint, self.loader, kind="vllm")
+        super().__init__(endpoint, self.loader, kind="gated")
+
+    def reload(self) -> Reloading:
+        raise NotImplementedError
 
     def _lend(self) -> None:
         while not self._over.is_set():
@@ -59,22 +63,48 @@ class Worker(LoaderWorker):
             self._lent.join(0.01)
 
 
+class VllmWorker(Worker):
+    def reload(self) -> Reloading:
+        return Reload(self.model, "config", FakeLayerwise().functions)
+
+
+class SglangWorker(Worker):
+    def reload(self) -> Reloading:
+        return sglang.Reload(FakeRunner(self.model))
+
+
+class FakeRunner:
+    """SGLang's, and its updater, of a model that no kernels need packed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weight_updater = self
+
+    def begin_weight_update(self) -> None: ...
+
+    def end_weight_update(self, *, run_post_load: bool) -> None: ...
+
+
 def checkpoint(seed: int) -> Mapping[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {f"{name}.weight": torch.randn(rows, HIDDEN, generator=generator) for name, rows in ROWS.items()}
 
 
-PLUGIN = Plugin(
-    make=Worker,
-    close=Worker.close,
-    weights=lambda worker: dict(worker.model.named_parameters()),
-    serving=lambda worker: worker.loader.serving,
-    checkpoint=checkpoint,
-)
+def plugin(make: type[Worker]) -> Plugin[Worker]:
+    return Plugin(
+        make=make,
+        close=Worker.close,
+        weights=lambda worker: dict(worker.model.named_parameters()),
+        serving=lambda worker: worker.loader.serving,
+        checkpoint=checkpoint,
+    )
+
+
 ELSEWHERE = {"busy", "asleep"}
 """The server pauses, and sleeps, by its own API."""
 
 
+@pytest.mark.parametrize("make", [VllmWorker, SglangWorker])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_gated_loader_conforms(scenario: Scenario) -> None:
-    assert bool(scenario.run(PLUGIN)) is (scenario.name in ELSEWHERE)
+def test_gated_loader_conforms(scenario: Scenario, make: type[Worker]) -> None:
+    assert bool(scenario.run(plugin(make))) is (scenario.name in ELSEWHERE)
