@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Final
 
 from cpe_daemon.config import ENGINES_SOCKET, FRONT_SOCKET, HANDOFF_SOCKET
+from cpe_daemon.doctor.directories import judge_absent
 from cpe_daemon.doctor.finding import Judgement, fail, gib, ok, skip, warn
 from cpe_daemon.doctor.host import Entry, Host
 from cpe_daemon.doctor.subject import Subject
@@ -44,7 +44,15 @@ def judge_runtime_dir(subject: Subject) -> Judgement:
     host, path = subject.host, subject.runtime_dir
     found = host.entry(path)
     if found is None:
-        return _missing(host, path)
+        return judge_absent(
+            host,
+            path,
+            of_unit=unit_runtime_dirs(host),
+            by_unit=f"{SERVICE} makes it (RuntimeDirectory=)",
+            by_daemon="the daemon makes it",
+            loss="",
+            mend="run the daemon from its unit (RuntimeDirectory= makes it), as root, or with another runtime_dir",
+        )
     if found.kind != "directory":
         return fail(f"{path} is a {found.kind}, and the daemon takes only a directory", f"remove it: `rm {path}`")
     if found.mode & _OTHERS_MAY_WRITE:
@@ -75,22 +83,6 @@ def judge_runtime_dir(subject: Subject) -> Judgement:
             "start the daemon, which removes them; until then clients wait in vain",
         )
     return ok(f"{path} is this user's alone (mode {found.mode:04o})")
-
-
-def _missing(host: Host, path: str) -> Judgement:
-    """Whether it can be made."""
-    if path in unit_runtime_dirs(host):
-        return ok(f"{path} is not there yet; {SERVICE} makes it (RuntimeDirectory=)")
-    for parent in PurePosixPath(path).parents:
-        entry = host.entry(str(parent))
-        if entry is not None:
-            if entry.writable:
-                return ok(f"{path} is not there yet; the daemon makes it")
-            return fail(
-                f"{path} is not there, and this user may not make it in {parent}",
-                "run the daemon from its unit (RuntimeDirectory= makes it), as root, or with another runtime_dir",
-            )
-    return skip(f"nothing on the way to {path} can be looked at")
 
 
 def _not_ours(host: Host, path: str, found: Entry) -> Judgement:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
 from typing import Final
 
 from cpe_daemon.config import JOURNAL_FILE
+from cpe_daemon.doctor.directories import judge_absent
 from cpe_daemon.doctor.finding import Judgement, fail, ok, skip, warn
 from cpe_daemon.doctor.host import Entry, Host
 from cpe_daemon.doctor.installation import user_name
@@ -28,7 +28,15 @@ def judge_state_dir(subject: Subject) -> Judgement:
     path = needs.state_dir
     found = host.entry(path)
     if found is None:
-        return _missing(host, path)
+        return judge_absent(
+            host,
+            path,
+            of_unit=unit_state_dirs(host),
+            by_unit="systemd makes it (StateDirectory=)",
+            by_daemon="the daemon makes it when it has something to write down",
+            loss=": nothing survives a restart",
+            mend=f"make it and give it to the daemon's user, or set another state_dir than {path}",
+        )
     if found.kind not in {"directory", "link"}:
         return fail(f"{path} is a {found.kind}, and state_dir has to be a directory", "choose another state_dir")
     if found.kind == "directory" and not (found.writable and found.searchable):
@@ -97,22 +105,6 @@ def _clients(host: Host, path: str, directory: str) -> Judgement:
             f"`cpe keys allow CLIENT.key --role trainer --dir {directory}`",
         )
     return ok(f"the daemon has its keys in {directory}, and {count} {'client is' if count == 1 else 'are'} allowed")
-
-
-def _missing(host: Host, path: str) -> Judgement:
-    """Whether it can be made."""
-    if path in unit_state_dirs(host):
-        return ok(f"{path} is not there yet; systemd makes it (StateDirectory=)")
-    for parent in PurePosixPath(path).parents:
-        entry = host.entry(str(parent))
-        if entry is not None:
-            if entry.writable:
-                return ok(f"{path} is not there yet; the daemon makes it when it has something to write down")
-            return fail(
-                f"{path} is not there, and this user may not make it in {parent}: nothing survives a restart",
-                f"make it and give it to the daemon's user, or set another state_dir than {path}",
-            )
-    return skip(f"nothing on the way to {path} can be looked at")
 
 
 def _kept_out(subject: Subject, path: str, found: Entry, verb: str) -> Judgement:
