@@ -1,0 +1,13 @@
+"""Learned loading: what an engine's own loader does to its parameters, found out, proved, and done without it.
+
+An engine's Python takes some hundred microseconds for each tensor; most of what it does is to copy slices of tensors to
+slices of parameters. `LearnedLoading` watches it do so (`watch`), compares the bytes that arrived with those that were
+sent (`proof`), and from then on says where each tensor's bytes belong, so that the receiver copies them itself.
+"""
+
+from __future__ import annotations
+
+from inference_plugins.learned.loading import LearnedLoading, switched_on
+from inference_plugins.learned.table import Report
+
+__all__ = ["LearnedLoading", "Report", "switched_on"]

@@ -1,0 +1,314 @@
+"""One engine's loader, learned from its own loads, for as long as its parameters and what comes stay what they are."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch.autograd.graph import increment_version
+
+from cpe_daemon.core.rectangles import Rectangle
+from cpe_daemon.core.types import TensorSpec
+from inference_plugins.assembly import Place, Placement
+from inference_plugins.learned.proof import Evidence, Seen, Shape, Witness, few, look_at, shape_of
+from inference_plugins.learned.provenance import extent
+from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table
+from inference_plugins.learned.watch import Move, Watch
+
+log: Final = logging.getLogger(__name__)
+
+_VARIABLE: Final = "CPE_LEARNED"
+_OFF: Final = frozenset({"off", "0", "no", "false"})
+
+Parameters = Callable[[], Mapping[str, torch.Tensor]]
+
+
+def switched_on() -> bool:
+    """Whether the environment lets loaders be learned: all but ``CPE_LEARNED=off``."""
+    return os.environ.get(_VARIABLE, "").strip().lower() not in _OFF
+
+
+def module_of(parameter: str) -> str:
+    """The module that a parameter is of, by its name."""
+    return parameter.rpartition(".")[0]
+
+
+class _Ready(NamedTuple):
+    """A tensor that needs no loader; ``device`` is None for one of which nothing is wanted."""
+
+    spec: TensorSpec
+    device: torch.device | None
+    place: Placement
+
+
+class _Sent(NamedTuple):
+    """Bytes that the loader was given, and where they should be when it is done."""
+
+    name: str
+    moves: int
+    """How many the tensor had when these were seen."""
+    move: Move | None
+    """None: of a tensor of which nothing was seen to go anywhere."""
+    shape: Shape
+    seen: Seen
+
+
+class LearnedLoading:
+    """Where a loader puts tensors, as it was seen to do.
+
+    In every round, in this order: `begin`; `place` for the tensors of each bucket; `observe` for those that have no
+    place; `finish`. A round that ends otherwise teaches nothing. Belongs to the receiver's thread, but for `forget`.
+
+    A tensor's place is used when nothing but copies of its bytes was seen, no other tensor of its modules is treated
+    in another way, no byte is written by two tensors, and at every place bytes were seen to arrive, of contents that
+    would have shown another order. Everything else stays with the loader, which then is given whole modules. What
+    changes in parameters without having been seen to be written, as by a thread of the loader's own, ends all trust.
+
+    Args:
+        parameters: returns all that the loader writes to, by name; called in every round. They keep their memory from
+            one round to the next, or all is learned anew.
+        module_of: by which parameters belong together, and are loaded in the same way.
+        on: False learns nothing, and has no places.
+    """
+
+    def __init__(self, parameters: Parameters, *, module_of: Callable[[str], str] = module_of, on: bool = True) -> None:
+        self.on = on
+        self.report = Report()
+        self._parameters = parameters
+        self._module_of = module_of
+        self._table = Table(module_of)
+        self._layout: dict[str, Hashable] = {}
+        self._held: Mapping[str, torch.Tensor] = {}
+        self._ready: dict[str, _Ready] = {}
+        self._announced: Sequence[TensorSpec] | None = None
+        self._stale = ""
+        """Why all has to be learned anew."""
+        self._watch: Watch | None = None
+        self._came: dict[str, TensorSpec] = {}
+        """Tensors that were watched in this round."""
+        self._sent: list[_Sent] = []
+        self._quiet = False
+        """Whether nothing but what was seen to be written ever changed, or there is nothing else."""
+        self._around: list[int] | None = None
+        """What else there was when other contents had come last: digests."""
+        self._witness = Witness()
+
+    def forget(self, reason: str) -> None:
+        """Learn anew from the next round on: the loader puts things elsewhere from now on. Callable from any thread."""
+        self._stale = reason
+
+    def expect(self, tensors: Sequence[TensorSpec]) -> None:
+        """A version of these is announced; a round may follow, or one of another version."""
+        self._announced = tensors if self.on else None
+
+    def begin(self) -> None:
+        """A round begins."""
+        if not self.on:
+            return
+        self._watch, self._came, self._sent = None, {}, []
+        self._held = dict(self._parameters())
+        layout = {name: _layout_of(tensor) for name, tensor in self._held.items()}
+        if self._table.entries and layout != self._layout:
+            self._stale = self._stale or "parameters have other memory"
+        if self._table.entries and self._announced is not None and not self._table.fits(self._announced):
+            self._stale = self._stale or "a version has other tensors"
+        if self._stale:
+            self._drop()
+        self._layout = layout
+        if self._ready:
+            increment_version([tensor for tensor in self._held.values() if not tensor.is_inference()])
+
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> list[Placement | None]:
+        """Say where in the memory of ``device`` bytes belong; None: the loader has to be given that tensor."""
+        ready = self._ready
+        if not ready:
+            return [None] * len(tensors)
+        places = list[Placement | None]()
+        for spec in tensors:
+            known = ready.get(spec.name)
+            if known is not None and known.spec != spec:
+                self._stale, ready = f"{spec.name} has another dtype or shape", {}
+                known = None
+            here = known is not None and (known.device is None or known.device == device)
+            places.append(known.place if known is not None and here else None)
+        return places
+
+    def observe(self, tensors: Sequence[tuple[str, torch.Tensor]], load: Callable[[], object]) -> None:
+        """Have ``load`` load tensors, and learn from it.
+
+        Args:
+            tensors: whole, and contiguous.
+            load: is given them, or slices of them, and has read them when it returns; on a GPU when torch's current
+                stream has come this far.
+        """
+        if not self.on or self._stale:
+            load()
+            return
+        new = [(name, spec_of(name, tensor)) for name, tensor in tensors if name not in self._table.entries]
+        if new:
+            self._watch = self._watch or Watch(self._held)
+            self._came.update(new)
+            self._watch.run(tensors, load)
+        else:
+            load()
+        self._note(tensors)
+
+    def finish(self, work: Callable[[], object] | None = None) -> None:
+        """All tensors came, and every device is at rest: have ``work`` do what is left to do, and see what arrived.
+
+        Args:
+            work: what the engine does when it has been given everything, if it does anything.
+        """
+        if work is not None and self._watch is not None:
+            self._watch.run([], work)
+        elif work is not None:
+            work()
+        if not self.on or self._stale:
+            return
+        if self._watch is not None:
+            self._enter(self._watch)
+        if self._sent or self._watch is not None:
+            self._judge()
+            self._use()
+        self._watch, self._came, self._sent = None, {}, []
+
+    # --- what was seen ------------------------------------------------------------------------------------------------
+
+    def _note(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Look at bytes while they are here, as far as something is still to be learned of them."""
+        for name, tensor in tensors:
+            entry = self._table.entries.get(name)
+            if entry is not None and (entry.reason or (entry.proven and self._quiet)):
+                continue
+            if entry is None and (self._watch is None or name in self._watch.trouble or not tensor.numel()):
+                continue
+            moves = entry.moves if entry is not None else self._watch.moves.get(name, []) if self._watch else []
+            memory = tensor.reshape(-1).view(torch.uint8)
+            row = tensor.shape[-1] if tensor.dim() > 1 else 0
+            whole = Rectangle(0, 0, tensor.nbytes)
+            ends: list[Move | None] = [*moves] or [None]
+            for move in ends:
+                rectangle = whole if move is None else move.rectangle
+                shape = shape_of(rectangle, tensor.itemsize, row)
+                pitch = rectangle.source_pitch if rectangle.rows > 1 else 0
+                seen = self._witness.see(memory, rectangle.source, pitch, shape, telling=True)
+                self._sent.append(_Sent(name, len(moves), move, shape, seen))
+
+    def _enter(self, watch: Watch) -> None:
+        """Make a table of what was watched."""
+        if watch.in_use:
+            gc.collect()  # what is still there then is kept by somebody
+        watch.end()
+        spoilt = dict(watch.spoilt)
+        after = self._parameters()
+        for name, layout in self._layout.items():
+            if name not in after or _layout_of(after[name]) != layout:
+                spoilt[name] = "replaced"
+        for name, spec in self._came.items():
+            moves, reason = watch.moves.get(name, []), watch.trouble.get(name, "")
+            if not moves and not reason and name in watch.looked_at:
+                reason = "not in a parameter"
+            if not reason and len({self._held[move.parameter].device for move in moves}) > 1:
+                reason = "on several devices"
+            self._table.entries[name] = Entry(spec, moves, reason, frozenset(watch.reached.get(name, ())))
+            self._table.entries[name].proven = not spec.nbytes
+        self._table.spoilt.update(spoilt)
+        self._table.together += watch.together
+        self._table.close(watch.parameters.all, watch.unseen)
+
+    def _judge(self) -> None:
+        """Compare what was sent with what is there now."""
+        evidence, small = Evidence(), set[str]()
+        for sent in self._sent:
+            entry = self._table.entries[sent.name]
+            if entry.reason or len(entry.moves) != sent.moves:
+                continue  # more of it was copied later: in the next round all of its places are known
+            arrived = sent.seen
+            if sent.move is not None:
+                rectangle = sent.move.rectangle
+                pitch = rectangle.destination_pitch if rectangle.rows > 1 else 0
+                memory = _bytes_of(self._held[sent.move.parameter])
+                arrived = self._witness.see(memory, rectangle.destination, pitch, sent.shape, telling=False)
+            evidence.add(sent.name, sent.seen, arrived)
+            if few(sent.shape):
+                small.add(sent.name)
+        verdicts = evidence.settled()
+        changed = {
+            name for name, verdict in verdicts.items() if self._table.entries[name].digest not in {None, verdict.digest}
+        }
+        self._look_around(other_contents=bool(changed))
+        for name, verdict in verdicts.items():
+            entry = self._table.entries[name]
+            entry.digest = verdict.digest
+            if not verdict.equal:
+                entry.reason = OTHER_BYTES
+            elif not entry.moves:
+                all_seen = not self._table.around and not self._table.spoilt
+                entry.proven |= all_seen or (self._quiet and name in changed and not self._table.spoilt)
+            elif verdict.tells and (name not in small or name in changed):
+                entry.proven = True
+
+    def _look_around(self, *, other_contents: bool) -> None:
+        """See whether anything changed that was not seen to be written; from one round to another one's contents."""
+        runs = self._table.around
+        looks = [look_at(self._witness, _bytes_of(self._held[run.parameter]), *run[1:]) for run in runs]
+        now = [int(digest) for digests in looks for digest in digests]
+        before, self._around = self._around, now
+        if not runs:
+            self._quiet = True
+        elif before is not None and before != now:
+            for entry in self._table.entries.values():
+                entry.reason = entry.reason or "written unseen"
+        elif before is not None and other_contents:
+            self._quiet = True
+
+    def _use(self) -> None:
+        """Work out the places of what may be used."""
+        used, report = self._table.usable(quiet=self._quiet)
+        addresses = {name: tensor.data_ptr() for name, tensor in self._held.items()}
+        self._ready = {}
+        for entry in used:
+            rectangles = tuple(rectangle.moved(addresses[parameter], 0) for parameter, rectangle in entry.moves)
+            device = self._held[entry.moves[0].parameter].device if entry.moves else None
+            self._ready[entry.spec.name] = _Ready(entry.spec, device, _placement(rectangles))
+        if report != self.report:
+            log.info("the loader's ways with %d tensors: %s", len(self._table.entries), report)
+        self.report = report
+
+    def _drop(self) -> None:
+        if self._table.entries:
+            log.info("what was learned of the loader is forgotten: %s", self._stale)
+        self._table, self._ready, self.report, self._stale = Table(self._module_of), {}, Report(), ""
+        self._quiet, self._around = False, None
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """A tensor's name, dtype and shape."""
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _placement(rectangles: tuple[Rectangle, ...]) -> Placement:
+    if not rectangles:
+        return Place(0, 0)
+    if len(rectangles) == 1 and rectangles[0].rows == 1:
+        destination, source, nbytes, *_ = rectangles[0]
+        return Place(destination, nbytes, source)
+    return rectangles
+
+
+def _layout_of(tensor: torch.Tensor) -> Hashable:
+    """What has to stay for a place in it to stay good."""
+    address = 0 if tensor.is_meta or tensor.layout is not torch.strided else tensor.data_ptr()
+    strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    return tensor.device, address, tensor.dtype, tuple(tensor.shape), strides
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a parameter, from its first element on; uint8."""
+    offset = tensor.storage_offset() * tensor.itemsize
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return memory.set_(tensor.untyped_storage(), offset, (extent(tensor),), (1,))

@@ -1,0 +1,324 @@
+"""Watches a loader at work: which bytes of the tensors that it is given it copies where, and what else it does.
+
+Every operation on tensors passes by here, seen from below (`TorchDispatchMode`), where slices, views and copies of any
+spelling have become memory and strides. What only reads bytes out of torch's sight is seen from above.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpe_daemon.core.rectangles import Rectangle, strided
+from cpe_daemon.errors import MisuseError
+from inference_plugins.learned.provenance import Piece, Scratch, Span, Spans, extent, span_of
+
+log: Final = logging.getLogger(__name__)
+
+_aten: Final = torch.ops.aten
+_CLONES: Final = (_aten.clone.default, _aten._to_copy.default)
+_BLIND: Final = frozenset(
+    {
+        *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
+        *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
+        *("is_pinned", "is_same_size", "record_stream", "_has_compatible_shallow_copy_type"),
+        *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
+    }
+)
+"""Operations that look at no values."""
+_ESCAPES: Final = frozenset(
+    {"numpy", "data_ptr", "untyped_storage", "storage", "tolist", "__array__", "__dlpack__", "share_memory_"}
+)
+"""Methods that let others have the bytes."""
+
+Owner = Span | Scratch
+"""Whose a tensor's memory is: a parameter's, a tensor's that was given, or what the loader made of it."""
+
+
+class Move(NamedTuple):
+    """Bytes of a tensor and where they belong: ``rectangle``'s destination counts from the parameter's beginning."""
+
+    parameter: str
+    rectangle: Rectangle
+
+
+class Watch:
+    """What was seen in one round. Belongs to the receiver's thread.
+
+    Args:
+        parameters: what the loader may write to.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.moves: dict[str, list[Move]] = {}
+        """By tensor: where its bytes were copied to."""
+        self.trouble: dict[str, str] = {}
+        """By tensor: what else than copies became of it."""
+        self.spoilt: dict[str, str] = {}
+        """By parameter: what else than copies was done to it."""
+        self.reached: dict[str, set[str]] = {}
+        """By tensor: the parameters that it had a part in."""
+        self.looked_at = set[str]()
+        """Tensors that were read at all."""
+        self.unseen = set[str]()
+        """Parameters that bytes were copied to of which it was not seen how they came about."""
+        self.together: list[set[str]] = []
+        """Tensors that were copied only when others came, with these."""
+        self.parameters = Spans(span_of(name, tensor) for name, tensor in parameters.items())
+        self._given = Spans([])
+        self._given_names = set[str]()
+        self._escaped = set[str]()
+        """Tensors of those that are given whose bytes somebody has."""
+        self._scratch: dict[int, Scratch] = {}
+
+    def run(self, tensors: Sequence[tuple[str, torch.Tensor]], load: Callable[[], object]) -> None:
+        """Have ``load`` do with tensors what it does, and look on.
+
+        Args:
+            tensors: contiguous; their memory is theirs until this returns.
+            load: is given them, or slices of them.
+        """
+        self._given = Spans(span_of(name, tensor) for name, tensor in tensors)
+        self._given_names = {name for name, _ in tensors}
+        self._escaped.clear()
+        try:
+            with _Above(self), _Below(self):
+                load()
+        finally:
+            self._given = Spans([])
+            self._scratch = {at: scratch for at, scratch in self._scratch.items() if not scratch.freed}
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is memory that loading made."""
+        return any(scratch.names and not scratch.freed for scratch in self._scratch.values())
+
+    def end(self) -> None:
+        """No more comes: what is still in memory that is no parameter's is kept there for something."""
+        for scratch in self._scratch.values():
+            if not scratch.freed:
+                self._trouble(scratch.names, "kept in other memory")
+
+    # --- what was done ------------------------------------------------------------------------------------------------
+
+    def escaped(self, tensor: torch.Tensor, method: str) -> None:
+        """Somebody has the bytes."""
+        owner = self._owner(tensor)
+        if owner is not None:
+            self._read(owner, method)
+            self._escaped.update(self._names(owner))
+
+    def puzzled(self, operation: Any, error: Exception) -> None:
+        """An operation was not understood: nothing is said of the tensors that are being loaded."""
+        log.warning("could not follow %s: %s: %s", operation, type(error).__name__, error)
+        self._trouble([span.name for span in self._given.all], "not understood")
+
+    def done(self, operation: Any, inputs: Sequence[Any], named: Mapping[str, Any], outcome: Any) -> None:
+        """An operation was done."""
+        if operation is _aten.copy_.default:
+            self._copied(inputs[0], inputs[1])
+        elif operation is _aten._foreach_copy_.default:
+            for destination, source in zip(inputs[0], inputs[1], strict=True):
+                self._copied(destination, source)
+        elif operation in _CLONES:
+            self._copied(outcome, inputs[0])
+        elif operation._schema.name.rpartition("::")[2] not in _BLIND:
+            self._used(operation, inputs, named, outcome)
+
+    def _copied(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        read, written = self._owner(source), self._owner(destination)
+        if (read is None and written is None) or not destination.numel():
+            return
+        if read is not None:
+            self.looked_at.update(self._names(read))
+        if written is None:
+            written = self._made(destination)
+        try:
+            pieces = self._pieces(destination, written, source, read)
+        except MisuseError as error:
+            self._spoil(written, error.message, self._escaped if read is None else self._names(read))
+            return
+        if isinstance(written, Scratch):
+            written.add(pieces)
+        elif self._is_given(written):
+            self._spoil(written, "overwritten", ())
+        else:
+            if late := {piece.tensor for piece in pieces} - self._given_names:
+                self.together.append(late | self._given_names)
+            for tensor, rectangle in pieces:
+                self.moves.setdefault(tensor, []).append(Move(written.name, rectangle))
+                self.reached.setdefault(tensor, set()).add(written.name)
+
+    def _pieces(
+        self, destination: torch.Tensor, written: Owner, source: torch.Tensor, read: Owner | None
+    ) -> list[Piece]:
+        """What a copy brings where.
+
+        Raises:
+            MisuseError: it is no plain copy, or not of tensors' bytes; says why.
+        """
+        if read is None:
+            if isinstance(written, Span) and not self._escaped:
+                self.unseen.add(written.name)
+            raise MisuseError("filled from other memory")
+        if isinstance(read, Scratch) and read.spoilt:
+            raise MisuseError(read.spoilt)
+        if destination.dtype != source.dtype:
+            raise MisuseError(f"converted to {str(destination.dtype).removeprefix('torch.')}")
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in (destination, source)):
+            raise MisuseError("conjugated")
+        spread, size = source.expand(destination.shape), source.itemsize
+        rectangles = strided(
+            destination.shape,
+            size,
+            destination.data_ptr() - written.begin,
+            [stride * size for stride in destination.stride()],
+            source.data_ptr() - read.begin,
+            [stride * size for stride in spread.stride()],
+        )
+        if isinstance(read, Scratch):
+            return [piece for rectangle in rectangles for piece in read.read(rectangle)]
+        if not self._is_given(read):
+            raise MisuseError("copied from a parameter")
+        return [Piece(read.name, rectangle) for rectangle in rectangles]
+
+    def _used(self, operation: Any, inputs: Sequence[Any], named: Mapping[str, Any], outcome: Any) -> None:
+        """Something else than a copy: whatever it reads is no plain copy any more, nor is what it writes."""
+        name = operation._schema.name.rpartition("::")[2]
+        written = list(_written(operation, inputs, named))
+        given = list(_tensors([inputs, named]))
+        made = [tensor for tensor in _tensors([outcome]) if not _shares(tensor, given)]
+        if not written and not made and _has_tensors(outcome):
+            return  # a view
+        made = [tensor for tensor in made if tensor.layout is torch.strided and not tensor.is_meta]
+        names = set[str]()
+        for tensor in given:
+            owner = self._owner(tensor)
+            if owner is not None:
+                names.update(self._names(owner))
+                self._read(owner, name)
+        for tensor in [*written, *made]:
+            owner = self._owner(tensor)
+            self._spoil(owner or self._made(tensor), name, names)
+
+    def _read(self, owner: Owner | None, reason: str) -> None:
+        """Somebody made something else of bytes than a copy."""
+        if owner is None:
+            return
+        self.looked_at.update(self._names(owner))
+        if isinstance(owner, Span) and not self._is_given(owner):
+            self.spoilt.setdefault(owner.name, reason)
+        else:
+            self._trouble(self._names(owner), reason)
+
+    def _spoil(self, owner: Owner, reason: str, names: Iterable[str]) -> None:
+        """Bytes were written that are not known to be tensors'."""
+        names = list(names)
+        self._trouble(names, reason)
+        if isinstance(owner, Scratch):
+            owner.spoil(reason, names)
+        elif self._is_given(owner):
+            self._trouble([owner.name], reason)
+        else:
+            self.spoilt.setdefault(owner.name, reason)
+            for name in names:
+                self.reached.setdefault(name, set()).add(owner.name)
+
+    def _trouble(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self.trouble.setdefault(name, reason)
+
+    # --- whose memory -------------------------------------------------------------------------------------------------
+
+    def _owner(self, tensor: torch.Tensor) -> Owner | None:
+        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+            return None
+        begin = tensor.data_ptr()
+        if not begin:
+            return None
+        scratch = self._scratch.get(tensor.untyped_storage().data_ptr())
+        if scratch is not None and not scratch.freed:
+            return scratch
+        end = begin + extent(tensor)
+        return self._given.find(begin, end) or self.parameters.find(begin, end)
+
+    def _made(self, tensor: torch.Tensor) -> Scratch:
+        scratch = Scratch(tensor)
+        self._scratch[scratch.begin] = scratch
+        return scratch
+
+    def _is_given(self, span: Span) -> bool:
+        return self._given.find(span.begin, span.end) is span
+
+    def _names(self, owner: Owner) -> Iterable[str]:
+        """Tensors whose bytes are there."""
+        if isinstance(owner, Scratch):
+            return owner.names
+        return [owner.name] if self._is_given(owner) else []
+
+
+class _Below(TorchDispatchMode):
+    """Sees what operations come to."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outcome = func(*args, **(kwargs or {}))
+        try:
+            self._watch.done(func, args, kwargs or {}, outcome)
+        except Exception as error:  # task boundary: a load does not fail for being watched
+            self._watch.puzzled(func, error)
+        return outcome
+
+
+class _Above(TorchFunctionMode):
+    """Sees the methods by which bytes leave torch."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ESCAPES and args and isinstance(args[0], torch.Tensor):
+            self._watch.escaped(args[0], func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _has_tensors(value: Any) -> bool:
+    return next(_tensors([value]), None) is not None
+
+
+def _written(operation: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The arguments that an operation writes to."""
+    for at, argument in enumerate(operation._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = inputs[at] if at < len(inputs) else named.get(argument.name)
+            yield from _tensors([value])
+
+
+def _shares(tensor: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
+    """Whether a tensor has the memory of one of others."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    storage = tensor.untyped_storage().data_ptr()
+    return any(
+        other.layout is torch.strided and not other.is_meta and other.untyped_storage().data_ptr() == storage
+        for other in others
+    )
