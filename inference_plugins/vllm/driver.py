@@ -47,18 +47,24 @@ class VllmDriver:
         self._update: asyncio.Task[None] | None = None
         self._version: VersionId | None = None
         """What it is told that it holds, once it does."""
+        self._fresh = False
+        """Whether nothing is left of what other weights made."""
         self._prefix: str | None = None
 
     async def check(self, round: int, seconds: float) -> None:
         """See that the server can be paused, and have the workers say whether a version fits."""
         if not self._workers.starting:
+            choice(PAUSE_MODE, _MODES)
+            choice(CACHE, _CACHES)
             await self._api.within("/is_paused", seconds, self._look())
         await self._workers.check(round, seconds)
 
     async def pause(self, round: int, seconds: float) -> None:
-        """Have the server run no more forward passes."""
+        """Have the server run no more forward passes. What can be said before that is: a pause is to be short."""
+        self._fresh = False
         if not self._workers.starting:
             mode = choice(PAUSE_MODE, _MODES)
+            await self._post("/start_weight_update", seconds)
             await self._post("/pause", seconds, params={"mode": mode, "clear_cache": "false"})
         await self._workers.pause(round, seconds)
 
@@ -66,19 +72,24 @@ class VllmDriver:
         """Bring the workers' threads into the update, and have them make ready."""
         self._version = update.version
         if not self._workers.starting:
-            await self._post("/start_weight_update", seconds)
             self._update = asyncio.create_task(self._stay())
         await self._workers.begin(update, seconds)
 
     async def finish(self, round: int, seconds: float) -> None:
         """Have the workers complete the update; the server's call returns then."""
         await self._workers.finish(round, seconds)
-        await self._leave(seconds, {"weight_version": str(self._version)})
+        if await self._left(seconds):
+            ended = self._end(seconds, {"weight_version": str(self._version)})
+            for failure in await asyncio.gather(ended, self._drop(seconds), return_exceptions=True):
+                if failure is not None:
+                    raise failure
+            self._fresh = True
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
         """Have the workers undo what they can; the server stays paused."""
         touched = await self._workers.abort(round, reason, seconds)
-        await self._leave(seconds, {})
+        if await self._left(seconds):
+            await self._end(seconds, {})
         return touched
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
@@ -86,10 +97,8 @@ class VllmDriver:
         starting = self._workers.starting
         await self._workers.resume(round, content, seconds)
         if not starting:
-            cache = choice(CACHE, _CACHES)
-            if cache != "keep":
-                recompute = str(cache == "recompute").lower()
-                await self._post("/reset_prefix_cache", seconds, params={"reset_running_requests": recompute})
+            if not self._fresh:  # the server may have been paused by a daemon before this one
+                await self._drop(seconds)
             await self._post("/resume", seconds)
 
     async def wake(self, seconds: float) -> None:
@@ -101,21 +110,32 @@ class VllmDriver:
     async def _stay(self) -> None:
         await self._post("/update_weights", None, body={"update_info": {}})
 
-    async def _leave(self, seconds: float, news: Mapping[str, str]) -> None:
-        """Await the end of the call, and tell the server that the session is over, and what it holds now.
+    async def _left(self, seconds: float) -> bool:
+        """Await the end of the call; False if none was made.
 
         Raises:
             CpeError: the call failed, or did not return in time.
         """
         update, self._update = self._update, None
         if update is None:
-            return
+            return False
         try:
             async with asyncio.timeout(seconds):
                 await update
         except TimeoutError:
             raise DeadlineError(f"engine {self.engine!r}: update_weights did not return within {seconds:g} s") from None
+        return True
+
+    async def _end(self, seconds: float, news: Mapping[str, str]) -> None:
+        """Tell the server that the session is over, and what it holds now."""
         await self._post("/finish_weight_update", seconds, body=news)
+
+    async def _drop(self, seconds: float) -> None:
+        """Have the server forget what other weights made, as far as it is to."""
+        cache = choice(CACHE, _CACHES)
+        if cache != "keep":
+            recompute = str(cache == "recompute").lower()
+            await self._post("/reset_prefix_cache", seconds, params={"reset_running_requests": recompute})
 
     # --- HTTP --------------------------------------------------------------------------------------------------------
 

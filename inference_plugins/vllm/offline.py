@@ -52,6 +52,8 @@ class OfflineEngine:
         self._engine = llm.llm_engine
         self._seconds = seconds
         self._paused = False
+        self._due = ""
+        """How a session is to begin, once it is paused: nobody but the user may call the engine before."""
         self._calls = ServingLock(seconds)
         self._steps = ServingLock(seconds)
         self._open()
@@ -92,12 +94,18 @@ class OfflineEngine:
         await self._clerk(self._resume)
 
     async def start_weight_update(self) -> None:
-        """Begin a session."""
-        await self._everywhere("start_weight_update")
+        """Begin a session; before a pause, in it."""
+        await self._begin("start_weight_update")
 
     async def start_draft_weight_update(self) -> None:
         """Begin a session for the draft model."""
-        await self._everywhere("start_draft_weight_update")
+        await self._begin("start_draft_weight_update")
+
+    async def _begin(self, method: str) -> None:
+        if self._paused:
+            await self._everywhere(method)
+        else:
+            self._due = method
 
     async def update_weights(self, request: Any) -> None:
         """Stay in the update until it has ended."""
@@ -137,6 +145,9 @@ class OfflineEngine:
                 raise
         self._paused = True
         self._own["sleep"](level=0, mode="keep")  # nothing but the scheduler's
+        if self._due:
+            method, self._due = self._due, ""
+            self._own["collective_rpc"](method)
         if clear_cache:
             self._own["reset_prefix_cache"]()
 

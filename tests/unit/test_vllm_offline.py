@@ -148,6 +148,14 @@ def test_update_in_its_order_by_one_thread(engine: OfflineEngine, llm: FakeLLM) 
     assert llm.generate() == ["output", "output"]
 
 
+def test_session_that_is_begun_before_the_pause_begins_in_it(engine: OfflineEngine, llm: FakeLLM) -> None:
+    """Before that the engine is its user's."""
+    run(engine.start_weight_update())
+    assert llm.llm_engine.calls == []
+    run(pause(engine), pause(engine))
+    assert llm.llm_engine.calls == ["sleep 0 keep", ("start_weight_update", None), "sleep 0 keep"]
+
+
 def test_calls_wait_while_it_is_paused(engine: OfflineEngine, llm: FakeLLM) -> None:
     assert run(engine.is_paused(), pause(engine), engine.is_paused()) == [False, None, True]
     call = in_thread(llm.generate)
@@ -237,9 +245,9 @@ def test_pause_and_resume_may_come_twice(engine: OfflineEngine, llm: FakeLLM) ->
 def test_what_vllm_raises_is_told(engine: OfflineEngine, llm: FakeLLM) -> None:
     llm.llm_engine.error = RuntimeError("engine dead")
     with pytest.raises(EngineError, match="RuntimeError: engine dead"):
-        run(engine.start_weight_update())
+        run(engine.finish_weight_update())
     llm.llm_engine.error = None
-    run(engine.start_weight_update())
+    run(engine.finish_weight_update())
 
 
 def test_closed_it_leaves_the_llm_as_it_was(llm: FakeLLM) -> None:
