@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from cpe_daemon.errors import EngineError
 from inference_plugins.gated import Reloading
+from inference_plugins.vllm import compat
 from inference_plugins.vllm.compat import draft_of, pack_experts_again
 from inference_plugins.vllm.parts import Draft, Target
 from inference_plugins.vllm.reload import Reload
@@ -287,12 +289,66 @@ def test_model_without_experts_is_left_alone() -> None:
     pack_experts_again(Plain(body=Module(1)))
 
 
+def test_draft_that_misses_layers_in_a_call_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 0.26: each call has one bucket only."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    any_order = compat._any_order()
+    with any_order():
+        fail("MTP speculative decoding layer 61 weights missing from checkpoint. The checkpoint may")
+    with pytest.raises(ValueError, match="no such tensor"), any_order():
+        fail("no such tensor")
+
+
+def fail(why: str) -> None:
+    raise ValueError(why)
+
+
 def worker(find: Any, config: object) -> Any:
     runner = SimpleNamespace() if find is None else SimpleNamespace(get_draft_model=find)
     return SimpleNamespace(
         model_runner=runner,
         vllm_config=SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=config)),
     )
+
+
+class Worker:
+    """As vLLM's: makes its transfer engine when its model is loaded."""
+
+    def __init__(self, draft: nn.Module | None) -> None:
+        found = worker(lambda: draft, "config")
+        self.model_runner, self.vllm_config = found.model_runner, found.vllm_config
+
+    def load_model(self) -> object:
+        return Factory().create_engine()
+
+
+class Factory:
+    def create_engine(self) -> object:
+        return compat.draft_model()
+
+
+def test_draft_is_found_while_the_engine_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "vllm.v1.worker.gpu_worker"
+    for name in ("vllm", "vllm.v1", "vllm.v1.worker", path):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[path])["Worker"] = Worker
+    model = Module(1)
+    assert Worker(model).load_model() == (model, "config")
+    assert Worker(None).load_model() is None
+    assert Factory().create_engine() is None, "nobody's worker"
+
+
+def test_mla_on_a_cpu_with_amx_is_given_room_again() -> None:
+    made: Any = nn.Module()
+    made.kv_b_proj, made.is_amx_bmm_enabled = Module(HIDDEN), True
+    source = made.kv_b_proj
+    info = SimpleNamespace(restore_metadata=({"weight": source.weight.detach().to("meta")}, {}))
+    assert compat._refill(made, lambda module: info) == []
+    empty = source.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    assert compat._refill(made, lambda module: info) == [(source, "weight", empty)]
+    assert source.weight.shape == (HIDDEN, HIDDEN)
+    made.is_amx_bmm_enabled, source.weight = False, empty
+    assert compat._refill(made, lambda module: info) == []
 
 
 def test_draft_of_a_worker() -> None:
