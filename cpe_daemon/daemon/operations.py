@@ -43,7 +43,7 @@ R = TypeVar("R", PushRequest, RollbackRequest, TrainerRollback, EvictRequest, En
 _PUSHES: Final = (PushRequest, RollbackRequest, TrainerRollback)
 
 MAX_REQUESTS: Final = 8
-"""At a time."""
+"""At a time: of operators, and as many of trainers, who take none of theirs."""
 
 _MAX_NAMES: Final = 1024
 
@@ -157,11 +157,11 @@ class Operations:
         Raises:
             BusyError: too many are being carried out.
         """
-        if len(self._running) >= MAX_REQUESTS:
-            raise BusyError(
-                f"{MAX_REQUESTS} requests of operators are being carried out or wait for their turn already"
-            )
         client, kind = self._client(peer), type(request)
+        of_trainer = kind is TrainerRollback
+        if sum((other is TrainerRollback) is of_trainer for _, other in self._running.values()) >= MAX_REQUESTS:
+            whose = "trainers" if of_trainer else "operators"
+            raise BusyError(f"{MAX_REQUESTS} requests of {whose} are being carried out or wait for their turn already")
         said = log.bind(client=client, request=kind.__name__)
         stream = getattr(request, "stream", 0)
         task = self._tasks.create_task(self._carry_out(peer, stream, said, work(request, client)))

@@ -177,6 +177,23 @@ async def test_requests_are_bounded_and_taken_again_when_some_are_done(desk: Des
     assert isinstance(await desk.ask(add()), Done)
 
 
+async def test_trainers_take_no_operator_s_place_nor_operators_theirs(desk: Desk) -> None:
+    worker = desk.node.worker("a")
+    desk.node.stage(ONE)
+    worker.hang("finish")
+    desk.say(PushRequest("m"), b"first")
+    await desk.node.until(lambda: "finish" in worker.steps)
+    for index in range(MAX_REQUESTS):
+        desk.say(TrainerRollback(-1 - index), b"trainer of m")
+    with pytest.raises(BusyError, match="8 requests of trainers are being carried out"):
+        desk.say(TrainerRollback(-99), b"trainer of m")
+    assert isinstance(await desk.ask(add()), Done)
+    for index in range(1, MAX_REQUESTS):
+        desk.say(PushRequest("m"), b"%d" % index)
+    with pytest.raises(BusyError, match="8 requests of operators are being carried out"):
+        desk.say(add())
+
+
 async def test_push_that_waits_goes_with_the_operator_s_right_to_it(desk: Desk) -> None:
     worker = desk.node.worker("a")
     desk.node.stage(ONE)
