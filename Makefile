@@ -35,7 +35,7 @@ test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on the CPU (3.5 GB in .venv-vllm)
-	@timeout --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
+	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP) ## run the tests against real SGLang servers on the CPU (4 GB in .venv-sglang)
 	@$(BIN)/python -m pytest tests/sglang $(ARGS)
