@@ -1,7 +1,11 @@
-"""Fixtures: one daemon and a few servers for all tests, because a server takes a minute to start."""
+"""Fixtures: one daemon and a few servers for all tests, because a server takes a minute to start.
+
+Most of that minute a start is imports, one after the other, so servers are started together, each on a core.
+"""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, mixture, tied
-from tests.vllm.servers import PYTHON, Daemon, Faults, Server, Trainer
+from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied
+from tests.vllm.servers import PYTHON, Daemon, Faults, Server, Trainer, started
 
 HERE = Path(__file__).parent
 SECONDS = 600.0
@@ -22,8 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.timeout(SECONDS))
-            if not PYTHON.exists():
-                item.add_marker(pytest.mark.skip(reason="needs .venv-vllm: `make test-vllm` makes it"))
+            if (lacks := lacking()) is not None:
+                item.add_marker(pytest.mark.skip(reason=lacks))
+
+
+def lacking() -> str | None:
+    """What this host lacks for a vLLM on its CPU; None if nothing."""
+    if not PYTHON.exists():
+        return "needs .venv-vllm: `make test-vllm` makes it"
+    flags = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else ["avx2"]
+    return None if "avx2" in flags else "this CPU has no AVX2, which vLLM's builds for CPUs need"
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +82,6 @@ def tied_family(place: Path) -> list[Checkpoint]:
 
 
 @pytest.fixture(scope="session")
-def experts(place: Path) -> Checkpoint:
-    """A mixture of experts."""
-    return Checkpoints(place / "mixture", mixture()).make(served=False)
-
-
-@pytest.fixture(scope="session")
 def trainer(daemon: Daemon, family: list[Checkpoint]) -> Iterator[Trainer]:
     """Of the model ``policy``. Its first version is live before servers start."""
     started = Trainer(daemon, "policy")
@@ -85,26 +91,31 @@ def trainer(daemon: Daemon, family: list[Checkpoint]) -> Iterator[Trainer]:
 
 
 @pytest.fixture(scope="session")
-def one(
-    daemon: Daemon, trainer: Trainer, family: list[Checkpoint], all_faults: Faults, place: Path
-) -> Iterator[Server]:
-    """A server of one worker, with our own routes and none for developers."""
-    server = Server("one", daemon, family[0], all_faults, place, own_routes=True)
-    try:
-        server.start()
-        yield server.ready()
-    finally:
-        server.kill()
+def servers(
+    request: pytest.FixtureRequest,
+    daemon: Daemon,
+    trainer: Trainer,
+    family: list[Checkpoint],
+    all_faults: Faults,
+    place: Path,
+) -> Iterator[dict[str, Server]]:
+    """Those that the chosen tests use, starting."""
+    made = [
+        Server("one", daemon, family[0], all_faults, place, own_routes=True, key=daemon.key),
+        Server("two", daemon, family[0], all_faults, place, ranks=2),
+    ]
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with started(*(server for server in made if server.engine in used)) as starting:
+        yield {server.engine: server for server in starting}
 
 
 @pytest.fixture(scope="session")
-def two(
-    daemon: Daemon, trainer: Trainer, family: list[Checkpoint], all_faults: Faults, place: Path
-) -> Iterator[Server]:
+def one(servers: dict[str, Server]) -> Server:
+    """A server of one worker, with a key, and with our own routes and none for developers."""
+    return servers["one"].ready()
+
+
+@pytest.fixture(scope="session")
+def two(servers: dict[str, Server]) -> Server:
     """A server of two workers, with vLLM's routes for developers."""
-    server = Server("two", daemon, family[0], all_faults, place, ranks=2)
-    try:
-        server.start()
-        yield server.ready()
-    finally:
-        server.kill()
+    return servers["two"].ready()

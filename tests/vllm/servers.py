@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
@@ -34,10 +35,11 @@ START_SECONDS: Final = 400.0
 """A server is there after 50 s on two idle cores, with two workers after 80 s."""
 LIVE_SECONDS: Final = 60.0
 _PLUGIN: Final = "cpe_faults"
+_ILLEGAL: Final = re.compile("SIGILL|[Ii]llegal instruction|exit code:? -4")
 
 
 class Daemon:
-    """A daemon as a user starts it.
+    """A daemon as a user starts it. It shows servers its key.
 
     Args:
         runtime_dir: its sockets; short.
@@ -51,6 +53,7 @@ class Daemon:
         self.log = state_dir / "daemon.log"
         settings = {"state_dir": state_dir, "http.listen": "", "device.gpus": 2}
         settings |= {"arena.size_bytes": "64MiB", "device.slot_bytes": "64KiB"}
+        self.key = "a secret of the tests"
         self._command = [sys.executable, "-m", "cpe_daemon", "serve", "--runtime-dir", str(runtime_dir)]
         for name, value in settings.items():
             self._command += ["--set", f"{name}={value}"]
@@ -58,8 +61,9 @@ class Daemon:
 
     def start(self) -> None:
         """Start it."""
+        environment = {**os.environ, "CPE_VLLM_API_KEY": self.key}
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=ROOT, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """End it at once."""
@@ -157,6 +161,7 @@ class Server:
         replicas: data parallel.
         model: whose versions it takes.
         own_routes: by our endpoint plugin, without vLLM's routes for developers.
+        key: that it asks for; "" asks for none.
         environment: more of it.
     """
 
@@ -172,9 +177,11 @@ class Server:
         replicas: int = 1,
         model: str = "policy",
         own_routes: bool = False,
+        key: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
+        self._key = key
         self.log = logs / f"{engine}.log"
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -200,6 +207,8 @@ class Server:
         self._command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
         for option, value in options.items():
             self._command += [option, str(value)]
+        if key:
+            self._command += ["--api-key", key]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -220,6 +229,8 @@ class Server:
         pause = threading.Event()
         while not self._healthy():
             if self.ended:
+                if _ILLEGAL.search(self.tail()):
+                    pytest.skip(f"{self.engine} ended: this CPU lacks instructions that vLLM uses")
                 pytest.fail(f"{self.engine} ended: {self.tail()}")
             if time.monotonic() > deadline:
                 pytest.fail(f"{self.engine} was not there in {START_SECONDS:g} s: {self.tail()}")
@@ -265,9 +276,10 @@ class Server:
         seconds: float = LIVE_SECONDS,
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> bytes:
-        """Call its API: POST with a body, else GET."""
+        """Call its API, with its key: POST with a body, else GET."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **headers})
+        key = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **key, **headers})
         with urllib.request.urlopen(request, timeout=seconds) as reply:
             content: bytes = reply.read()
             return content
@@ -278,6 +290,18 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
         return True
+
+
+@contextlib.contextmanager
+def started(*servers: Server) -> Iterator[tuple[Server, ...]]:
+    """Start them all at once, which is quicker than one after the other, and end them."""
+    try:
+        for server in servers:
+            server.start()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
 
 
 def variables(engine: str, daemon: Daemon, faults: Faults, model: str = "policy") -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -38,7 +39,10 @@ class Rollouts:
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = str(self._answer(START_SECONDS))
+
+    def ready(self) -> str:
+        """Wait until it has attached; returns its address."""
+        return str(self._answer(START_SECONDS))
 
     def generate(self, tokens: int = TOKENS) -> list[int]:
         assert self._process.stdin is not None
@@ -84,47 +88,50 @@ class Rollouts:
         self._answers.put(None)
 
 
-@pytest.fixture(params=["LLM-here", "LLM-elsewhere", "AsyncLLM"])
-def rollouts(
-    request: pytest.FixtureRequest,
-    daemon: Daemon,
-    trainer: Trainer,
-    family: list[Checkpoint],
-    all_faults: Faults,
-    place: Path,
-) -> Iterator[Rollouts]:
-    """An `LLM` whose engine runs in its own process, or in another one, or an `AsyncLLM`, whose always does."""
-    environment = variables("rollouts", daemon, all_faults)
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(request.param != "LLM-here"))
-    kind = request.param.partition("-")[0]
-    started = Rollouts(kind, family[0].path, place / f"{request.param}.log", environment)
-    yield started
-    started.kill()
+@pytest.fixture
+def processes(
+    daemon: Daemon, trainer: Trainer, family: list[Checkpoint], all_faults: Faults, place: Path
+) -> Iterator[dict[str, Rollouts]]:
+    """An `LLM` whose engine runs in its own process, one whose does not, and an `AsyncLLM`, whose never does."""
+    made = {}
+    for engine, kind, elsewhere in (("here", "LLM", 0), ("elsewhere", "LLM", 1), ("async", "AsyncLLM", 1)):
+        environment = variables(engine, daemon, all_faults)
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(elsewhere)
+        made[engine] = Rollouts(kind, family[0].path, place / f"{engine}.log", environment)
+    yield made
+    for process in made.values():
+        process.kill()
 
 
 def test_rollouts_of_a_process_of_its_own_follow_the_trainer(
-    rollouts: Rollouts, trainer: Trainer, family: list[Checkpoint], faults: Faults
+    processes: dict[str, Rollouts], trainer: Trainer, family: list[Checkpoint], faults: Faults
 ) -> None:
     """Before, between and after updates; a call that is under way waits for one, and ends."""
     assert trainer.live is not None
-    assert rollouts.generate() == trainer.live.tokens
+    sockets = [Path(process.ready().removeprefix("unix://")) for process in processes.values()]
+    for process in processes.values():
+        assert process.generate() == trainer.live.tokens
     for checkpoint in (family[2], family[0], family[1]):
         report = trainer.publish(checkpoint)
-        assert report.engines["rollouts"].outcome == "updated"
-        assert rollouts.generate() == checkpoint.tokens
+        for engine, process in processes.items():
+            assert report.engines[engine].outcome == "updated"
+            assert process.generate() == checkpoint.tokens
 
-    faults.order("rollouts", 0, "load", "hang")
-    call = in_thread(lambda: rollouts.generate(120))
-    handle = trainer.begin(family[2].tensors)
-    faults.reached()
-    assert not wait([call], 0.5).done
-    faults.clear()
-    handle.live(timeout=LIVE_SECONDS)
-    trainer.live = family[2]
-    assert len(call.result(LIVE_SECONDS)) == 120
-    assert rollouts.generate() == family[2].tokens
+    for engine, process in processes.items():
+        new = family[2] if trainer.live is not family[2] else family[0]
+        faults.order(engine, 0, "load", "hang")
+        call = in_thread(functools.partial(process.generate, 120))
+        handle = trainer.begin(new.tensors)
+        faults.reached()
+        assert not wait([call], 0.5).done
+        faults.clear()
+        handle.live(timeout=LIVE_SECONDS)
+        trainer.live = new
+        assert len(call.result(LIVE_SECONDS)) == 120
+        assert process.generate() == new.tokens
 
-    assert Path(rollouts.url.removeprefix("unix://")).exists()
-    assert rollouts.end() == 0
-    assert not Path(rollouts.url.removeprefix("unix://")).exists()
+    assert all(path.exists() for path in sockets)
+    for process in processes.values():
+        assert process.end() == 0, process.log.read_text()[-4000:]
+    assert not any(path.exists() for path in sockets)
     assert not trainer.publish(family[1]).behind

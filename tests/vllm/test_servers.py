@@ -5,12 +5,13 @@ The servers are shared: each test publishes what it needs, and leaves them servi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import urllib.error
 from concurrent.futures import wait
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from cpe_daemon.errors import CpeError
 from tests.integration.processes import until
 from tests.vllm.checkpoints import Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, ROOT, Daemon, Faults, Server, Trainer, in_thread
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Server, Trainer, in_thread
 
 LAYER = "model.layers.0."
 FUSED = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
@@ -79,6 +80,19 @@ def test_request_in_flight_completes_across_an_update(
     trainer.live = new
     assert len(request.result(LIVE_SECONDS)[0]) == 120
     agree(one, new)
+
+
+@pytest.mark.parametrize("shown", [{"authorization": ""}, {"authorization": "Bearer wrong"}])
+@pytest.mark.parametrize("call", [("/cpe/is_paused", None), ("/cpe/pause", {}), ("/cpe/resume", {})])
+def test_our_routes_ask_for_the_server_s_key(one: Server, call: tuple[str, Any], shown: dict[str, str]) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        one.call(*call, headers=shown)
+    assert json.loads(one.call("/cpe/is_paused")) == {"is_paused": False}
+
+
+def test_server_says_which_version_it_holds(two: Server, trainer: Trainer, family: list[Checkpoint]) -> None:
+    report = trainer.publish(other(trainer, family))
+    assert json.loads(two.call("/weight_info")) == {"weight_version": str(report.version)}
 
 
 # --- versions that must not be taken ---------------------------------------------------------------------------------
@@ -197,18 +211,3 @@ def test_worker_is_killed_in_an_update_and_its_server_started_again(
     agree(two, new)
     trainer.publish(other(trainer, family))
     agree(two, trainer.live)
-
-
-# --- the example: last, for its run supersedes the trainer's ---------------------------------------------------------
-
-
-def test_example_trains_what_the_server_serves(
-    one: Server, two: Server, family: list[Checkpoint], daemon: Daemon
-) -> None:
-    example = [sys.executable, "examples/vllm_trainer.py", str(daemon.runtime_dir), str(family[1].path), one.url]
-    before = one.tokens()
-    done = subprocess.run(example, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    given = re.findall(r"^version (\d) gives (\[.*\])$", done.stdout, re.MULTILINE)
-    assert [number for number, _ in given] == ["1", "2", "3"]
-    assert given[-1][1] == str(one.tokens()) == str(two.tokens()) != str(before)
