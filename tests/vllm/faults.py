@@ -44,23 +44,24 @@ def faulty(step: str, genuine: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def ordered(step: str) -> bool:
-    """Whether this worker is to do something there."""
+def ordered(step: str) -> str:
+    """What this worker is to do there; "" for nothing. Another may take the order back meanwhile."""
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    order = HERE / "order"
-    if not order.exists():
-        return False
-    engine, rank, at, _ = json.loads(order.read_text())
-    return [engine, rank, at] == [os.environ["CPE_ENGINE"], get_tensor_model_parallel_rank(), step]
+    try:
+        engine, rank, at, deed = json.loads((HERE / "order").read_text())
+    except FileNotFoundError:
+        return ""
+    here = [os.environ["CPE_ENGINE"], get_tensor_model_parallel_rank(), step]
+    return str(deed) if [engine, rank, at] == here else ""
 
 
 def obey(step: str) -> None:
     """Fail, or hang, if this worker is to do so there: at a step, or ``after`` a tensor."""
-    order = HERE / "order"
-    if not ordered(step):
+    deed, order = ordered(step), HERE / "order"
+    if not deed:
         return
-    if json.loads(order.read_text())[3] == "fail":
+    if deed == "fail":
         order.unlink()  # what is loaded next, to restore this engine, is loaded well
         raise RuntimeError("the test wants this")
     (HERE / "reached.new").write_text(str(os.getpid()))
