@@ -18,9 +18,9 @@ KEY: Final = "cpe"
 _ATTRIBUTE: Final = "_cpe_worker"
 
 SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
-UPDATE: Final = (
-    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_ipc"
-)
+MANAGER: Final = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+UPDATE: Final = f"{MANAGER}.update_weights_from_ipc"
+_WEIGHTS: Final = "weights"
 
 
 def start(original: Callable[..., None], scheduler: Any, *arguments: Any, **named: Any) -> None:
@@ -61,6 +61,23 @@ def go_on(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     return original(scheduler, request)
 
 
+def release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Have the worker sleep before the memory of its weights is given away."""
+    worker = _sleeper(manager, request)
+    if worker is not None:
+        worker.sleep()
+    return original(manager, request)
+
+
+def take_back(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Have the worker wake up once it has the memory again."""
+    done = original(manager, request)
+    worker = _sleeper(manager, request)
+    if worker is not None:
+        worker.wake_up()
+    return done
+
+
 def load(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Note what a checkpoint lacks when it is loaded from disk."""
     return load_marked(original, *arguments, **named)
@@ -70,8 +87,16 @@ HOOKS: Final[dict[str, Callable[..., Any]]] = {
     f"{SCHEDULER}.__init__": start,
     f"{SCHEDULER}.continue_generation": go_on,
     UPDATE: update,
+    f"{MANAGER}.release_memory_occupation": release,
+    f"{MANAGER}.resume_memory_occupation": take_back,
     "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": load,
 }
+
+
+def _sleeper(manager: Any, request: Any) -> Worker | None:
+    """The worker whose weights a request is about, if it is about any."""
+    worker: Worker | None = getattr(manager.scheduler, _ATTRIBUTE, None)
+    return worker if not request.tags or _WEIGHTS in request.tags else None
 
 
 def _check_hooked() -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from cpe_daemon.devices.cuda.slots import gpu_uuid
-from cpe_daemon.errors import DeadlineError
+from cpe_daemon.errors import CpeError, DeadlineError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.disk import shapes_on_disk
 from inference_plugins.gate import Gate
@@ -36,6 +36,8 @@ KIND: Final = "sglang"
 _IDLE_SECONDS: Final = 20.0
 """How long SGLang's thread waits in an update that nobody begins: its daemon has died."""
 _CLOSE_SECONDS: Final = 5.0
+_NAP_SECONDS: Final = 10.0
+"""How long the daemon's thread may take to let go of what it holds."""
 _LOOK_SECONDS: Final = 5.0
 """How long a server that may do without a daemon looks for one."""
 _EVERYWHERE: Final = ("0.0.0.0", "::", "")  # noqa: S104 - what a server listens on, not we
@@ -56,7 +58,7 @@ class Worker:
         check_version()
         self._settings = Settings.read()
         self._scheduler = scheduler
-        told = scheduler.server_args.resolved_dict()
+        self._told = told = scheduler.server_args.resolved_dict()
         runners = runners_of(scheduler.weight_updater, told)
         check_supported(told, [runner.model for runner in runners])
         self._models = [Reload(runner) for runner in runners]
@@ -132,6 +134,25 @@ class Worker:
         if request.flush_cache:
             manager.flush_cache(empty_cache=request.torch_empty_cache)
         return True, "the version was taken"
+
+    def sleep(self) -> None:
+        """The memory of the weights is about to be given away; SGLang's thread calls it, on every rank."""
+        try:
+            self._receiver.sleep(_NAP_SECONDS)
+        except CpeError as error:
+            log.warning("the daemon does not know yet that this engine sleeps: %s", error.message)
+            self._loader.sleep(_NAP_SECONDS)  # nothing can be half written: this thread is not in an update
+
+    def wake_up(self) -> None:
+        """The memory is back, and the weights with it or not; if not, nothing is served before a version has come."""
+        kept = not self._told.get("enable_memory_saver") or bool(self._told.get("enable_weights_cpu_backup"))
+        if not kept:
+            self.blocked = self._scheduler._engine_paused = True
+        try:
+            self._receiver.wake_up(_NAP_SECONDS, kept=kept)
+        except CpeError as error:
+            log.warning("the daemon does not know yet that this engine is awake: %s", error.message)
+            self._loader.wake_up(kept=kept)
 
     def close(self) -> None:
         """Part from the daemon."""

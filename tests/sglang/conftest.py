@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.servers import PYTHON, Faults, Server
+from tests.sglang.servers import ADMIN_KEY, PYTHON, Faults, Server
 from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied
 from tests.vllm.servers import Daemon, Trainer
 
@@ -37,10 +37,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def daemon(place: Path) -> Iterator[Daemon]:
     """The node's daemon; a test that kills it starts it again."""
     runtime_dir = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
-    started = Daemon(runtime_dir, place)
-    started.start()
-    yield started
-    started.stop()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CPE_SGLANG_ADMIN_API_KEY", ADMIN_KEY)
+        environment.setenv("CPE_SGLANG_CHECK", "checksum")
+        started = Daemon(runtime_dir, place)
+        started.start()
+        yield started
+        started.stop()
     shutil.rmtree(runtime_dir, ignore_errors=True)
 
 

@@ -24,6 +24,9 @@ from tests.vllm.servers import LIVE_SECONDS, ROOT, Daemon
 
 PYTHON: Final = ROOT / ".venv-sglang/bin/python"
 STUBS: Final = Path(__file__).parent / "stubs"
+ADMIN_KEY: Final = "for the daemon"
+KEY: Final = "for everybody"
+"""Of servers that have some; the daemon knows the first."""
 START_SECONDS: Final = 500.0
 """A server is there after 60 s on two cores, with two schedulers after 90 s."""
 _PLUGIN: Final = "cpe_sglang_faults"
@@ -110,7 +113,7 @@ class Server:
             "--model-path": checkpoint.path,
             "--device": "cpu",
             "--attention-backend": "torch_native",
-            "--mem-fraction-static": 0.2,
+            "--mem-fraction-static": 0.9,  # of what the host has left, which changes; the tokens are what bounds it
             "--max-total-tokens": 2048,
             "--max-running-requests": 8,
             "--host": "127.0.0.1",
@@ -189,7 +192,8 @@ class Server:
     def call(self, path: str, body: Mapping[str, Any] | None = None, seconds: float = LIVE_SECONDS) -> bytes:
         """Call its API: POST with a body, else GET."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(self.url + path, data, headers)
         with urllib.request.urlopen(request, timeout=seconds) as reply:
             content: bytes = reply.read()
             return content

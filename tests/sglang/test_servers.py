@@ -96,6 +96,20 @@ def test_request_in_flight_completes_across_an_update(
     agree(two, new)
 
 
+def test_server_that_gave_its_memory_away_gets_the_live_version_when_it_has_it_again(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon
+) -> None:
+    one.call("/release_memory_occupation", {})
+    until(lambda: "worker.asleep" in daemon.log.read_text(), "the daemon knows", LIVE_SECONDS)
+    new = other(trainer, family)
+    report = trainer.publish(new)
+    assert report.engines["two"].outcome == "updated"
+    one.call("/resume_memory_occupation", {})
+    until(lambda: one.tokens() == new.tokens, "it has the live version", LIVE_SECONDS)
+    agree(one, new)
+    agree(two, new)
+
+
 # --- versions that must not be taken ---------------------------------------------------------------------------------
 
 

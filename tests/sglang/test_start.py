@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpe_daemon.errors import CpeError
-from tests.sglang.servers import START_SECONDS, Faults, Server
+from tests.sglang.servers import ADMIN_KEY, KEY, START_SECONDS, Faults, Server
 from tests.sglang.test_servers import agree
 from tests.vllm.checkpoints import Checkpoint
 from tests.vllm.servers import LIVE_SECONDS, Daemon, Trainer
@@ -29,13 +29,14 @@ def test_start_without_a_daemon_fails_at_its_deadline(
     assert "The server is fired up" not in said
 
 
-def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk(
+def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk_and_keys(
     daemon: Daemon, tied_family: list[Checkpoint], all_faults: Faults, place: Path
 ) -> None:
     """The daemon holds no version of this model: what is on disk is served until one comes."""
     old, new = tied_family
     settings = {"CPE_SGLANG_START": "disk"}
-    server = Server("tied", daemon, old, all_faults, place, model="tied", environment=settings)
+    keys = {"--api-key": KEY, "--admin-api-key": ADMIN_KEY}
+    server = Server("tied", daemon, old, all_faults, place, model="tied", options=keys, environment=settings)
     trainer = Trainer(daemon, "tied")
     try:
         server.start()

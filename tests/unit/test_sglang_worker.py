@@ -33,6 +33,7 @@ class FakeReceiver:
     def __init__(self, endpoint: str, hello: WorkerHello, loader: SglangLoader) -> None:
         self.endpoint, self.hello, self.loader = endpoint, hello, loader
         self.attached = False
+        self.busy = False
         self.closed = False
         self.woken = threading.Event()
 
@@ -45,6 +46,16 @@ class FakeReceiver:
 
     def close(self) -> None:
         self.closed = True
+
+    def sleep(self, seconds: float) -> None:
+        if self.busy:
+            raise DeadlineError("busy")
+        self.loader.sleep(seconds)
+
+    def wake_up(self, seconds: float, *, kept: bool) -> None:
+        if self.busy:
+            raise DeadlineError("busy")
+        self.loader.wake_up(kept=kept)
 
 
 class Model(torch.nn.Module):
@@ -413,6 +424,58 @@ def test_scheduler_whose_weights_are_mixed_does_not_go_on(
     worker.blocked = True
     hooks.go_on(go_on, scheduler, request())
     assert asked == ["on", "on"]
+    worker.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"enable_memory_saver": True}, False),
+        ({"enable_memory_saver": True, "enable_weights_cpu_backup": True}, True),
+        ({"enable_memory_saver": False}, True),
+    ],
+)
+def test_scheduler_that_gave_its_memory_away_serves_no_garbage(
+    registry: Any, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], kept: bool, busy: bool
+) -> None:
+    scheduler = Scheduler(**told)
+    build(scheduler, monkeypatch)
+    scheduler._engine_paused = False
+    worker, manager = vars(scheduler)["_cpe_worker"], scheduler.weight_updater
+    worker._receiver.busy = busy
+    loader = worker._loader
+    seen: list[bool] = []
+
+    def memory(manager: Any, request: Any) -> str:
+        seen.append(loader.asleep)
+        return "done"
+
+    for tags in ([], None, ["kv_cache", "weights"]):
+        seen.clear()
+        assert hooks.release(memory, manager, SimpleNamespace(tags=tags)) == "done"
+        assert hooks.take_back(memory, manager, SimpleNamespace(tags=tags)) == "done"
+        assert seen == [True, True]
+        assert not loader.asleep
+        assert (loader.touched, worker.blocked, scheduler._engine_paused) == (not kept,) * 3
+    with beside(lambda: take(loader)):
+        assert worker.update(manager, request())[0]
+    assert not worker.blocked
+    worker.close()
+
+
+def test_scheduler_that_gave_other_memory_away_stays_awake(
+    scheduler: Scheduler, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, tags = scheduler.weight_updater, SimpleNamespace(tags=["kv_cache"])
+    assert hooks.release(lambda manager, request: "not built", manager, SimpleNamespace(tags=None)) == "not built"
+    build(scheduler, monkeypatch)
+    worker = vars(scheduler)["_cpe_worker"]
+    asleep = []
+    hooks.release(lambda manager, request: asleep.append(worker._loader.asleep), manager, tags)
+    hooks.take_back(lambda manager, request: asleep.append(worker._loader.asleep), manager, tags)
+    assert asleep == [False, False]
+    assert not worker.blocked
     worker.close()
 
 
