@@ -88,7 +88,7 @@ class Steps:
         """Whether the engine was paused for a round, and neither resumed nor told to forget it."""
         self._assembly = Assembly()
         self._folder = Folder()
-        self._loaded = 0
+        self._loaded = self._loaded_bytes = 0
         self._loading: deque[_Loading] = deque()
 
     @property
@@ -156,7 +156,9 @@ class Steps:
         while self._loading and (len(answers) < at_least or self._loading[0].mark.reached):
             load, began, tensors, mark = self._loading.popleft()
             failed = self.attempt(load, mark.wait)
-            self._loaded += 0 if failed else tensors
+            if failed is None:
+                self._loaded += tensors
+                self._loaded_bytes += sum(part.nbytes for part in load.parts)
             answers.append(failed or StepDone(load.round, name_of(load), load.seq, time.monotonic() - began))
         return answers
 
@@ -177,7 +179,7 @@ class Steps:
     def forget(self) -> None:
         """Forget an update that was not finished."""
         self._update = None
-        self._loaded = 0
+        self._loaded = self._loaded_bytes = 0
         self._assembly.clear()
         self._folder.begin()
 
@@ -272,6 +274,8 @@ class Steps:
             raise EngineError(f"round {finish.round} was not begun here")
         if self._loaded != begun.tensors:
             raise EngineError(f"{self._loaded} of {begun.tensors} tensors came")
+        if self._loaded_bytes != begun.nbytes:
+            raise EngineError(f"{self._loaded_bytes} of {begun.nbytes} bytes came")
         if begun.fold is not None and (fold := self._folder.result()) != begun.fold:
             raise VerificationError(
                 f"{begun.version} came here with other bytes than were staged (their fold is {fold:016x}, not"

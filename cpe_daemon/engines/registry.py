@@ -188,7 +188,7 @@ class Registry:
         for old in leaving:  # from here on nothing is refused any more
             self._lose(old, "it said hello again")
         engine.serves = serves
-        engine.url = self.expected.url(hello.engine) or hello.url
+        engine.url = self.expected.url(hello.engine) or (hello.url if hello.leader else engine.url)
         self._engines[hello.engine] = engine
         self._workers[peer] = engine.workers[hello.rank] = worker
         log.info(

@@ -17,8 +17,8 @@ class WorkerHello(Message, frozen=True, tag="worker_hello"):
     ``incarnation`` is new with every start of its process. ``content`` is the version it holds whole, if any, and
     ``digest`` that version's as its `Begin` said; ``touched`` says that it may hold a mixture, ``asleep`` that its
     weights' memory is lent to others. ``gpu`` is the UUID of its GPU ("" lets a CPU host's daemon choose). ``url`` is
-    where the engine's own API is, if it has one; ``starting`` says that it has not served yet: nothing has to be
-    paused, and its API may not be there.
+    where the engine's own API is, if it has one; what a ``leader`` says counts. ``starting`` says that it has not
+    served yet: nothing has to be paused, and its API may not be there.
     """
 
     protocol: int

@@ -592,3 +592,15 @@ async def test_late_answer_is_a_deadline_error_that_names_the_worker(node: FakeN
     await asyncio.sleep(0)
     assert not handle.busy
     worker.say(StepFailed(3, "pause", ErrorInfo("deadline", "it comes late as well")))
+
+
+# --- where an engine's API is ----------------------------------------------------------------------------------------
+
+
+async def test_leader_of_an_engine_says_where_its_api_is(node: FakeNode) -> None:
+    node.worker("a", rank=0, world_size=3, leader=True, url="http://127.0.0.1:8000")
+    for rank, url in ((1, "http://127.0.0.1:9000"), (2, "")):
+        node.worker("a", rank=rank, world_size=3, leader=False, url=url)
+    assert node.engine("a").url == "http://127.0.0.1:8000"
+    node.worker("b", url="http://127.0.0.1:8001")  # of an older release: each of its workers leads
+    assert node.engine("b").url == "http://127.0.0.1:8001"

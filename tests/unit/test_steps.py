@@ -464,6 +464,14 @@ def test_finish_without_every_tensor_is_refused(steps: Steps, loader: FakeLoader
     assert loader.content == OLD
 
 
+def test_finish_without_every_byte_is_refused(steps: Steps, loader: FakeLoader) -> None:
+    do(steps, Begin(7, NEW, 1, 12), LOAD)
+    assert refused(steps, Finish(7)) == "8 of 12 bytes came"
+    assert loader.content == OLD
+    do(steps, Begin(8, NEW, 1, 8), replace(LOAD, round=8), Finish(8))
+    assert loader.content == NEW
+
+
 def test_mixture_is_not_resumed(steps: Steps) -> None:
     do(steps, Begin(7, NEW, 1, 8), LOAD)
     assert "mixture" in refused(steps, Resume(7, OLD))
