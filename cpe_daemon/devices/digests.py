@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from typing import Final
+from typing import Final, Protocol
 
 from xxhash import xxh3_128, xxh3_128_digest
 
@@ -28,6 +28,14 @@ def piece_bytes(threads: int) -> int:
     takes tens of microseconds when many threads want it: with pieces of 512 KiB, twelve are as fast as three.
     """
     return _SMALL_BYTES if threads <= _FEW else _LARGE_BYTES
+
+
+class Bytes(Protocol):
+    """Of one chunk: a memoryview, or what gives one of any run of bytes that are one shard's."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, run: slice, /) -> memoryview: ...
 
 
 class Digests:
@@ -50,8 +58,8 @@ class Digests:
         self._states: dict[int, xxh3_128] = {}
         self._heads: dict[int, memoryview] = {}
 
-    def chunk(self, index: int, view: memoryview) -> ChunkDigests:
-        """Begin with a chunk, whose bytes ``view`` is about to hold."""
+    def chunk(self, index: int, view: Bytes) -> ChunkDigests:
+        """Begin with a chunk, whose bytes ``view`` holds, or is about to."""
         start = index * self.chunk_bytes
         shard = self.first_shard(start)
         if shard == len(self.found) or self.layout.offsets[shard] >= start:
@@ -106,7 +114,7 @@ class ChunkDigests:
     __slots__ = ("_at", "_blocked", "_index", "_owner", "_shard", "_start", "_state", "_view")
 
     def __init__(
-        self, owner: Digests, index: int, view: memoryview, shard: int, state: xxh3_128 | None, *, blocked: bool
+        self, owner: Digests, index: int, view: Bytes, shard: int, state: xxh3_128 | None, *, blocked: bool
     ) -> None:
         self._owner = owner
         self._index = index

@@ -91,6 +91,8 @@ class Delivery:
         with self.bell.lock:
             self.sent_bytes += nbytes
             self.bell.moved.notify_all()
+            if self.sent_bytes >= self.nbytes:
+                self.bell.changed.notify_all()
 
     def mark_delivered(self) -> None:
         """Every byte is acknowledged, and the seal is sent."""

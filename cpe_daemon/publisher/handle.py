@@ -101,8 +101,15 @@ class Handle:
             while pending := [d for d in self._deliveries if not reached(d) and d.error is None]:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    where = ", ".join(f"{d.state} at {d.endpoint}" for d in pending)
+                    where = ", ".join(f"{d.state} at {d.endpoint}{_all_here(d)}" for d in pending)
                     raise DeadlineError(f"{self.version} is not {goal} after {timeout:g} s: {where}")
                 self._bell.changed.wait(min(left, _LONGEST_WAIT_SECONDS))
             failures = {d.endpoint: d.error for d in self._deliveries if d.error is not None and not reached(d)}
         raise_failures(self.version, failures, len(self._deliveries))
+
+
+def _all_here(delivery: Delivery) -> str:
+    """Whose fault it is not, where a daemon waits for other ranks."""
+    if delivery.state != "receiving" or not delivery.delivered:
+        return ""
+    return ", which has all of this rank's part (`wait_live` and `cpe wait` name the ranks that it waits for)"

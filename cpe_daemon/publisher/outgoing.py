@@ -13,10 +13,12 @@ from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import CpeError, DeadlineError, PublishError
 from cpe_daemon.publisher.delivery import Bell, Delivery
-from cpe_daemon.publisher.sending import Sending, Stream
+from cpe_daemon.publisher.sending import Sending
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution
+from cpe_daemon.publisher.straight import Straight
 from cpe_daemon.publisher.stream import Pouring, digest, pour
+from cpe_daemon.publisher.under_way import Stream
 from cpe_daemon.publisher.window import Window
 
 BATCHES: Final = 4
@@ -51,9 +53,12 @@ class Lane:
         session.post(functools.partial(session.sending.open, lane.stream, shards, force))
         return lane
 
-    def feed(self, staged: memoryview, upto: int, *, hurry: bool = True) -> None:
-        """Have the first ``upto`` bytes of ``staged`` sent; without ``hurry``, when the link's thread wakes anyway."""
-        self.session.post(functools.partial(self.sending.feed, self.stream, staged, upto), hurry=hurry)
+    def feed(self, staged: memoryview, upto: int, straight: Straight | None = None, *, hurry: bool = True) -> None:
+        """Have the first ``upto`` bytes of ``staged`` sent, but for the chunks that are to be sent ``straight``.
+
+        Without ``hurry`` the link's thread does it when it wakes anyway.
+        """
+        self.session.post(functools.partial(self.sending.feed, self.stream, staged, upto, straight), hurry=hurry)
 
     def seal(self, digests: bytes) -> None:
         """Seal it when all its bytes are sent."""

@@ -125,8 +125,10 @@ class Publisher:
         """Publish a version; return as soon as the tensors may change again.
 
         To daemons of this host the tensors are written directly, and this returns when the last byte is; the wait
-        includes the daemons' copying. Otherwise, and for an iterator, they are copied to host memory first, and this
-        returns after that copy. At most one publish is under way: the next waits for the one before it.
+        includes the daemons' copying. Otherwise they are sent from where they lie as long as all daemons take them at
+        least about as fast as they could be copied; what one is too slow for is copied to host memory, as is what is
+        in GPUs, is not contiguous, or comes from an iterator. This returns when all is sent or copied. At most one
+        publish is under way: the next waits for the one before it.
 
         The same holds for tensors in GPUs: what was issued on the calling thread's current streams is waited for, then
         they are copied, and when this returns a kernel may change them. Kernels on other streams are the caller's to
@@ -231,7 +233,8 @@ class Publisher:
         staged = self._staging.reserve(held.layout.nbytes)
         handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
         self._report(held.layout.nbytes, lanes, progress)
-        stage_and_send(held, self._staging, staged, lanes, Pouring(self._gpus, threads_here()))
+        pouring = Pouring(self._gpus, threads_here())
+        stage_and_send(held, self._staging, staged, lanes, pouring, self._send_timeout + MARGIN_SECONDS)
         return handle
 
     def _publish_consumed(

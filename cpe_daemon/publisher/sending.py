@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import zmq
@@ -20,6 +19,8 @@ from cpe_daemon.errors import CpeError, DeadlineError, from_code
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.pagelock import PageLock
+from cpe_daemon.publisher.straight import Straight
+from cpe_daemon.publisher.under_way import Stream
 from cpe_daemon.publisher.watching import Watching
 from cpe_daemon.publisher.window import Window
 from cpe_daemon.wire.messages import (
@@ -47,30 +48,6 @@ class Send(Protocol):
     def __call__(self, message: Message, *frames: bytes | memoryview | zmq.Frame) -> None:
         """Raises `PeerLostError` if the daemon does not take it."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """One contribution on its way.
-
-    ``staged`` holds its bytes if the link's thread is to send them by itself; ``staged_bytes`` are there so far.
-    """
-
-    number: int
-    delivery: Delivery
-    moved_at: float
-    staged: memoryview | None = None
-    staged_bytes: int = 0
-    opened: bool = False
-    sent_bytes: int = 0
-    unacked: int = 0
-    digests: bytes | None = None
-    sealed: bool = False
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the daemon owes an answer."""
-        return not self.opened or self.unacked > 0 or (self.sealed and self.delivery.comparing)
 
 
 class Sending:
@@ -190,10 +167,13 @@ class Sending:
             return
         self._send_chunk(stream, Chunk(stream.number, offset, nbytes, ring_offset))
 
-    def feed(self, stream: Stream, staged: memoryview, upto: int) -> None:
-        """Have the first ``upto`` bytes of ``staged`` sent: they must not change until it is delivered or failed."""
+    def feed(self, stream: Stream, staged: memoryview, upto: int, straight: Straight | None = None) -> None:
+        """Have the first ``upto`` bytes of ``staged`` sent: they must not change until it is delivered or failed.
+
+        Chunks that are ``straight`` are sent from where they lie. That takes a session without a ring.
+        """
         if stream.number in self._streams:
-            stream.staged, stream.staged_bytes = staged, upto
+            stream.staged, stream.staged_bytes, stream.straight = staged, upto, straight
 
     def seal(self, stream: Stream, digests: bytes) -> None:
         """Seal the stream once all its bytes are sent."""
@@ -219,12 +199,15 @@ class Sending:
             if stream.delivery.held:
                 stream.staged = None  # it is only compared
                 continue
-            while nbytes := self._sendable(stream, len(staged)):
+            while nbytes := stream.sendable(self._chunk_bytes):
                 with self._bell.lock:
                     at = self._credits.take(stream.number)
                 if at is None:
                     break
-                self._send_staged(stream, staged, nbytes, at)
+                if not self._send_staged(stream, staged, nbytes, at):
+                    self.refund(stream, at)
+                    stream.staged = None  # it is over, and its end is on the way
+                    break
             self._finish(stream)
 
     def take(self, message: Message) -> None:
@@ -269,13 +252,14 @@ class Sending:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _sendable(self, stream: Stream, total: int) -> int:
-        """Bytes of the next chunk, if all of it is staged, or 0."""
-        nbytes = min(self._chunk_bytes, total - stream.sent_bytes)
-        return nbytes if stream.sent_bytes + nbytes <= stream.staged_bytes else 0
-
-    def _send_staged(self, stream: Stream, staged: memoryview, nbytes: int, at: int) -> None:
+    def _send_staged(self, stream: Stream, staged: memoryview, nbytes: int, at: int) -> bool:
+        """Send the next chunk; False if its tensors are not to be read any more."""
         start = stream.sent_bytes
+        frames = None if stream.straight is None else stream.straight.frames(start)
+        if frames is not None:
+            if frames:
+                self._send_chunk(stream, Chunk(stream.number, start, nbytes, at), *frames)
+            return bool(frames)
         part = staged[start : start + nbytes]
         chunk = Chunk(stream.number, start, len(part), at)
         if at >= 0:
@@ -285,6 +269,7 @@ class Sending:
             # Not copied: the staging is not written again before every chunk is acknowledged, or the stream was given
             # up, and then it is never sealed.
             self._send_chunk(stream, chunk, zmq.Frame(part, copy=False))
+        return True
 
     def _send_chunk(self, stream: Stream, chunk: Chunk, *frames: zmq.Frame) -> None:
         if not stream.unacked:
@@ -301,7 +286,7 @@ class Sending:
             self._bell.moved.notify_all()
         if stream is None or not returned:
             return  # it failed meanwhile; its credits come back all the same
-        stream.unacked -= 1
+        stream.acknowledged()
         stream.moved_at = self._clock()
         self._finish(stream)
 

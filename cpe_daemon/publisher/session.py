@@ -304,7 +304,7 @@ def _checked(endpoint: str, welcome: TrainerWelcome) -> TrainerWelcome:
         raise ProtocolError(
             f"{endpoint} speaks protocol {welcome.protocol}; this publisher speaks {OLDEST_PROTOCOL} to {PROTOCOL}"
         )
-    if welcome.credits < 1 or welcome.chunk_bytes < 1 or welcome.heartbeat_seconds <= 0:
+    if min(welcome.credits, welcome.chunk_bytes, welcome.chunk_frames) < 1 or welcome.heartbeat_seconds <= 0:
         raise ProtocolError(f"{endpoint} offers impossible terms: {welcome}")
     return welcome
 

@@ -1,19 +1,24 @@
-"""How a contribution leaves through host memory: it is copied there, and the links send it while the rest is copied.
+"""How a contribution leaves through sockets: from its tensors while the links keep up, else from a copy of them.
 
-The trainer waits for the copying only. What the links have not sent then, they send while it goes on.
+The trainer waits until its tensors may change: until the links have sent what they send from them, and the rest is
+copied. What they have not sent of the copy then, they send while the trainer goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
-from cpe_daemon.errors import PublishError
+from cpe_daemon.errors import DeadlineError, PublishError
 from cpe_daemon.publisher.delivery import Bell
+from cpe_daemon.publisher.in_place import InPlace
 from cpe_daemon.publisher.outgoing import BATCHES, Lane, NobodyLeftError, Progress
+from cpe_daemon.publisher.patience import Patience
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.staging import Staging
+from cpe_daemon.publisher.straight import Straight
 from cpe_daemon.publisher.stream import Pouring, pour
 from cpe_daemon.publisher.window import Window
 
@@ -21,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _Sink:
-    """Chunks into staging, told to the links as soon as all before them are whole too."""
+    """Chunks into staging, or left where they lie; told to the links as soon as all before them are ready too."""
 
     in_order = True
 
@@ -29,44 +34,155 @@ class _Sink:
         self._staging = staging
         self._staged = staged
         self._lanes = lanes
-        self._batch = max(1, min(lane.session.welcome.credits for lane in lanes) // BATCHES)
+        self._bell = lanes[0].delivery.bell
+        self._chunk_bytes = chunk_bytes_of(lanes)
+        self._credits = min(lane.session.welcome.credits for lane in lanes)
+        self._ahead_bytes = max(1, self._credits // 2) * self._chunk_bytes
+        self._batch = max(1, self._credits // BATCHES)
+        self._most_parts = _most_parts(lanes)
+        self._straight = Straight()
+        self._patience = Patience(len(staged), time.monotonic())  # guarded by the bell's lock
         self._chunks = 0
         self._upto = 0  # this, and what follows, are guarded by the lock
-        self._whole: dict[int, int] = {}  # chunks behind a gap: where each begins and ends
+        self._ready: dict[int, int] = {}  # chunks behind a gap: where each begins and ends
         self._lock = threading.Lock()
 
+    def most_parts(self) -> int:
+        """As many as every daemon takes, as long as all links keep up; waits for them while they do.
+
+        Raises:
+            NobodyLeftError: every daemon has failed.
+        """
+        if not self._most_parts:
+            return 0
+        with self._bell.lock:
+            while sent := self._sent():
+                if (left := self._patience.left(min(sent), time.monotonic())) <= 0:
+                    return 0
+                if self._upto - min(sent) < self._ahead_bytes:
+                    break
+                self._bell.moved.wait(left)
+        return self._most_parts
+
+    def lies(self, offset: int, chunk: InPlace, seconds: float) -> None:
+        """Have the links send the chunk from where it lies."""
+        self._straight.put(offset, chunk)
+        with self._bell.lock:
+            self._patience.digested(len(chunk), seconds)
+        self.filled(offset, len(chunk))
+
     def window(self, offset: int, nbytes: int) -> Window:
-        """The chunk's place."""
-        if all(lane.delivery.error is not None for lane in self._lanes):
-            raise NobodyLeftError
+        """The chunk's place.
+
+        Raises:
+            NobodyLeftError: every daemon has failed.
+        """
+        with self._bell.lock:
+            self._sent()
         return self._staging.window(offset, nbytes)
 
     def filled(self, offset: int, nbytes: int) -> None:
-        """Have what is whole by now sent to every daemon."""
+        """Have what is ready by now sent to every daemon."""
         with self._lock:
-            self._whole[offset] = offset + nbytes
-            while self._upto in self._whole:
-                self._upto = self._whole.pop(self._upto)
-                hurry = self._chunks % self._batch == 0  # the first one at once; the last is followed by the seal
+            self._ready[offset] = offset + nbytes
+            while self._upto in self._ready:
+                self._upto = self._ready.pop(self._upto)
+                in_time = self._chunks % self._batch == 0  # the first one at once; the last is followed by the seal
                 self._chunks += 1
                 for lane in self._lanes:
-                    lane.feed(self._staged, self._upto, hurry=hurry)
+                    starving = self._upto - lane.delivery.sent_bytes <= self._credits * self._chunk_bytes
+                    lane.feed(self._staged, self._upto, self._straight, hurry=in_time and starving)
+
+    def settle(self) -> None:
+        """Return when every chunk was sent or copied: copy what the links are too slow for.
+
+        Raises:
+            NobodyLeftError: every daemon has failed.
+        """
+        while (offset := self._behind()) is not None:
+            if (chunk := self._straight.at(offset)) is not None:
+                chunk.copy_to(self._staging.window(offset, len(chunk)).address)
+                self._straight.take_back(offset)
+            for lane in self._lanes:
+                lane.session.hurry()
+
+    def close(self, timeout: float) -> None:
+        """Have no link read the tensors any more, and wait for what was sent from them to be gone.
+
+        Raises:
+            DeadlineError: for ``timeout`` seconds none of it was sent or dropped.
+        """
+        self._straight.close()
+        if not self._straight.released(timeout):
+            raise DeadlineError(f"{self._lanes[0].delivery.version} was not sent from its tensors in {timeout:g} s")
+
+    def _behind(self) -> int | None:
+        """Wait while the links keep up; return the first chunk to copy when they do not, None when all are gone.
+
+        Raises:
+            NobodyLeftError: every daemon has failed.
+        """
+        with self._bell.lock:
+            while True:
+                sent = self._sent()
+                offset = min(sent, default=self._upto)
+                while offset < self._upto and self._straight.at(offset) is None:
+                    offset += self._chunk_bytes
+                if offset >= self._upto:
+                    return None
+                if (left := self._patience.left(min(sent), time.monotonic())) <= 0:
+                    return offset
+                self._bell.changed.wait(left)
+
+    def _sent(self) -> list[int]:
+        """How many bytes each daemon was sent that has not failed, and did not hold the version before.
+
+        Call with the bell's lock held.
+
+        Raises:
+            NobodyLeftError: every one has failed.
+        """
+        left = [lane.delivery for lane in self._lanes if lane.delivery.error is None]
+        if not left:
+            raise NobodyLeftError
+        return [delivery.sent_bytes for delivery in left if not delivery.held]
+
+
+def chunk_bytes_of(lanes: Sequence[Lane]) -> int:
+    """The size of chunks that suits every daemon."""
+    return min(lane.session.welcome.chunk_bytes for lane in lanes)
+
+
+def _most_parts(lanes: Sequence[Lane]) -> int:
+    """How many frames of a chunk all daemons take; 0 if a ring is among them, or they have different grids."""
+    if any(lane.session.landing for lane in lanes) or len({lane.session.welcome.chunk_bytes for lane in lanes}) > 1:
+        return 0
+    return min(lane.session.welcome.chunk_frames for lane in lanes)
 
 
 def stage_and_send(
-    contribution: Contribution, staging: Staging, staged: memoryview, lanes: Sequence[Lane], pouring: Pouring
+    contribution: Contribution,
+    staging: Staging,
+    staged: memoryview,
+    lanes: Sequence[Lane],
+    pouring: Pouring,
+    timeout: float,
 ) -> None:
-    """Copy a contribution to ``staged``, the room that ``staging`` reserved, have it sent meanwhile, and seal it.
+    """Have a contribution sent, and seal it; ``staged`` is the room that ``staging`` reserved for a copy of it.
 
-    Returns when the last byte is copied, or every daemon has failed. What the source raises is raised, and the version
+    Returns when its tensors may change, or every daemon has failed. What the source raises is raised, and the version
     is given up.
+
+    Raises:
+        DeadlineError: for ``timeout`` seconds nothing was sent that has to be before.
     """
-    chunk_bytes = min(lane.session.welcome.chunk_bytes for lane in lanes)
+    sink = _Sink(staging, staged, lanes)
     complete = False
     try:
-        digests = pour(contribution, _Sink(staging, staged, lanes), chunk_bytes, pouring)
+        digests = pour(contribution, sink, chunk_bytes_of(lanes), pouring, sink)
         for lane in lanes:
             lane.seal(digests)
+        sink.settle()
         complete = True
     except NobodyLeftError:
         complete = True
@@ -74,6 +190,7 @@ def stage_and_send(
         if not complete:
             for lane in lanes:
                 lane.abandon(PublishError(f"{lane.delivery.version} was interrupted while its tensors were read"))
+        sink.close(timeout)
 
 
 class Reporter:

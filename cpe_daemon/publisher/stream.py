@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from cpe_daemon.core.types import ALIGNMENT_BYTES
 from cpe_daemon.devices.digests import ChunkDigests, Digests, piece_bytes
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.publisher.gpus import Gpus
+from cpe_daemon.publisher.in_place import InPlace, find_in_place
 from cpe_daemon.publisher.reader import Reader, is_plain
 from cpe_daemon.publisher.runs import cut_runs
 from cpe_daemon.publisher.sources import Contribution
@@ -56,6 +58,18 @@ class Sink(Protocol):
         ...
 
 
+class Leaving(Protocol):
+    """Where chunks go that are not written to a window. Called by the same threads."""
+
+    def most_parts(self) -> int:
+        """In how many parts the next chunk may be sent from where it lies; 0 if it is to be written to a window."""
+        ...
+
+    def lies(self, offset: int, chunk: InPlace, seconds: float) -> None:
+        """Send a chunk from where it lies. It was digested there, which took so long."""
+        ...
+
+
 def threads_here() -> int:
     """How many threads fill chunks: half of the cores, since the daemon copies and digests as much, and at most 8."""
     return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
@@ -76,7 +90,9 @@ class Pouring:
     progress: Callable[[int], None] = lambda nbytes: None
 
 
-def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pouring) -> bytes:
+def pour(
+    contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pouring, leaving: Leaving | None = None
+) -> bytes:
     """Write a contribution into the windows of ``sink``, each of ``chunk_bytes`` but the last.
 
     Args:
@@ -85,6 +101,7 @@ def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pour
         sink: asked for windows. What it raises ends the pouring.
         chunk_bytes: the size of a chunk.
         pouring: how.
+        leaving: takes chunks, as far as it wants them, from where they lie.
 
     Returns:
         The digests of all shards, one after another, in order.
@@ -98,14 +115,14 @@ def pour(contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pour
     digests = Digests(contribution.layout, chunk_bytes, lasting=False)
     if pouring.threads == 1 and not devices:
         with Reader(pouring.gpus) as reader:
-            filler = _Filler(contribution, sink, digests, reader, piece_bytes(1), all_here=True)
+            filler = _Filler(contribution, sink, digests, reader, piece_bytes(1), leaving, all_here=True)
             for chunk in range(-(-contribution.layout.nbytes // chunk_bytes)):
                 pouring.progress(filler.fill(chunk))
     else:
         runs = cut_runs(contribution.layout, chunk_bytes, pouring.threads * _RUNS_A_THREAD)
         if not sink.in_order:
             runs.sort(key=len, reverse=True)  # the longest last would keep one thread while all others are done
-        _Crew(contribution, sink, digests, runs, pouring, all_here=not devices).work()
+        _Crew(contribution, sink, digests, runs, pouring, leaving, all_here=not devices).work()
     return b"".join(digests.found)
 
 
@@ -161,6 +178,7 @@ class _Crew:
         digests: Digests,
         runs: Sequence[range],
         pouring: Pouring,
+        leaving: Leaving | None,
         *,
         all_here: bool,
     ) -> None:
@@ -169,6 +187,7 @@ class _Crew:
         self._digests = digests
         self._runs = deque(runs)
         self._pouring = pouring
+        self._leaving = leaving
         self._all_here = all_here
         self._filled: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         """Bytes of each chunk, and None when a thread ends."""
@@ -199,7 +218,9 @@ class _Crew:
         try:
             with Reader(self._pouring.gpus) as reader:
                 size = piece_bytes(self._pouring.threads)
-                filler = _Filler(self._contribution, self._sink, self._digests, reader, size, all_here=self._all_here)
+                filler = _Filler(
+                    self._contribution, self._sink, self._digests, reader, size, self._leaving, all_here=self._all_here
+                )
                 while self._runs and not self._stop.is_set():
                     self._fill_run(filler)
             complete = True
@@ -229,10 +250,13 @@ class _Filler:
         digests: Digests,
         reader: Reader,
         piece_bytes: int,
+        leaving: Leaving | None,
         *,
         all_here: bool,
     ) -> None:
+        self._leaving = leaving
         self._piece_bytes = piece_bytes
+        self._contribution = contribution
         self._tensors = contribution.tensors
         self._layout = contribution.layout
         self._sink = sink
@@ -241,9 +265,11 @@ class _Filler:
         self._all_here = all_here
 
     def fill(self, chunk: int) -> int:
-        """Fill a chunk, and return how many bytes it has."""
+        """Fill a chunk, or have it sent from where it lies; return how many bytes it has."""
         start = chunk * self._digests.chunk_bytes
         nbytes = min(self._digests.chunk_bytes, self._layout.nbytes - start)
+        if self._leaving is not None and self._leave(self._leaving, chunk, start, nbytes):
+            return nbytes
         window = self._sink.window(start, nbytes)
         digests = self._digests.chunk(chunk, window.view)
         self._write(start, window, digests)
@@ -251,6 +277,18 @@ class _Filler:
         digests.end()
         self._sink.filled(start, nbytes)
         return nbytes
+
+    def _leave(self, leaving: Leaving, chunk: int, start: int, nbytes: int) -> bool:
+        """Have a chunk sent from where it lies; False if that is not wanted, or cannot be."""
+        if not (most := leaving.most_parts()):
+            return False
+        in_place = find_in_place(self._contribution, self._digests.first_shard(start), start, nbytes, most)
+        if in_place is None:
+            return False
+        began = time.perf_counter()
+        self._digests.chunk(chunk, in_place).end()
+        leaving.lies(start, in_place, time.perf_counter() - began)
+        return True
 
     def _write(self, start: int, window: Window, digests: ChunkDigests) -> None:
         """Write what of the tensors is in the chunk that begins at ``start``, and zeros between them."""

@@ -13,8 +13,11 @@ from cpe_daemon.errors import ArenaFullError, CpeError, DeadlineError, PeerLostE
 from cpe_daemon.publisher.credits import Credits
 from cpe_daemon.publisher.delivery import Bell, Delivery
 from cpe_daemon.publisher.handle import Handle
+from cpe_daemon.publisher.in_place import InPlace
 from cpe_daemon.publisher.report import PublishReport
-from cpe_daemon.publisher.sending import Sending, Stream
+from cpe_daemon.publisher.sending import Sending
+from cpe_daemon.publisher.straight import Straight
+from cpe_daemon.publisher.under_way import Stream
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
@@ -149,6 +152,55 @@ def test_failure_of_a_version_that_is_not_opened_yet_is_believed() -> None:
     stream = desk.begin()
     desk.sending.take(FAILED)
     assert isinstance(stream.delivery.error, ArenaFullError)
+
+
+def lying(*offsets: int) -> Straight:
+    """Chunks that lie elsewhere than the copy, and hold other bytes."""
+    straight = Straight()
+    for offset in offsets:
+        straight.put(offset, InPlace([memoryview(bytearray(b"x" * 200)), memoryview(bytearray(b"y" * 56))]))
+    return straight
+
+
+def test_chunk_is_sent_from_where_it_lies() -> None:
+    desk = Desk(credits=3)
+    stream = desk.begin()
+    desk.sending.take(VersionOpened(stream.number))
+    desk.sending.feed(stream, CONTENT, len(CONTENT), lying(256))
+    desk.sending.pump()
+    assert desk.said[2:] == [Chunk(1, 0, 256), Chunk(1, 256, 256), Chunk(1, 512, 256)]
+    assert desk.frames == [bytes(CONTENT[:256]), b"x" * 200, b"y" * 56, bytes(CONTENT[512:])]
+
+
+def test_few_chunks_are_sent_from_where_they_lie_before_any_is_acknowledged() -> None:
+    desk = Desk(credits=8)
+    stream = desk.begin()
+    content, straight = memoryview(bytearray(256 * 12)), lying(*range(0, 256 * 12, 256))
+    stream.delivery.nbytes = len(content)
+    desk.sending.take(VersionOpened(stream.number))
+    desk.sending.feed(stream, content, len(content), straight)
+    for expected in (2, 4, 6, 8, 10):
+        desk.sending.pump()
+        assert desk.kinds().count(Chunk) == expected
+        desk.sending.take(ChunkDone(1))
+    straight.take_back(256 * 10)  # a copy does not wait for acknowledgements
+    for _ in range(3):
+        desk.sending.pump()
+    assert desk.kinds().count(Chunk) == 12
+
+
+def test_chunk_whose_tensors_are_gone_is_not_sent_and_costs_no_credit() -> None:
+    desk = Desk()
+    stream, straight = desk.begin(), lying(0)
+    straight.close()
+    desk.sending.take(VersionOpened(stream.number))
+    desk.sending.feed(stream, CONTENT, len(CONTENT), straight)
+    desk.sending.pump()
+    desk.sending.pump()
+    assert Chunk not in desk.kinds()
+    desk.sending.abandon(stream, PublishError("enough"))
+    desk.opened()
+    assert desk.kinds().count(Chunk) == 2
 
 
 def delivered(desk: Desk) -> Stream:
