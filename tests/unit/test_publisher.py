@@ -306,6 +306,19 @@ def test_handle_follows_the_daemon(daemon: FakeDaemon) -> None:
         assert handle.live(WAIT_SECONDS).engines == {}
 
 
+def test_rank_whose_part_is_there_is_told_who_knows_whose_is_not(daemon: FakeDaemon) -> None:
+    daemon.script.after_seal = ()
+    with publisher(daemon) as pub:
+        handle = pub.publish(some(), 1)
+        handle._wait(lambda delivery: delivery.delivered, "delivered", WAIT_SECONDS)
+        with pytest.raises(DeadlineError, match=r"which has all of this rank's part \(`wait_live` and `cpe wait` name"):
+            handle.staged(0.01)
+        daemon.say(VersionStatus(handle.version, "staged"))
+        handle.staged(WAIT_SECONDS)
+        with pytest.raises(DeadlineError, match=r"staged at ipc\S*$"):
+            handle.live(0.01)
+
+
 def test_staged_holds_though_the_push_failed(daemon: FakeDaemon) -> None:
     daemon.script.after_seal = ("staged", "pushing")
     with publisher(daemon) as pub:
