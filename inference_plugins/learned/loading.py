@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -17,10 +19,12 @@ from inference_plugins.assembly import Place, Placement
 from inference_plugins.learned.proof import Evidence, Seen, Shape, Witness, few, look_at, shape_of
 from inference_plugins.learned.provenance import extent
 from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table
-from inference_plugins.learned.watch import Move, Watch
+from inference_plugins.learned.watch import Move, Watch, warm_up
 
 log: Final = logging.getLogger(__name__)
 
+_LOOKING_SECONDS: Final = 5.0
+"""How much longer a round may take for comparing what came with what arrived; what is left is compared in the next."""
 _VARIABLE: Final = "CPE_LEARNED"
 _OFF: Final = frozenset({"off", "0", "no", "false"})
 
@@ -95,7 +99,11 @@ class LearnedLoading:
         """Whether nothing but what was seen to be written ever changed, or there is nothing else."""
         self._around: list[int] | None = None
         """What else there was when other contents had come last: digests."""
+        self._looked_seconds = 0.0
+        """What looking at bytes took in this round."""
         self._witness = Witness()
+        if on:
+            warm_up()
 
     def forget(self, reason: str) -> None:
         """Learn anew from the next round on: the loader puts things elsewhere from now on. Callable from any thread."""
@@ -109,7 +117,7 @@ class LearnedLoading:
         """A round begins."""
         if not self.on:
             return
-        self._watch, self._came, self._sent = None, {}, []
+        self._watch, self._came, self._sent, self._looked_seconds = None, {}, [], 0.0
         self._held = dict(self._parameters())
         layout = {name: _layout_of(tensor) for name, tensor in self._held.items()}
         if self._table.entries and layout != self._layout:
@@ -155,7 +163,11 @@ class LearnedLoading:
             self._watch.run(tensors, load)
         else:
             load()
-        self._note(tensors)
+        if self._looked_seconds < _LOOKING_SECONDS:
+            began = time.monotonic()
+            with self._trying():
+                self._note(tensors)
+            self._looked_seconds += time.monotonic() - began
 
     def finish(self, work: Callable[[], object] | None = None) -> None:
         """All tensors came, and every device is at rest: have ``work`` do what is left to do, and see what arrived.
@@ -169,11 +181,12 @@ class LearnedLoading:
             work()
         if not self.on or self._stale:
             return
-        if self._watch is not None:
-            self._enter(self._watch)
-        if self._sent or self._watch is not None:
-            self._judge()
-            self._use()
+        with self._trying():
+            if self._watch is not None:
+                self._enter(self._watch)
+            if self._sent or self._watch is not None:
+                self._judge()
+                self._use()
         self._watch, self._came, self._sent = None, {}, []
 
     # --- what was seen ------------------------------------------------------------------------------------------------
@@ -265,6 +278,17 @@ class LearnedLoading:
                 entry.reason = entry.reason or "written unseen"
         elif before is not None and other_contents:
             self._quiet = True
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Learn; if that fails, do so no more, and load as without."""
+        try:
+            yield
+        except Exception as error:  # task boundary: no update fails for what is to be learned from it
+            log.exception("the loader cannot be learned")
+            self._stale = f"{type(error).__name__}: {error}"
+            self._drop()
+            self.on = False
 
     def _use(self) -> None:
         """Work out the places of what may be used."""

@@ -78,7 +78,9 @@ class Witness:
         """
         rows, columns, itemsize = shape
         weights = self._weights_for(max(rows, columns), memory.device)
-        read = memory.as_strided((rows, columns * itemsize), (pitch or columns * itemsize, 1), start)
+        read = memory.as_strided(
+            (rows, columns * itemsize), (pitch or columns * itemsize, 1), memory.storage_offset() + start
+        )
         by_row = torch.empty(rows, dtype=torch.int64, device=memory.device)
         by_column = torch.zeros(columns, dtype=torch.int64, device=memory.device)
         step = max(_AT_ONCE // columns, 1)

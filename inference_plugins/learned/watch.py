@@ -262,8 +262,19 @@ class Watch:
         return [owner.name] if self._is_given(owner) else []
 
 
+def warm_up() -> None:
+    """Take all steps once: torch imports more of itself when it is first watched."""
+    parameter, tensor = torch.zeros(1), torch.ones(1)
+    Watch({"": parameter}).run([("", tensor)], lambda: parameter.copy_(tensor))
+
+
 class _Below(TorchDispatchMode):
     """Sees what operations come to."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, which takes seconds, to keep it from compiling what is here."""
+        return False
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's

@@ -18,11 +18,13 @@ from cpe_daemon.errors import DeadlineError, MisuseError
 from cpe_daemon.links.permission import check_permission
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.endpoint import engines_endpoint
+from inference_plugins.learned import LearnedLoading, Report
 from inference_plugins.receiver import Receiver
 from inference_plugins.torch.gpus import current, gpu_of
+from inference_plugins.torch.learning import LearningTarget, WritesTo, make_target
 from inference_plugins.torch.loader import TorchLoader
 from inference_plugins.torch.serving_lock import ServingLock
-from inference_plugins.torch.targets import Callback, Slicer, Slicing, make_target
+from inference_plugins.torch.targets import Callback, Slicer, Slicing
 
 log: Final = logging.getLogger(__name__)
 
@@ -37,9 +39,16 @@ class Attachment:
     """
 
     def __init__(
-        self, receiver: Receiver, loader: TorchLoader, lock: ServingLock, changed: threading.Condition, gpu: str
+        self,
+        receiver: Receiver,
+        loader: TorchLoader,
+        lock: ServingLock,
+        changed: threading.Condition,
+        gpu: str,
+        learned: LearnedLoading | None = None,
     ) -> None:
         self.lock = lock
+        self._learned = learned
         self._receiver = receiver
         self._loader = loader
         self._gpu = gpu
@@ -56,6 +65,16 @@ class Attachment:
     def serving(self) -> bool:
         """Whether the engine holds a version whole and may serve."""
         return self._loader.serving
+
+    @property
+    def learned(self) -> Report:
+        """How many tensors need the function no more, and why others do: see ``writes_to`` of `attach`."""
+        return Report() if self._learned is None else self._learned.report
+
+    def relearn(self) -> None:
+        """Forget what was learned of the function: it puts tensors elsewhere from now on, in the same memory."""
+        if self._learned is not None:
+            self._learned.forget("the engine said so")
 
     def ready(self, timeout: float) -> None:
         """Wait until the engine may serve: it holds the live version, or there is none yet.
@@ -145,6 +164,7 @@ def attach(
     model: str = "",
     gpu: str = "",
     ignore: Collection[str] = (),
+    writes_to: WritesTo | None = None,
     on_wake: Callable[[], object] | None = None,
     connect_timeout: float = 30.0,
     lock_timeout: float = 600.0,
@@ -168,6 +188,9 @@ def attach(
         gpu: UUID of this worker's GPU, whose slots it loads from; "" takes the GPU that the target's tensors are on,
             or, for a function, the current one if this process uses CUDA. On a CPU host the name of a set of slots.
         ignore: names that a version may hold and this target has no place for.
+        writes_to: where the target is a function: all tensors that it writes to, in a module or by name. What it does
+            is learned then, and where it only copies, the bytes are copied without it: it is not called for such
+            tensors any more. See `Attachment.learned` and `Attachment.relearn`; ``CPE_LEARNED=off`` turns it off.
         on_wake: called in the receiver's thread when this worker sleeps (`Attachment.sleep`) and the daemon is told to
             wake engines up for a new version (``push.asleep: wake``). When it returns the weights have their memory
             again; what is in it is not used.
@@ -184,7 +207,7 @@ def attach(
         raise MisuseError(f"rank {rank} of {world_size}")
     changed = threading.Condition()
     lock = ServingLock(lock_timeout)
-    made = make_target(target, Slicer(slicing, rank, world_size), ignore)
+    made = make_target(target, Slicer(slicing, rank, world_size), ignore, writes_to)
     gpu = gpu or gpu_of(made.gpus())
     loader = TorchLoader(made, lock, changed, on_wake)
     hello = WorkerHello(
@@ -213,6 +236,7 @@ def attach(
     except BaseException:  # task boundary: nothing is kept open, whatever ended the wait
         receiver.close()
         raise
-    attachment = Attachment(receiver, loader, lock, changed, gpu)
+    learned = made.learned if isinstance(made, LearningTarget) else None
+    attachment = Attachment(receiver, loader, lock, changed, gpu, learned)
     attachment._start()
     return attachment

@@ -99,6 +99,7 @@ class TorchLoader:
             for name, part in parts:
                 self._target.write(name, part)
 
+    @torch.no_grad()
     def finish(self, version: VersionId) -> None:
         """Check that everything came, and wait for what a callback may have issued on streams of its own."""
         with self._explaining():
@@ -107,6 +108,7 @@ class TorchLoader:
                 more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
                 raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
             come_to_rest(self._target.gpus(), _REST_SECONDS)
+            self._target.prove()
         self.content = version
         self.touched = False
         self._trouble = None

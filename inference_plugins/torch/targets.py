@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from cpe_daemon.core.rectangles import strided
 from cpe_daemon.core.types import TensorSpec
-from cpe_daemon.errors import EngineError, ManifestError, MisuseError
+from cpe_daemon.errors import ManifestError, MisuseError
 from inference_plugins.assembly import Place, Placement, meta_of
 
 Slicing = Callable[[str], int | None] | Mapping[str, int]
@@ -51,6 +51,10 @@ class Target(Protocol):
 
     def missing(self) -> list[str]:
         """Names that were expected in this update and did not come."""
+        ...
+
+    def prove(self) -> None:
+        """All was written, and the GPUs are at rest: compare what is there, if something is to be learned from it."""
         ...
 
     def gpus(self) -> set[torch.device]:
@@ -185,6 +189,9 @@ class TensorTarget:
         """Names whose tensor nothing was written to."""
         return [name for name, memory in self._memory.items() if memory not in self._written]
 
+    def prove(self) -> None:
+        """Nothing is to be learned."""
+
     def gpus(self) -> set[torch.device]:
         """Those of the tensors that were looked up last."""
         if not self._places:
@@ -276,6 +283,9 @@ class CallbackTarget:
         """Cut this rank's parts; refuse what cannot be sliced."""
         return [(name, self._slicer.cut(name, tensor)) for name, tensor in tensors]
 
+    def prove(self) -> None:
+        """Nothing is to be learned."""
+
     def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """The function is given them all."""
         return [None] * len(tensors)
@@ -291,24 +301,3 @@ class CallbackTarget:
     def gpus(self) -> set[torch.device]:
         """The thread's current one, if this process uses any: the function alone knows better."""
         return {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_initialized() else set()
-
-
-def make_target(
-    target: torch.nn.Module | Mapping[str, torch.Tensor] | Callback, slicer: Slicer, ignore: Collection[str]
-) -> Target:
-    """Wrap what a user attached.
-
-    Raises:
-        EngineError: it is none of the three.
-    """
-    if isinstance(target, torch.nn.Module):
-        module = target
-        return TensorTarget(lambda: module.state_dict(keep_vars=True), slicer, ignore)
-    if isinstance(target, Mapping):
-        mapping = target
-        return TensorTarget(lambda: mapping, slicer, ignore)
-    if callable(target):
-        return CallbackTarget(target, slicer)
-    raise EngineError(
-        f"cannot attach a {type(target).__name__}; an nn.Module, a dict of tensors or a callback is needed"
-    )

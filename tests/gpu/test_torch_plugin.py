@@ -23,9 +23,10 @@ from cpe_daemon.errors import DeadlineError, MisuseError, PeerError
 from cpe_daemon.wire.messages import Begin, Finish, Load, Pause, Resume, SlotSet, StepDone, TensorPart
 from inference_plugins.steps import Answer, Step, Steps
 from inference_plugins.torch.gpus import gpu_of
+from inference_plugins.torch.learning import make_target
 from inference_plugins.torch.loader import TorchLoader
 from inference_plugins.torch.serving_lock import ServingLock
-from inference_plugins.torch.targets import Slicer, make_target
+from inference_plugins.torch.targets import Slicer
 from tests.gpu.slot_holder import SlotHolder
 from tests.unit.planning import make_plan, whole
 from tests.unit.tensor_zoo import bytes_of, tensor_of
@@ -179,13 +180,12 @@ def test_every_version_arrives_bit_by_bit(
 
 
 def test_most_tensors_are_copied_by_address(gpu: torch.device, holder: SlotHolder, slots: Slots) -> None:
-    """All but those of which a rank has columns: rows of a tensor that is larger than a slot as well."""
+    """All that has bytes: rows and columns of a tensor that is larger than a slot as well."""
     with Engine(parameters(1, 2, gpu), holder, slots, 1, 2) as engine:
         engine.target.begin()
         places = engine.target.place(list(SPECS.values()), slots.device)
     without = {name for name, place in zip(SPECS, places, strict=True) if place is None}
-    columns = {name for name, dim in SLICING.items() if dim != 0}
-    assert without == columns | {"layers.0.none"}
+    assert without == {"layers.0.none"}
 
 
 def test_module_is_updated_in_its_own_memory(gpu: torch.device, holder: SlotHolder, slots: Slots) -> None:

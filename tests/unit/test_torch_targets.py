@@ -16,7 +16,8 @@ from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.devices.rows import copying
 from cpe_daemon.errors import EngineError, ManifestError
 from inference_plugins.assembly import Place, Placement
-from inference_plugins.torch.targets import CallbackTarget, Slicer, Slicing, Target, TensorTarget, make_target
+from inference_plugins.torch.learning import make_target
+from inference_plugins.torch.targets import CallbackTarget, Slicer, Slicing, Target, TensorTarget
 from tests.unit.tensor_zoo import DTYPES, bytes_of, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
