@@ -106,6 +106,34 @@ def test_publish_waits_for_a_daemon_that_is_restarted(node: Node, landing: bool)
     assert worker.ask("forward") == trainer.ask("digests")
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_publish_returns_when_the_daemon_ends_or_hangs_while_it_is_sent_the_tensors(
+    node: Node, how: signal.Signals
+) -> None:
+    node.start_daemon()
+    trainer = node.trainer(landing=False, gate_chunks=True)
+    worker = node.engine(recipe=RECIPE)[0]
+    publish(trainer, 1)
+    trainer.ask("build", recipe=RECIPE, seed=2)
+    trainer.ask("arm", at=1)
+    publishing = trainer.begin("publish", version=2)
+    trainer.event("reached")
+    node.daemon.signal(how)
+    trainer.ask("go")
+    trainer.result(publishing)
+    with pytest.raises(PeerLostError):
+        trainer.ask("live", version=2, timeout=15)
+    if how == signal.SIGSTOP:
+        node.daemon.signal(signal.SIGCONT)
+        until(lambda: node.daemon.version(2).get("state") == "failed", "the version is given up")
+    else:
+        node.daemon.wait()
+        node.start_daemon()
+    expected = publish(trainer, 3)
+    worker.await_serving(3)
+    assert worker.ask("forward") == expected
+
+
 def test_second_daemon_refuses_and_the_first_is_unharmed(node: Node, trainer: Trainer) -> None:
     worker = node.engine(recipe=RECIPE)[0]
     publish(trainer, 1)
