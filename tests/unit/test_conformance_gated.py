@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 from inference_plugins.gate import Gate
 from inference_plugins.gated import GatedLoader, Reloading
 from inference_plugins.sglang import reload as sglang
-from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario
+from inference_plugins.sglang.loader import SglangLoader
+from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario, check
 from inference_plugins.vllm.reload import Reload
 from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Module, load
 
@@ -38,11 +40,13 @@ class Model(nn.Module):
 class Worker(LoaderWorker):
     """A model, its loader, and the thread that the engine lends to updates: it is always in the gate, or on its way."""
 
+    loader_type = GatedLoader
+
     def __init__(self, endpoint: str) -> None:
         self.model = Model()
         self.gate = Gate()
         models = [self.reload()]
-        self.loader = GatedLoader(lambda: models, torch.device("cpu"), self.gate, needs_version=False)
+        self.loader = self.loader_type(lambda: models, torch.device("cpu"), self.gate, needs_version=False)
         self._over = threading.Event()
         self._lent = threading.Thread(target=self._lend)
         self._lent.start()
@@ -98,6 +102,25 @@ def plugin(make: type[Worker]) -> Plugin[Worker]:
         serving=lambda worker: worker.loader.serving,
         checkpoint=checkpoint,
     )
+
+
+class SleepingWorker(SglangWorker):
+    """As an SGLang server has it sleep: its own loader's part."""
+
+    loader_type = SglangLoader
+
+
+def wake_up(worker: Worker, kept: bool) -> None:
+    if not kept:
+        with torch.no_grad():
+            for parameter in worker.model.parameters():
+                parameter.zero_()
+    worker.wake_up(kept=kept)
+
+
+def test_sglang_loader_that_sleeps_conforms() -> None:
+    sleeping = dataclasses.replace(plugin(SleepingWorker), sleep=Worker.sleep, wake_up=wake_up)
+    assert check(sleeping, only=("asleep", "module_groups")) == {"asleep": "", "module_groups": ""}
 
 
 ELSEWHERE = {"busy", "asleep"}
