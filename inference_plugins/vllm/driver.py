@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -44,7 +44,8 @@ class VllmDriver:
         self.engine = engine
         self._workers = workers
         self._api = ServerApi(engine, workers, kind="vllm", keys=(API_KEY,), ca_file=CA_FILE)
-        self._update: asyncio.Task[None] | None = None
+        self._calls: list[asyncio.Task[None]] = []
+        """Those to the server that end with the update."""
         self._version: VersionId | None = None
         """What it is told that it holds, once it does."""
         self._fresh = False
@@ -62,34 +63,34 @@ class VllmDriver:
     async def pause(self, round: int, seconds: float) -> None:
         """Have the server run no more forward passes. What can be said before that is: a pause is to be short."""
         self._fresh = False
-        if not self._workers.starting:
-            mode = choice(PAUSE_MODE, _MODES)
-            await self._post("/start_weight_update", seconds)
-            await self._post("/pause", seconds, params={"mode": mode, "clear_cache": "false"})
-        await self._workers.pause(round, seconds)
+        if self._workers.starting:
+            await self._workers.pause(round, seconds)
+            return
+        paused = {"mode": choice(PAUSE_MODE, _MODES), "clear_cache": "false"}
+        await self._post("/start_weight_update", seconds)
+        await _both(self._post("/pause", seconds, params=paused), self._workers.pause(round, seconds))
 
     async def begin(self, update: Update, seconds: float) -> None:
-        """Bring the workers' threads into the update, and have them make ready."""
+        """Bring the workers' threads into the update, and have them make ready.
+
+        vLLM does one thing after the other: once the workers are in the update, what it is asked for comes after that.
+        """
         self._version = update.version
         if not self._workers.starting:
-            self._update = asyncio.create_task(self._stay())
+            self._calls = [asyncio.create_task(self._post("/update_weights", None, body={"update_info": {}}))]
         await self._workers.begin(update, seconds)
+        if self._calls:
+            self._calls.append(asyncio.create_task(self._drop(None)))
 
     async def finish(self, round: int, seconds: float) -> None:
         """Have the workers complete the update; the server's call returns then."""
         await self._workers.finish(round, seconds)
-        if await self._left(seconds):
-            ended = self._end(seconds, {"weight_version": str(self._version)})
-            for failure in await asyncio.gather(ended, self._drop(seconds), return_exceptions=True):
-                if failure is not None:
-                    raise failure
-            self._fresh = True
+        self._fresh = await self._left(seconds, {"weight_version": str(self._version)})
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
         """Have the workers undo what they can; the server stays paused."""
         touched = await self._workers.abort(round, reason, seconds)
-        if await self._left(seconds):
-            await self._end(seconds, {})
+        await self._left(seconds, {})
         return touched
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
@@ -107,30 +108,31 @@ class VllmDriver:
 
     # --- the server's call that lasts as long as the update -----------------------------------------------------------
 
-    async def _stay(self) -> None:
-        await self._post("/update_weights", None, body={"update_info": {}})
+    async def _left(self, seconds: float, news: Mapping[str, str]) -> bool:
+        """Await the end of the update and of what was asked for meanwhile, and of the session; False if there is none.
 
-    async def _left(self, seconds: float) -> bool:
-        """Await the end of the call; False if none was made.
+        Args:
+            seconds: at the most.
+            news: what the server holds now, if that is another version than before.
 
         Raises:
-            CpeError: the call failed, or did not return in time.
+            CpeError: a call failed, or did not return in time.
         """
-        update, self._update = self._update, None
-        if update is None:
+        calls, self._calls = self._calls, []
+        if not calls:
             return False
+        calls.append(asyncio.create_task(self._post("/finish_weight_update", None, body=news)))
         try:
             async with asyncio.timeout(seconds):
-                await update
+                await asyncio.gather(*calls)
         except TimeoutError:
             raise DeadlineError(f"engine {self.engine!r}: update_weights did not return within {seconds:g} s") from None
+        finally:
+            for call in calls:
+                call.cancel()
         return True
 
-    async def _end(self, seconds: float, news: Mapping[str, str]) -> None:
-        """Tell the server that the session is over, and what it holds now."""
-        await self._post("/finish_weight_update", seconds, body=news)
-
-    async def _drop(self, seconds: float) -> None:
+    async def _drop(self, seconds: float | None) -> None:
         """Have the server forget what other weights made, as far as it is to."""
         cache = choice(CACHE, _CACHES)
         if cache != "keep":
@@ -173,3 +175,10 @@ class VllmDriver:
             f"engine {self.engine!r} at {self._workers.url} cannot be paused by its API: start vLLM with"
             " VLLM_PLUGINS=cpe, or with VLLM_SERVER_DEV_MODE=1"
         )
+
+
+async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
+    """Await two at once, to their ends; raise what the first of them raised that failed."""
+    for failure in await asyncio.gather(one, other, return_exceptions=True):
+        if failure is not None:
+            raise failure
