@@ -9,7 +9,9 @@ import json
 import os
 import re
 import signal
+import threading
 from concurrent.futures import wait
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +74,32 @@ def test_updates_of_two_servers_in_one_round_each(
 
 def version_of(server: Server) -> str:
     return str(json.loads(server.call("/model_info"))["weight_version"])
+
+
+def test_no_request_fails_while_versions_come(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint]
+) -> None:
+    enough = threading.Event()
+
+    def ask(server: Server) -> int:
+        count = 0
+        while not enough.is_set():
+            said = server.generate(tokens=24)
+            assert len(said["output_ids"]) == 24
+            assert said["meta_info"]["finish_reason"]["type"] == "length"
+            count += 1
+        return count
+
+    askers = [in_thread(partial(ask, server)) for server in (one, two)]
+    try:
+        for _ in range(5):
+            trainer.publish(other(trainer, family))
+    finally:
+        enough.set()
+    assert all(asker.result(LIVE_SECONDS) > 0 for asker in askers)
+    assert trainer.live is not None
+    agree(one, trainer.live)
+    agree(two, trainer.live)
 
 
 def test_request_in_flight_completes_across_an_update(
