@@ -16,8 +16,9 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, ManifestError
-from inference_plugins.assembly import Place
+from inference_plugins.assembly import Placement
 from inference_plugins.gate import Gate
+from inference_plugins.learned import LearnedLoading
 
 _ENTER_SECONDS: Final = 10.0
 """How long the engine's thread may take to come into the gate once the daemon has asked for that."""
@@ -53,6 +54,7 @@ class GatedLoader:
         gate: holds the engine's own thread.
         needs_version: it is not to serve what it loaded from disk.
         shapes: of tensors that it loaded from disk, by name, as far as they are known.
+        learned: what is known of the first model's loader; None learns nothing. Not used where there are two models.
     """
 
     start_setting = "CPE_START"
@@ -66,6 +68,7 @@ class GatedLoader:
         *,
         needs_version: bool,
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        learned: LearnedLoading | None = None,
     ) -> None:
         self.content: VersionId | None = None
         self.touched = False
@@ -82,6 +85,7 @@ class GatedLoader:
         self.failure: str | None = None
         """Why the last update was not taken."""
         self._models = models
+        self._learned = learned or LearnedLoading(dict, on=False)
         self._device = device
         self._gate = gate
         self._changed = threading.Condition()
@@ -107,6 +111,7 @@ class GatedLoader:
         if wrong:
             more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
             raise ManifestError(f"{'; '.join(wrong[:_NAMED])}{more}")
+        self._learned.expect(tensors)
 
     def begin(self) -> None:
         """Wait for the engine's thread; what an update before this one left behind is undone."""
@@ -114,10 +119,17 @@ class GatedLoader:
         self.failure = None
         self._coming.clear()
         self._undo()
+        self._learned.on = self._learned.on and len(self._models()) == 1
+        self._learned.begin()
 
-    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Place | None]:
-        """Every tensor goes through the engine's loaders."""
-        return [None] * len(tensors)
+    def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
+        """Those tensors have a place of which the engine's loader is known to do nothing but copy them there."""
+        places = self._learned.place(tensors, device)
+        if any(places):
+            self._check_held()
+            self.touched = True
+            self._coming.update((spec.name, spec.shape) for spec in tensors)
+        return places
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -127,22 +139,34 @@ class GatedLoader:
             self._begun = self.touched = True
             for model in self._models():
                 model.begin()
-        for model in self._models():
-            model.load(tensors)
+        if self._learned.modules and self._learned.stale:
+            raise EngineError(f"{self._learned.stale}, which nobody announced")
+        self._learned.observe(tensors, lambda: self._load(tensors))
         self._coming.update((name, tuple(tensor.shape)) for name, tensor in tensors)
 
     @torch.no_grad()
     def finish(self, version: VersionId) -> None:
         """Complete the reload, and let the engine's thread go."""
         self._check_held()
+        if missing := self._learned.missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
         with self._here():
-            for model in self._models():
-                model.finish()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            self._learned.finish(self._complete)
         self._shapes.update(self._coming)
         self.content, self.touched, self._begun = version, False, False
         self._gate.release("finished")
+
+    def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for model in self._models():
+            model.load(tensors)
+
+    def _complete(self) -> None:
+        """Complete the reload, if any module was not known to need none."""
+        for model in self._models() if self._begun else ():
+            model.finish()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def abandon(self, reason: str) -> None:
         """An update ended that was not finished: leave models whole, and let the engine's thread go."""

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from typing import Final, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec
 from inference_plugins.assembly import Place, Placement
 from inference_plugins.learned.proof import Evidence, Seen, Shape, Witness, few, look_at, shape_of
-from inference_plugins.learned.provenance import extent
+from inference_plugins.learned.provenance import bytes_of, layout_of
 from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table
 from inference_plugins.learned.watch import Move, Watch, warm_up
 
@@ -87,10 +87,16 @@ class LearnedLoading:
         self._table = Table(module_of)
         self._layout: dict[str, Hashable] = {}
         self._held: Mapping[str, torch.Tensor] = {}
+        self.modules: Set[str] = frozenset()
+        """Those all of whose tensors have places."""
         self._ready: dict[str, _Ready] = {}
+        self._arrived = set[str]()
+        """Tensors that came in this round."""
         self._announced: Sequence[TensorSpec] | None = None
         self._stale = ""
         """Why all has to be learned anew."""
+        self._failed = ""
+        """Why nothing is to be learned from the next round on."""
         self._watch: Watch | None = None
         self._came: dict[str, TensorSpec] = {}
         """Tensors that were watched in this round."""
@@ -105,6 +111,15 @@ class LearnedLoading:
         if on:
             warm_up()
 
+    @property
+    def stale(self) -> str:
+        """Why all is to be learned anew from the next round on; "" if it is not."""
+        return self._stale
+
+    @property
+    def _learning(self) -> bool:
+        return self.on and not self._stale and not self._failed
+
     def forget(self, reason: str) -> None:
         """Learn anew from the next round on: the loader puts things elsewhere from now on. Callable from any thread."""
         self._stale = reason
@@ -115,11 +130,14 @@ class LearnedLoading:
 
     def begin(self) -> None:
         """A round begins."""
+        self.on = self.on and not self._failed
         if not self.on:
+            self._drop()
             return
         self._watch, self._came, self._sent, self._looked_seconds = None, {}, [], 0.0
+        self._arrived.clear()
         self._held = dict(self._parameters())
-        layout = {name: _layout_of(tensor) for name, tensor in self._held.items()}
+        layout = {name: layout_of(tensor) for name, tensor in self._held.items()}
         if self._table.entries and layout != self._layout:
             self._stale = self._stale or "parameters have other memory"
         if self._table.entries and self._announced is not None and not self._table.fits(self._announced):
@@ -143,7 +161,13 @@ class LearnedLoading:
                 known = None
             here = known is not None and (known.device is None or known.device == device)
             places.append(known.place if known is not None and here else None)
+        self._arrived.update([spec.name for spec in tensors])
         return places
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors that are known to go somewhere, and did not come in this round, of modules that no loader sees."""
+        return [name for name, known in self._ready.items() if known.device is not None and name not in self._arrived]
 
     def observe(self, tensors: Sequence[tuple[str, torch.Tensor]], load: Callable[[], object]) -> None:
         """Have ``load`` load tensors, and learn from it.
@@ -153,7 +177,7 @@ class LearnedLoading:
             load: is given them, or slices of them, and has read them when it returns; on a GPU when torch's current
                 stream has come this far.
         """
-        if not self.on or self._stale:
+        if not self._learning:
             load()
             return
         new = [(name, spec_of(name, tensor)) for name, tensor in tensors if name not in self._table.entries]
@@ -179,7 +203,7 @@ class LearnedLoading:
             self._watch.run([], work)
         elif work is not None:
             work()
-        if not self.on or self._stale:
+        if not self._learning:
             return
         with self._trying():
             if self._watch is not None:
@@ -219,7 +243,7 @@ class LearnedLoading:
         spoilt = dict(watch.spoilt)
         after = self._parameters()
         for name, layout in self._layout.items():
-            if name not in after or _layout_of(after[name]) != layout:
+            if name not in after or layout_of(after[name]) != layout:
                 spoilt[name] = "replaced"
         for name, spec in self._came.items():
             moves, reason = watch.moves.get(name, []), watch.trouble.get(name, "")
@@ -244,7 +268,7 @@ class LearnedLoading:
             if sent.move is not None:
                 rectangle = sent.move.rectangle
                 pitch = rectangle.destination_pitch if rectangle.rows > 1 else 0
-                memory = _bytes_of(self._held[sent.move.parameter])
+                memory = bytes_of(self._held[sent.move.parameter])
                 arrived = self._witness.see(memory, rectangle.destination, pitch, sent.shape, telling=False)
             evidence.add(sent.name, sent.seen, arrived)
             if few(sent.shape):
@@ -268,7 +292,7 @@ class LearnedLoading:
     def _look_around(self, *, other_contents: bool) -> None:
         """See whether anything changed that was not seen to be written; from one round to another one's contents."""
         runs = self._table.around
-        looks = [look_at(self._witness, _bytes_of(self._held[run.parameter]), *run[1:]) for run in runs]
+        looks = [look_at(self._witness, bytes_of(self._held[run.parameter]), *run[1:]) for run in runs]
         now = [int(digest) for digests in looks for digest in digests]
         before, self._around = self._around, now
         if not runs:
@@ -286,9 +310,7 @@ class LearnedLoading:
             yield
         except Exception as error:  # task boundary: no update fails for what is to be learned from it
             log.exception("the loader cannot be learned")
-            self._stale = f"{type(error).__name__}: {error}"
-            self._drop()
-            self.on = False
+            self._failed = f"{type(error).__name__}: {error}"
 
     def _use(self) -> None:
         """Work out the places of what may be used."""
@@ -299,15 +321,16 @@ class LearnedLoading:
             rectangles = tuple(rectangle.moved(addresses[parameter], 0) for parameter, rectangle in entry.moves)
             device = self._held[entry.moves[0].parameter].device if entry.moves else None
             self._ready[entry.spec.name] = _Ready(entry.spec, device, _placement(rectangles))
+        self.modules = frozenset(self._module_of(move.parameter) for entry in used for move in entry.moves)
         if report != self.report:
             log.info("the loader's ways with %d tensors: %s", len(self._table.entries), report)
         self.report = report
 
     def _drop(self) -> None:
         if self._table.entries:
-            log.info("what was learned of the loader is forgotten: %s", self._stale)
+            log.info("what was learned of the loader is forgotten: %s", self._stale or self._failed or "switched off")
         self._table, self._ready, self.report, self._stale = Table(self._module_of), {}, Report(), ""
-        self._quiet, self._around = False, None
+        self._quiet, self._around, self.modules = False, None, frozenset()
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
@@ -322,17 +345,3 @@ def _placement(rectangles: tuple[Rectangle, ...]) -> Placement:
         destination, source, nbytes, *_ = rectangles[0]
         return Place(destination, nbytes, source)
     return rectangles
-
-
-def _layout_of(tensor: torch.Tensor) -> Hashable:
-    """What has to stay for a place in it to stay good."""
-    address = 0 if tensor.is_meta or tensor.layout is not torch.strided else tensor.data_ptr()
-    strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
-    return tensor.device, address, tensor.dtype, tuple(tensor.shape), strides
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a parameter, from its first element on; uint8."""
-    offset = tensor.storage_offset() * tensor.itemsize
-    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return memory.set_(tensor.untyped_storage(), offset, (extent(tensor),), (1,))

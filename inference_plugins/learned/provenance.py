@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -139,3 +139,23 @@ def span_of(name: str, tensor: torch.Tensor) -> Span:
     """The memory of a tensor."""
     begin = tensor.data_ptr()
     return Span(begin, begin + extent(tensor), name)
+
+
+def layout_of(tensor: torch.Tensor) -> Hashable:
+    """What has to stay for a place in it to stay good."""
+    address = 0 if tensor.is_meta or tensor.layout is not torch.strided else tensor.data_ptr()
+    strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    return tensor.device, address, tensor.dtype, tuple(tensor.shape), strides
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a parameter, from its first element on; uint8."""
+    offset = tensor.storage_offset() * tensor.itemsize
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return memory.set_(tensor.untyped_storage(), offset, (extent(tensor),), (1,))
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that may be written to in a module: parameters and buffers, by every name that they have."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))

@@ -31,10 +31,8 @@ _BLIND: Final = frozenset(
     }
 )
 """Operations that look at no values."""
-_ESCAPES: Final = frozenset(
-    {"numpy", "data_ptr", "untyped_storage", "storage", "tolist", "__array__", "__dlpack__", "share_memory_"}
-)
-"""Methods that let others have the bytes."""
+_ESCAPES: Final = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
+"""Methods that let others have the values. Who only asks for an address is found out by what changes unseen."""
 
 Owner = Span | Scratch
 """Whose a tensor's memory is: a parameter's, a tensor's that was given, or what the loader made of it."""
@@ -131,8 +129,10 @@ class Watch:
             self._used(operation, inputs, named, outcome)
 
     def _copied(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if destination.is_meta or source.is_meta or not destination.numel():
+            return
         read, written = self._owner(source), self._owner(destination)
-        if (read is None and written is None) or not destination.numel():
+        if read is None and written is None:
             return
         if read is not None:
             self.looked_at.update(self._names(read))
@@ -195,7 +195,6 @@ class Watch:
         made = [tensor for tensor in _tensors([outcome]) if not _shares(tensor, given)]
         if not written and not made and _has_tensors(outcome):
             return  # a view
-        made = [tensor for tensor in made if tensor.layout is torch.strided and not tensor.is_meta]
         names = set[str]()
         for tensor in given:
             owner = self._owner(tensor)
@@ -203,6 +202,8 @@ class Watch:
                 names.update(self._names(owner))
                 self._read(owner, name)
         for tensor in [*written, *made]:
+            if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+                continue
             owner = self._owner(tensor)
             self._spoil(owner or self._made(tensor), name, names)
 
@@ -241,11 +242,12 @@ class Watch:
         begin = tensor.data_ptr()
         if not begin:
             return None
-        scratch = self._scratch.get(tensor.untyped_storage().data_ptr())
-        if scratch is not None and not scratch.freed:
-            return scratch
         end = begin + extent(tensor)
-        return self._given.find(begin, end) or self.parameters.find(begin, end)
+        known = self._given.find(begin, end) or self.parameters.find(begin, end)
+        if known is not None:
+            return known
+        scratch = self._scratch.get(tensor.untyped_storage().data_ptr())
+        return None if scratch is None or scratch.freed else scratch
 
     def _made(self, tensor: torch.Tensor) -> Scratch:
         scratch = Scratch(tensor)

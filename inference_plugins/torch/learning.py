@@ -11,7 +11,7 @@ import torch
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import EngineError
 from inference_plugins.assembly import Placement
-from inference_plugins.learned import LearnedLoading, switched_on
+from inference_plugins.learned import LearnedLoading, switched_on, tensors_of
 from inference_plugins.torch.targets import Callback, CallbackTarget, Slicer, Target, TensorTarget
 
 WritesTo = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -56,6 +56,10 @@ class LearningTarget(CallbackTarget):
     def write(self, name: str, part: torch.Tensor) -> None:
         """Call the function, and look on."""
         self.learned.observe([(name, self._whole[name])], partial(self._callback, name, part))
+
+    def missing(self) -> list[str]:
+        """Tensors that did not come whose ways are known; of others the function alone knows."""
+        return self.learned.missing
 
     def prove(self) -> None:
         """Compare what arrived."""
@@ -103,8 +107,7 @@ def make_target(
 def _parameters_of(writes_to: WritesTo) -> Callable[[], dict[str, torch.Tensor]]:
     def look_up() -> dict[str, torch.Tensor]:
         if isinstance(writes_to, torch.nn.Module):
-            found = dict(writes_to.named_parameters(remove_duplicate=False))
-            return found | dict(writes_to.named_buffers(remove_duplicate=False))
+            return tensors_of(writes_to)
         return dict(writes_to)
 
     return look_up

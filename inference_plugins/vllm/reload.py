@@ -7,7 +7,7 @@ forward pass over meta tensors would end the engine, and vLLM would skip such a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, Final
 
 import torch
@@ -27,15 +27,22 @@ class Reload:
         model_config: vLLM's, of that model.
         layerwise: vLLM's functions.
         others: modules that may be in it, but are another model's, which is reloaded first: that one's tensors count.
+        spared: returns the names of modules that are not reloaded in this update: others write to their parameters.
     """
 
     def __init__(
-        self, model: Any, model_config: Any, layerwise: Layerwise, others: Set[torch.nn.Module] = frozenset()
+        self,
+        model: Any,
+        model_config: Any,
+        layerwise: Layerwise,
+        others: Set[torch.nn.Module] = frozenset(),
+        spared: Callable[[], Set[str]] = frozenset,
     ) -> None:
         self._model = model
         self._model_config = model_config
         self._layerwise = layerwise
         self._others = others
+        self._spared = spared
         self._pending: list[tuple[str, torch.nn.Module, Any]] = []
         """The modules that were not complete when last looked at: their name, and their reload info."""
         self._begun = 0
@@ -53,12 +60,19 @@ class Reload:
         self.undo()
         self._refilled = self._layerwise.refill(self._model)
         self._layerwise.initialize(self._model)
+        spared = self._spared()
+        for name, module in self._model.named_modules() if spared else ():
+            info = self._layerwise.info(module)
+            if name in spared and info.can_load():
+                self._layerwise.put_back(module, info)
+                info.reset()
         infos = ((name, module, self._layerwise.info(module)) for name, module in self._model.named_modules())
         self._pending = [entry for entry in infos if entry[1] not in self._others and entry[2].can_load()]
         self._begun = len(self._pending)
         theirs = {id(one) for module in self._others for one in module.parameters(recurse=False)}
         for name, parameter in self._model.named_parameters():
-            if name.rpartition(".")[2] in self._layerwise.uncounted and id(parameter) not in theirs:
+            module, _, last = name.rpartition(".")
+            if last in self._layerwise.uncounted and id(parameter) not in theirs and module not in spared:
                 self._watch.add(name, parameter)
 
     @property

@@ -29,6 +29,7 @@ from cpe_daemon.errors import DeadlineError
 from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
 from inference_plugins.gate import Gate
 from inference_plugins.gated import Reloading
+from inference_plugins.learned import LearnedLoading, switched_on, tensors_of
 from inference_plugins.receiver import Receiver
 from inference_plugins.vllm.compat import (
     check_version,
@@ -85,7 +86,8 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
         self._settings = Settings.read()
         let_sessions_lapse(CpeWeightTransferEngine)
         self._layerwise = layerwise()
-        self._target = Reload(model, vllm_config.model_config, self._layerwise)
+        self._learned = LearnedLoading(lambda: tensors_of(model), on=switched_on())
+        self._target = Reload(model, vllm_config.model_config, self._layerwise, spared=lambda: self._learned.modules)
         self._models: list[Reloading] = [Target(self._target)]
         self._shapes = shapes(vllm_config.model_config, vllm_config.load_config)
         self._add(model)
@@ -98,6 +100,7 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
             self._gate,
             needs_version=self._settings.start == "version",
             shapes=self._shapes,
+            learned=self._learned,
         )
         self._receiver = Receiver(self._settings.socket, _hello(self._settings, vllm_config, device), self._loader)
         self._stopped = threading.Event()
