@@ -56,6 +56,8 @@ class ScriptedDaemon:
         self._codec = Codec(WorkerMessage)
         self._came: queue.SimpleQueue[Message | ConformanceError] = queue.SimpleQueue()
         self._peer = b""
+        self._sent: object = None
+        """The last message on its way: a ROUTER takes each at once, or drops it."""
         self._thread: threading.Thread | None = None
 
     # --- the test's thread -------------------------------------------------------------------------------------------
@@ -142,9 +144,6 @@ class ScriptedDaemon:
         return asyncio.run_coroutine_threadsafe(tied(), self._loop).result(_START_SECONDS)
 
     # --- its own thread ----------------------------------------------------------------------------------------------
-
-    _sent: object = None
-    """The last message on its way: a ROUTER takes each at once, or drops it."""
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
