@@ -48,14 +48,14 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
     try:
         checkpoints = [_checkpoint(directory, seed, options) for seed in range(2)]
-        with _daemon(directory, options.slot_bytes), _publisher(directory) as publisher:
+        nbytes = sum(path.stat().st_size for path in checkpoints[0].glob("*.safetensors"))
+        with _daemon(directory, options.slot_bytes, 4 * nbytes), _publisher(directory) as publisher:
             publisher.publish(checkpoints[0], version=1).live(LIVE_SECONDS)
             with _server(directory, checkpoints[0], options) as url:
                 _measure(publisher, url, checkpoints, 2, options.warm)
                 (directory / "pauses").write_text("")
                 floors = _measure(publisher, url, checkpoints, 2 + options.warm, options.updates)
         pauses = [float(line) for line in (directory / "pauses").read_text().splitlines()]
-        nbytes = sum(path.stat().st_size for path in checkpoints[0].glob("*.safetensors"))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     _report(options, pauses, floors, nbytes)
@@ -124,9 +124,9 @@ def _publisher(directory: Path) -> Publisher:
 
 
 @contextlib.contextmanager
-def _daemon(directory: Path, slot_bytes: str) -> Iterator[None]:
-    settings = {"state_dir": directory / "state", "http.listen": "", "arena.size_bytes": "2GiB", "device.gpus": 2}
-    settings["device.slot_bytes"] = slot_bytes
+def _daemon(directory: Path, slot_bytes: str, version_bytes: int) -> Iterator[None]:
+    settings = {"state_dir": directory / "state", "http.listen": "", "device.gpus": 2, "device.slot_bytes": slot_bytes}
+    settings["arena.size_bytes"] = (64 << 20) + version_bytes
     command = [sys.executable, "-m", "cpe_daemon", "serve", "--runtime-dir", str(directory)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
@@ -135,6 +135,8 @@ def _daemon(directory: Path, slot_bytes: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if process.poll() is not None:
+            sys.stderr.write((directory / "daemon.log").read_text(errors="replace")[-2000:])
         process.terminate()
         process.wait(60)
 
