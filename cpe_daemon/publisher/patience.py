@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-_LONGEST_SECONDS: Final = 0.05
-"""What a link may fall behind before the trainer stops to wait for it."""
+_BEHIND_BYTES: Final = 64 << 20
+"""What a link may fall behind before nobody waits for it any more: on a busy host threads do not run for a while."""
+_LONGEST_SECONDS: Final = 0.25
 _ENOUGH_BYTES: Final = 1 << 30
 _SHARE: Final = 8
 """A link keeps up if it takes so many bytes a second, or a part of what a thread here digests: a copy is then faster by
@@ -15,8 +16,8 @@ not much, and a host where everything is slower has slower links too."""
 class Patience:
     """Seconds that are left to wait: time takes them, and what the slowest link sends gives them back.
 
-    They are never more than ``_LONGEST_SECONDS``, nor than the contribution would take a link that just keeps up. Once
-    they are used up the link is behind, until it has earned all of them again.
+    They are never more than a link that just keeps up needs for ``_BEHIND_BYTES``, or for the contribution. Once they
+    are used up the link is behind, until it has earned all of them again.
 
     Args:
         nbytes: of the contribution.
@@ -57,4 +58,4 @@ class Patience:
 
     @property
     def _most(self) -> float:
-        return min(_LONGEST_SECONDS, self._nbytes / self._rate)
+        return min(_LONGEST_SECONDS, min(_BEHIND_BYTES, self._nbytes) / self._rate)
