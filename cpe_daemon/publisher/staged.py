@@ -36,9 +36,9 @@ class _Sink:
         self._lanes = lanes
         self._bell = lanes[0].delivery.bell
         self._chunk_bytes = chunk_bytes_of(lanes)
-        self._credits = min(lane.session.welcome.credits for lane in lanes)
-        self._ahead_bytes = max(1, self._credits // 2) * self._chunk_bytes
-        self._batch = max(1, self._credits // BATCHES)
+        credits = min(lane.session.welcome.credits for lane in lanes)
+        self._ahead_bytes = max(1, credits // 2) * self._chunk_bytes
+        self._batch = max(1, credits // BATCHES)
         self._most_parts = _most_parts(lanes)
         self._straight = Straight()
         self._patience = Patience(len(staged), time.monotonic())  # guarded by the bell's lock
@@ -90,7 +90,8 @@ class _Sink:
                 in_time = self._chunks % self._batch == 0  # the first one at once; the last is followed by the seal
                 self._chunks += 1
                 for lane in self._lanes:
-                    starving = self._upto - lane.delivery.sent_bytes <= self._credits * self._chunk_bytes
+                    # One that has more than a batch to send is woken by the daemon's acknowledgements.
+                    starving = self._upto - lane.delivery.sent_bytes <= self._batch * self._chunk_bytes
                     lane.feed(self._staged, self._upto, self._straight, hurry=in_time and starving)
 
     def settle(self) -> None:
