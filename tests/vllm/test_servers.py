@@ -5,10 +5,12 @@ The servers are shared: each test publishes what it needs, and leaves them servi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
+import threading
 import urllib.error
 from concurrent.futures import wait
 from typing import Any
@@ -148,6 +150,35 @@ def test_one_rank_fails_and_its_server_keeps_what_it_had(
     trainer.publish(before)
     agree(one, before)
     agree(two, before)
+
+
+def test_twenty_versions_and_five_poisoned_ones_while_requests_go_on(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint]
+) -> None:
+    """No request fails, and each that comes after an update gets the new version's tokens."""
+    over = threading.Event()
+
+    def go_on_requesting(server: Server) -> int:
+        requests = 0
+        while not over.is_set():
+            assert len(server.complete(tokens=40)[0]) == 40
+            requests += 1
+        return requests
+
+    requests = [in_thread(functools.partial(go_on_requesting, server)) for server in (one, two)]
+    try:
+        for number in range(20):
+            trainer.publish(other(trainer, family))
+            assert trainer.live is not None
+            if number % 4 == 3:
+                lacks = NAMES[number // 4]
+                poison = {name: tensor for name, tensor in family[0].tensors.items() if name != lacks}
+                with pytest.raises(CpeError, match="not all tensors came of"):
+                    trainer.begin(poison).live(timeout=LIVE_SECONDS)
+            assert one.tokens() == two.tokens() == trainer.live.tokens
+    finally:
+        over.set()
+    assert all(request.result(LIVE_SECONDS) for request in requests)
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------
