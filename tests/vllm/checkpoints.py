@@ -126,13 +126,10 @@ def mixture() -> Any:
     )
 
 
-def latent() -> Any:
-    """DeepSeek-V3: multi-head latent attention, experts and a shared one, and a layer that predicts the second token.
-
-    vLLM's kernels for the CPU want the ranks that DeepSeek has.
-    """
-    return transformers.DeepseekV3Config(
-        **_small() | {"num_key_value_heads": 4, "head_dim": 64},
+def second() -> Any:
+    """GLM-4 with experts, a shared one, and a layer that predicts the second token."""
+    return transformers.Glm4MoeConfig(
+        **_small(),
         intermediate_size=128,
         moe_intermediate_size=64,
         n_routed_experts=4,
@@ -140,14 +137,9 @@ def latent() -> Any:
         num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
-        topk_method="noaux_tc",
         routed_scaling_factor=1.0,
         first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=32,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=32,
-        v_head_dim=32,
+        use_qk_norm=True,
         num_nextn_predict_layers=1,
         tie_word_embeddings=False,
     )
@@ -155,14 +147,10 @@ def latent() -> Any:
 
 @torch.no_grad()
 def soften(model: torch.nn.Module) -> None:
-    """Have a token mostly depend on the one before, and routers have a bias.
-
-    Then vLLM's latent attention, whose error is large in bfloat16, agrees with transformers', and the second token is
-    easy to predict.
-    """
+    """Have a token mostly depend on the one before, so that the second is easy to predict, and routers have a bias."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("o_proj.weight", "down_proj.weight")) or "experts.down_proj" in name:
-            tensor.mul_(0.3)
+            tensor.mul_(0.2)
         if name.endswith("e_score_correction_bias"):
             tensor.normal_(0, 0.1)
 
