@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cpe_daemon.core.rectangles import Rectangle, clip
+from cpe_daemon.core.rectangles import Rectangle, clip, overlap
 from cpe_daemon.errors import MisuseError
 
 _MOST_PIECES: Final = 1 << 12
@@ -68,6 +68,10 @@ class Scratch:
         """Why its bytes are not those of tensors."""
         self.names = set[str]()
         """Tensors that had a part in it."""
+        self._begins = list[int]()
+        """Where the pieces begin, which are in that order."""
+        self._apart = True
+        """Whether each piece ends before the next begins."""
 
     @property
     def freed(self) -> bool:
@@ -83,14 +87,33 @@ class Scratch:
         """Bytes were written; others that they overwrite are forgotten only if they are all overwritten."""
         self.names.update(piece.tensor for piece in pieces)
         for new in pieces:
-            first, end = new.rectangle.destination, new.rectangle.destination_end
-            kept = [
-                old for old in self.pieces if old.rectangle.destination_end <= first or end <= old.rectangle.destination
-            ]
-            over = [old for old in self.pieces if old not in kept]
-            if any(old.rectangle.destination < first or end < old.rectangle.destination_end for old in over):
+            at = bisect.bisect_left(self._begins, new.rectangle.destination)
+            if not self._fits(new.rectangle, at):
+                self._make_room(new.rectangle)
+                at = bisect.bisect_left(self._begins, new.rectangle.destination)
+            self._begins.insert(at, new.rectangle.destination)
+            self.pieces.insert(at, new)
+
+    def _fits(self, new: Rectangle, at: int) -> bool:
+        """Whether it lies between its neighbours; those of columns do not, and all have to be looked at then."""
+        before = self.pieces[at - 1].rectangle.destination_end if at else 0
+        behind = self._begins[at] if at < len(self._begins) else new.destination_end
+        self._apart = self._apart and before <= new.destination and new.destination_end <= behind
+        return self._apart
+
+    def _make_room(self, new: Rectangle) -> None:
+        """Forget what is overwritten."""
+        kept = list[Piece]()
+        for old in self.pieces:
+            first, end = old.rectangle.destination, old.rectangle.destination_end
+            if end <= new.destination or new.destination_end <= first or not overlap([old.rectangle, new]):
+                kept.append(old)
+            elif new.rows > 1 or first < new.destination or new.destination_end < end:
                 self.spoil("overwritten in part")
-            self.pieces = [*kept, new]
+        self.pieces = kept
+        self._begins = [piece.rectangle.destination for piece in kept]
+        ends = [piece.rectangle.destination_end for piece in kept]
+        self._apart = all(end <= begin for end, begin in zip(ends, self._begins[1:], strict=False))
 
     def read(self, wanted: Rectangle) -> list[Piece]:
         """What is copied by a rectangle whose source counts from the beginning here.

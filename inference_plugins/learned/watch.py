@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpe_daemon.core.rectangles import Rectangle, strided
 from cpe_daemon.errors import MisuseError
-from inference_plugins.learned.provenance import Piece, Scratch, Span, Spans, extent, span_of
+from inference_plugins.learned.provenance import Piece, Scratch, Span, Spans, extent, layout_of, span_of
 
 log: Final = logging.getLogger(__name__)
 
@@ -131,6 +131,8 @@ class Watch:
     def _copied(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.is_meta or source.is_meta or not destination.numel():
             return
+        if destination.data_ptr() == source.data_ptr() and layout_of(destination) == layout_of(source):
+            return  # onto itself
         read, written = self._owner(source), self._owner(destination)
         if read is None and written is None:
             return

@@ -164,6 +164,10 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], object]] = {
     "a slice of a clone": lambda place, tensor: place.narrow(1, 0, 8).copy_(tensor.clone().narrow(1, 8, 8)),
     "a clone of a slice": lambda place, tensor: place.narrow(1, 0, 8).copy_(tensor.narrow(1, 8, 8).contiguous()),
     "collected": lambda place, tensor: place.copy_(collected(tensor)),
+    "and onto itself": lambda place, tensor: place.copy_(place.copy_(tensor)),
+    "a clone, and that onto itself": lambda place, tensor: place.copy_(onto_itself(tensor.clone())),
+    "a buffer, filled twice": lambda place, tensor: place.copy_(collected(tensor, twice=True)),
+    "a buffer, by columns": lambda place, tensor: place.copy_(by_columns(tensor)),
     "at once": lambda place, tensor: torch._foreach_copy_(list(place.chunk(2)), list(tensor.chunk(2))),
     "the same dtype": lambda place, tensor: place.copy_(tensor.to(place.dtype)),
     "three dimensions": lambda place, tensor: place.view(4, 6, COLUMNS)[:, :3].copy_(tensor.view(4, 6, COLUMNS)[:, 3:]),
@@ -175,8 +179,21 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
-def collected(tensor: Tensor) -> Tensor:
+def onto_itself(tensor: Tensor) -> Tensor:
+    return tensor.copy_(tensor)
+
+
+def by_columns(tensor: Tensor) -> Tensor:
     made = torch.empty_like(tensor)
+    for first in (0, 16, 8):
+        made[:, first : first + 8] = tensor[:, first : first + 8]
+    return made
+
+
+def collected(tensor: Tensor, *, twice: bool = False) -> Tensor:
+    made = torch.empty_like(tensor)
+    if twice:
+        made[ROWS // 2 :] = tensor[: ROWS // 2]
     made[: ROWS // 2] = tensor[: ROWS // 2]
     made[ROWS // 2 :] = tensor[ROWS // 2 :]
     return made
