@@ -15,16 +15,18 @@ from torch.autograd.graph import increment_version
 
 from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec
-from inference_plugins.assembly import Place, Placement
+from inference_plugins.assembly import Placement
 from inference_plugins.learned.proof import Evidence, Seen, Shape, Witness, few, look_at, shape_of
 from inference_plugins.learned.provenance import bytes_of, layout_of
-from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table
+from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table, placement
 from inference_plugins.learned.watch import Move, Watch, warm_up
 
 log: Final = logging.getLogger(__name__)
 
 _LOOKING_SECONDS: Final = 5.0
 """How much longer a round may take for comparing what came with what arrived; what is left is compared in the next."""
+_WATCHING_SECONDS: Final = 60.0
+"""How long the loader may be watched in a round: one that takes longer is not learned, for deadlines' sake."""
 _VARIABLE: Final = "CPE_LEARNED"
 _OFF: Final = frozenset({"off", "0", "no", "false"})
 
@@ -107,6 +109,8 @@ class LearnedLoading:
         """What else there was when other contents had come last: digests."""
         self._looked_seconds = 0.0
         """What looking at bytes took in this round."""
+        self._watched_seconds = 0.0
+        """What the loader took while it was watched."""
         self._witness = Witness()
         if on:
             warm_up()
@@ -136,6 +140,7 @@ class LearnedLoading:
             return
         self._watch, self._came, self._sent, self._looked_seconds = None, {}, [], 0.0
         self._arrived.clear()
+        self._watched_seconds = 0.0
         self._held = dict(self._parameters())
         layout = {name: layout_of(tensor) for name, tensor in self._held.items()}
         if self._table.entries and layout != self._layout:
@@ -184,7 +189,11 @@ class LearnedLoading:
         if new:
             self._watch = self._watch or Watch(self._held)
             self._came.update(new)
+            began = time.monotonic()
             self._watch.run(tensors, load)
+            self._watched_seconds += time.monotonic() - began
+            if self._watched_seconds > _WATCHING_SECONDS:
+                self._failed = f"it took {self._watched_seconds:.0f} s to watch the loader"
         else:
             load()
         if self._looked_seconds < _LOOKING_SECONDS:
@@ -320,7 +329,7 @@ class LearnedLoading:
         for entry in used:
             rectangles = tuple(rectangle.moved(addresses[parameter], 0) for parameter, rectangle in entry.moves)
             device = self._held[entry.moves[0].parameter].device if entry.moves else None
-            self._ready[entry.spec.name] = _Ready(entry.spec, device, _placement(rectangles))
+            self._ready[entry.spec.name] = _Ready(entry.spec, device, placement(rectangles))
         self.modules = frozenset(self._module_of(move.parameter) for entry in used for move in entry.moves)
         if report != self.report:
             log.info("the loader's ways with %d tensors: %s", len(self._table.entries), report)
@@ -336,12 +345,3 @@ class LearnedLoading:
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     """A tensor's name, dtype and shape."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
-def _placement(rectangles: tuple[Rectangle, ...]) -> Placement:
-    if not rectangles:
-        return Place(0, 0)
-    if len(rectangles) == 1 and rectangles[0].rows == 1:
-        destination, source, nbytes, *_ = rectangles[0]
-        return Place(destination, nbytes, source)
-    return rectangles

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from cpe_daemon.core.rectangles import overlap
+from cpe_daemon.core.rectangles import Rectangle, overlap
 from cpe_daemon.core.types import TensorSpec
+from inference_plugins.assembly import Place, Placement
 from inference_plugins.learned.provenance import Span
 from inference_plugins.learned.watch import Move
 
@@ -183,3 +184,13 @@ def _digest(entries: Iterable[Entry]) -> str:
         spec = entry.spec
         digest.update(repr((spec.name, spec.dtype, spec.shape, [(p, tuple(r)) for p, r in entry.moves])).encode())
     return digest.hexdigest()
+
+
+def placement(rectangles: tuple[Rectangle, ...]) -> Placement:
+    """What a receiver is told of a tensor: one run of its bytes if it can be said so."""
+    if not rectangles:
+        return Place(0, 0)
+    if len(rectangles) == 1 and rectangles[0].rows == 1:
+        destination, source, nbytes, *_ = rectangles[0]
+        return Place(destination, nbytes, source)
+    return rectangles

@@ -65,6 +65,7 @@ NO_WAITS = {
     "cpe_daemon.wire.operator.WAIT_AGAIN_SECONDS",
     "inference_plugins.errands._MARGIN_SECONDS",
     "inference_plugins.learned.loading._LOOKING_SECONDS",
+    "inference_plugins.learned.loading._WATCHING_SECONDS",
     "inference_plugins.receiver._GOODBYE_SECONDS",
     "inference_plugins.steps._PAUSE_AGAIN_SECONDS",
     "inference_plugins.testing.attached._LOOK_SECONDS",

@@ -16,7 +16,7 @@ from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.devices.rows import copying
 from inference_plugins.assembly import Place
-from inference_plugins.learned import LearnedLoading, switched_on
+from inference_plugins.learned import LearnedLoading, loading, switched_on
 from inference_plugins.learned.loading import spec_of
 from tests.unit.loaders import MODELS, Engine, Load, checkpoint, engine_of
 from tests.unit.tensor_zoo import bytes_of
@@ -498,6 +498,14 @@ def test_round_that_fails_teaches_nothing() -> None:
         pair.worker.push(version(0))
     pair.way = PLAIN["copy_"]
     assert [pair.worker.push(version(number)) for number in (1, 2)] == [0, 2]
+    assert torch.equal(pair.parameters["a.weight"], version(2)["a.weight"])
+
+
+def test_loader_that_takes_too_long_to_watch_is_not_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(PLAIN["copy_"])
+    monkeypatch.setattr(loading, "_WATCHING_SECONDS", -1.0)
+    assert [pair.worker.push(version(number)) for number in range(3)] == [0, 0, 0]
+    assert not pair.worker.learned.on
     assert torch.equal(pair.parameters["a.weight"], version(2)["a.weight"])
 
 
