@@ -1,7 +1,8 @@
 """Where vLLM's versions differ: the one file that knows.
 
 Others than those from `OLDEST` to before `NEWEST` are refused, for a reload that only seems to work serves wrong
-weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``. What differs between 0.26 and 0.32, of what is used:
+weights; whoever wants to try sets ``CPE_VLLM_UNTESTED=1``. ``make test-vllm`` runs 0.32, and
+`tests/unit/test_vllm_sources.py` reads the sources of others. What differs between 0.26 and 0.32, of what is used:
 
 ================================  ============================================  ======================================
 what                              0.26                                          0.32
