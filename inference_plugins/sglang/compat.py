@@ -1,6 +1,6 @@
-"""Where SGLang's versions differ: the one folder that knows is this, and this file says which were run.
+"""Which of SGLang's versions were run, and what of them is asked that may be elsewhere in others.
 
-0.5.23 was, on the CPU. Others are refused, for an update that only seems to work serves wrong weights; whoever wants
+0.5.23 was run, on the CPU. Others are refused, for an update that only seems to work serves wrong weights; whoever wants
 to try sets ``CPE_SGLANG_UNTESTED=1``.
 """
 
