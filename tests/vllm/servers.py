@@ -317,6 +317,7 @@ def variables(engine: str, daemon: Daemon, faults: Faults, model: str = "policy"
         "CPE_ENGINES_SOCKET": daemon.engines,
         "CPE_ENGINE": engine,
         "CPE_MODEL": model,
+        "CPE_LEARNED": "off",  # faults are ordered after tensors, each of which has to come to the loaders
     }
 
 
