@@ -52,13 +52,14 @@ def main() -> None:
         with _daemon(directory, options.slot_bytes, 4 * nbytes), _publisher(directory) as publisher:
             publisher.publish(checkpoints[0], version=1).live(LIVE_SECONDS)
             with _server(directory, checkpoints[0], options) as url:
-                _measure(publisher, url, checkpoints, 2, options.warm)
+                _measure(publisher, url, checkpoints, 2, options.warm, {})
                 (directory / "pauses").write_text("")
-                floors = _measure(publisher, url, checkpoints, 2 + options.warm, options.updates)
+                phases: dict[str, list[float]] = {}
+                floors = _measure(publisher, url, checkpoints, 2 + options.warm, options.updates, phases)
         pauses = [float(line) for line in (directory / "pauses").read_text().splitlines()]
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    _report(options, pauses, floors, nbytes)
+    _report(options, pauses, floors, phases, nbytes)
 
 
 def _options() -> argparse.Namespace:
@@ -98,17 +99,26 @@ def _checkpoint(directory: Path, seed: int, options: argparse.Namespace) -> Path
     return path
 
 
-def _measure(publisher: Publisher, url: str, checkpoints: list[Path], first: int, updates: int) -> list[float]:
-    """Update, and measure the floor after each; returns that, of the slowest rank."""
+def _measure(
+    publisher: Publisher,
+    url: str,
+    checkpoints: list[Path],
+    first: int,
+    updates: int,
+    phases: dict[str, list[float]],
+) -> list[float]:
+    """Update, and measure the floor after each; returns that, of the slowest rank, and adds rounds' phases."""
     floors = []
     for number in range(first, first + updates):
         checkpoint = checkpoints[number % 2]
         report = publisher.publish(checkpoint, version=number).live(LIVE_SECONDS)
         if report.behind:
             sys.exit(f"the server did not take an update:\n{report}")
+        for name, seconds in report.engines["vllm"].phases.items():
+            phases.setdefault(name, []).append(seconds)
         path = str(checkpoint / "model.safetensors")
         ranks = _call(url, "/collective_rpc", {"method": "cpe_floor", "args": [path, 1]})["results"]
-        floors.append(max(seconds for (seconds,) in ranks))
+        floors.append(max(rank[0] for rank in ranks))
     return floors
 
 
@@ -199,7 +209,13 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         pause.wait(0.5)
 
 
-def _report(options: argparse.Namespace, pauses: list[float], floors: list[float], nbytes: int) -> None:
+def _report(
+    options: argparse.Namespace,
+    pauses: list[float],
+    floors: list[float],
+    phases: Mapping[str, list[float]],
+    nbytes: int,
+) -> None:
     allowed = ALLOWED_RATIO * statistics.median(floors) + ALLOWED_MORE_SECONDS
     routes = "vLLM's routes for developers" if options.developer_routes else "the plugin's routes"
     show(
@@ -209,6 +225,7 @@ def _report(options: argparse.Namespace, pauses: list[float], floors: list[float
             ("pause: from the reply to /pause to the call of /resume", spread(pauses)),
             ("floor: vLLM's start, load and finish in the worker", spread(floors)),
             ("allowed: 1.5 × the floor + 20 ms", f"{allowed:.3f} s"),
+            *((f"the daemon's round: {name}", spread(seconds)) for name, seconds in phases.items()),
         ],
         [f"{len(pauses)} updates of {nbytes / 1e6:.1f} MB; the slowest rank's floor after each"],
     )
