@@ -1,7 +1,7 @@
 """Which of SGLang's versions were run, and what of them is asked that may be elsewhere in others.
 
-0.5.23 was run, on the CPU. Others are refused, for an update that only seems to work serves wrong weights; whoever wants
-to try sets ``CPE_SGLANG_UNTESTED=1``.
+0.5.23 was run, on the CPU. Others are refused, for an update that only seems to work serves wrong weights; whoever
+wants to try sets ``CPE_SGLANG_UNTESTED=1``.
 """
 
 from __future__ import annotations
