@@ -16,6 +16,7 @@ from cpe_daemon.push.rollback import rollback_target
 from cpe_daemon.push.round import Round
 from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import EngineSpec
+from cpe_daemon.wire.reports import LoadingReport
 
 
 def arena_status(arena: Arena) -> dict[str, Any]:
@@ -136,6 +137,17 @@ def _engine_status(engine: Engine, spec: EngineSpec | None) -> dict[str, Any]:
         "workers": [_worker_status(engine, rank) for rank in range(engine.world_size)],
         "error": _text(engine.error),
         "last_push_seconds": engine.last_push_seconds,
+        "loading": _loading_status(engine.loading) if engine.loading is not None else None,
+    }
+
+
+def _loading_status(loading: LoadingReport) -> dict[str, Any]:
+    """How an engine's tensors are loaded."""
+    return {
+        "learned": loading.learned,
+        "unproven": loading.unproven,
+        "kept": dict(loading.kept),
+        "digest": loading.digest,
     }
 
 
@@ -154,6 +166,7 @@ def _absent_status(spec: EngineSpec, why: str) -> dict[str, Any]:
         "workers": [_missing_status(rank) for rank in range(spec.world_size)],
         "error": why,
         "last_push_seconds": 0.0,
+        "loading": None,
     }
 
 

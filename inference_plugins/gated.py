@@ -16,6 +16,7 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import DeadlineError, EngineError, ManifestError
+from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
 from inference_plugins.gate import Gate
 from inference_plugins.learned import LearnedLoading
@@ -89,6 +90,11 @@ class GatedLoader:
         self._device = device
         self._gate = gate
         self._changed = threading.Condition()
+
+    @property
+    def report(self) -> LoadingReport | None:
+        """How tensors are loaded, if that is learned."""
+        return self._learned.report.as_message() if self._learned.on else None
 
     def halt(self) -> int:
         """Nothing to count: a server pauses all its workers itself."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
+from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
 
 
@@ -102,4 +103,14 @@ class Loader(Protocol):
 
     def wake_up(self, *, kept: bool) -> None:
         """It has its memory again; ``kept``: with the weights that were in it."""
+        ...
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """What a `Loader` has besides if it learns how its engine loads (`inference_plugins.learned`)."""
+
+    @property
+    def report(self) -> LoadingReport | None:
+        """How tensors are loaded by now; None if nothing is learned of this engine. Asked after each `finish`."""
         ...

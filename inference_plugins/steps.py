@@ -33,10 +33,10 @@ from cpe_daemon.wire.messages import (
     StepFailed,
     Wake,
 )
-from cpe_daemon.wire.reports import ErrorInfo
+from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
 from inference_plugins.assembly import Assembly
 from inference_plugins.fold import Folder
-from inference_plugins.loader import Loader
+from inference_plugins.loader import Learning, Loader
 
 log: Final = logging.getLogger(__name__)
 
@@ -142,8 +142,12 @@ class Steps:
         failed = self.attempt(step, lambda: passes.append(self._do(step)))
         touched = isinstance(step, Abort) and self._changed(step.round)
         seconds = time.monotonic() - began
-        done = StepDone(step.round, name_of(step), seconds=seconds, touched=touched, passes=sum(passes))
+        name, loading = name_of(step), self._report() if isinstance(step, Finish) else None
+        done = StepDone(step.round, name, seconds=seconds, touched=touched, passes=sum(passes), loading=loading)
         return [*answers, failed or done]
+
+    def _report(self) -> LoadingReport | None:
+        return self._loader.report if isinstance(self._loader, Learning) else None
 
     @property
     def loading(self) -> bool:

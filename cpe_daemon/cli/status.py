@@ -52,7 +52,9 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
                  nbytes, loaded_bytes, engines, dropped
       rollback   [model, live, to: null, or the version that a rollback would bring back]
       engines    [engine, model, kind, state, ready, expected, url, content, world_size,
-                 workers: [rank, pid, node, gpu, present], error, last_push_seconds]
+                 workers: [rank, pid, node, gpu, present], error, last_push_seconds,
+                 loading: null, or tensors by how they are loaded: learned, unproven,
+                 kept (by the engine's loader): count by reason, digest]
       journal    path, error, written_at (Unix time), lost, not_resident: [model, run, number],
                  awaited: [engine]
       bootstrap  state, version, dir, message, percent

@@ -266,9 +266,21 @@ def engine_columns(status: Mapping[str, Any]) -> Columns:
         "content": "content",
         "behind": lambda row: lag_text(status, row),
         "workers": _workers,
+        "learned": _learned,
         "last push": lambda row: seconds_text(row.get("last_push_seconds") or None),
         "error": "error",
     }
+
+
+def _learned(row: Mapping[str, Any]) -> str:
+    """How many tensors are loaded without the engine's loader, of how many, and what keeps most of the others."""
+    loading = row.get("loading")
+    if not loading:
+        return "-"
+    kept: Mapping[str, int] = loading.get("kept", {})
+    learned, unproven = loading.get("learned", 0), loading.get("unproven", 0)
+    why = f" ({max(kept, key=lambda reason: kept[reason])})" if kept else ""
+    return f"{learned} of {learned + unproven + sum(kept.values())}{why}"
 
 
 def _received(row: Mapping[str, Any]) -> str:

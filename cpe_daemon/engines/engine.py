@@ -28,6 +28,7 @@ from cpe_daemon.wire.messages import (
     Wake,
     WorkerHello,
 )
+from cpe_daemon.wire.reports import LoadingReport
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,12 @@ class Engine:
         self.changed: Callable[[], None] = lambda: None
         """Called after every change of its state."""
         self.driver: Driver = make_driver(self.name, EngineWorkers(self))
+
+    @property
+    def loading(self) -> LoadingReport | None:
+        """How tensors are loaded by the worker that has learned fewest; None if none learns, or has loaded any."""
+        reports = [worker.loading for worker in self.workers.values() if worker.loading is not None]
+        return min(reports, key=lambda report: report.learned, default=None)
 
     @property
     def missing_ranks(self) -> list[int]:

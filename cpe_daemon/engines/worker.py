@@ -27,6 +27,7 @@ from cpe_daemon.wire.messages import (
     Wake,
     WorkerHello,
 )
+from cpe_daemon.wire.reports import LoadingReport
 
 Step = OpenSlots | CloseSlots | Check | Wake | Halt | Pause | Begin | Load | Finish | Abort | Resume
 """A command that a worker answers by `StepDone` or `StepFailed`."""
@@ -99,6 +100,8 @@ class Worker:
         """How often it has gone to sleep in this attachment."""
         self.loaded: Sequence[TensorSpec] | None = None
         """The tensors of the version that it loaded last in this attachment."""
+        self.loading: LoadingReport | None = None
+        """How its tensors are loaded, as it said last in this attachment; None if nothing is learned there."""
         self.gone: PeerLostError | None = None
         self._sender = sender
         self._waiting: dict[tuple[int, str, int], asyncio.Future[StepDone]] = {}
@@ -164,6 +167,7 @@ class Worker:
 
     def done(self, message: StepDone) -> None:
         """Take an answer; one that comes after its deadline is ignored."""
+        self.loading = message.loading or self.loading
         future = self._waiting.get((message.round, message.step, message.seq))
         if future is not None and not future.done():
             future.set_result(message)

@@ -6,7 +6,7 @@ import msgspec
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.wire.message import Message
-from cpe_daemon.wire.reports import ErrorInfo
+from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
 
 # --- engine worker -> daemon ------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class StepDone(Message, frozen=True, tag="step_done"):
     """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
 
     ``touched`` answers an `Abort`: the worker's weights may be others than before the round. ``passes`` answers a
-    `Halt`.
+    `Halt`. ``loading`` answers a `Finish`, of a worker that learns how its engine loads.
     """
 
     round: int
@@ -67,6 +67,7 @@ class StepDone(Message, frozen=True, tag="step_done"):
     seconds: float = 0.0
     touched: bool = False
     passes: int = 0
+    loading: LoadingReport | None = None
 
 
 class StepFailed(Message, frozen=True, tag="step_failed"):

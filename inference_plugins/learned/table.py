@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from cpe_daemon.core.rectangles import Rectangle, overlap
 from cpe_daemon.core.types import TensorSpec
+from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Place, Placement
 from inference_plugins.learned.provenance import Span
 from inference_plugins.learned.watch import Move
@@ -17,6 +18,9 @@ from inference_plugins.learned.watch import Move
 OTHER_BYTES: Final = "other bytes"
 """The reason of what looked like a copy and was none."""
 
+_MOST_REASONS: Final = 16
+_MOST_REASON_CHARS: Final = 80
+"""What the daemon is told of a reason."""
 _MOST_ROWS: Final = 1 << 17
 """Of a parameter that is written in part: there is no telling of more what is around them."""
 
@@ -57,11 +61,20 @@ class Report:
     """Left to the engine's loader: how many, by reason."""
     digest: str = ""
 
+    def as_message(self) -> LoadingReport:
+        """The same, for the daemon: with the most frequent reasons only."""
+        frequent = sorted(self.kept.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS]
+        return LoadingReport(self.learned, self.unproven, {_short(why): count for why, count in frequent}, self.digest)
+
     def __str__(self) -> str:
         kept = ", ".join(f"{count} {reason}" for reason, count in sorted(self.kept.items()))
         return f"{self.learned} learned, {self.unproven} unproven, {sum(self.kept.values())} kept" + (
             f" ({kept})" if kept else ""
         )
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _MOST_REASON_CHARS else f"{reason[: _MOST_REASON_CHARS - 1]}…"
 
 
 class Table:

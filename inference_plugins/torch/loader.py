@@ -12,8 +12,10 @@ import torch
 
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import CpeError, EngineError
+from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
 from inference_plugins.torch.gpus import come_to_rest
+from inference_plugins.torch.learning import LearningTarget
 from inference_plugins.torch.serving_lock import ServingLock
 from inference_plugins.torch.targets import Target
 
@@ -51,6 +53,13 @@ class TorchLoader:
         self._changed = changed
         self._trouble: str | None = None
         """Why the last update failed, for whoever waits for the lock."""
+
+    @property
+    def report(self) -> LoadingReport | None:
+        """How a function that was attached loads tensors, if that is learned."""
+        if not isinstance(self._target, LearningTarget) or not self._target.learned.on:
+            return None
+        return self._target.learned.report.as_message()
 
     def halt(self) -> int:
         """Shut the lock for newcomers, and say how many forward passes were begun."""

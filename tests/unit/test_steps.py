@@ -29,6 +29,7 @@ from cpe_daemon.wire.messages import (
     StepFailed,
     TensorPart,
 )
+from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Place
 from inference_plugins.steps import Answer, Step, Steps
 
@@ -215,6 +216,23 @@ def test_round_is_carried_out(steps: Steps, loader: FakeLoader) -> None:
     assert (done.round, done.step) == (7, "resume")
     assert loader.calls == ["pause", "begin", "w [1.5, -2.0]", "resume"]
     assert loader.content == NEW
+
+
+class LearningLoader(FakeLoader):
+    """One that learns."""
+
+    report = LoadingReport(learned=1, kept={"converted to float32": 2}, digest="d")
+
+
+def test_finish_alone_tells_how_an_engine_that_learns_loads() -> None:
+    steps = Steps(LearningLoader())
+    for step in (Pause(7, 1.0), Begin(7, NEW, 1, 8), LOAD, Finish(7), Resume(7, NEW)):
+        told = do(steps, step).loading
+        assert told == (LearningLoader.report if isinstance(step, Finish) else None)
+
+
+def test_engine_that_learns_nothing_tells_nothing(steps: Steps) -> None:
+    assert do(steps, Begin(7, NEW, 1, 8), LOAD, Finish(7)).loading is None
 
 
 HALVES = [Load(7, half, 0, [TensorPart("split", "float32", (4,), 8 * half, 8, 0)]) for half in (0, 1)]
