@@ -14,6 +14,7 @@ from cpe_daemon.daemon.daemon import Daemon
 from cpe_daemon.daemon.drain import describe, holdings, longest_close_seconds, longest_stop_seconds, unless
 from cpe_daemon.daemon.last_resort import LastResort
 from cpe_daemon.daemon.supervision import Supervision
+from cpe_daemon.daemon.threads import start_threads
 from cpe_daemon.errors import ConfigError, ResourceError
 from cpe_daemon.observe.notify import Notifier
 from cpe_daemon.push.trace import Trace
@@ -39,6 +40,7 @@ async def serve(config: Config, trace: Trace | None = None) -> None:
         ResourceError: it cannot start now: memory, an address or the runtime directory is taken.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    start_threads(asyncio.get_running_loop())
     notifier = Notifier()
     try:
         with RuntimeDirectory(config.runtime_dir):

@@ -47,6 +47,7 @@ NO_WAITS = {
     "cpe_daemon.observe.pages._PACE_SECONDS",
     "cpe_daemon.publisher.asking._MARGIN_SECONDS",
     "cpe_daemon.publisher.handle._LONGEST_WAIT_SECONDS",
+    "cpe_daemon.daemon.threads._START_SECONDS",
     "cpe_daemon.publisher.link._FENCE_SECONDS",
     "cpe_daemon.publisher.link._FIRST_PAUSE_SECONDS",
     "cpe_daemon.publisher.link._GOODBYE_SECONDS",
