@@ -335,6 +335,38 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
+class Repeated:
+    """Does something over and over beside the test, so that an update finds it under way.
+
+    Args:
+        work: what is done.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.results: list[Any] = []
+        """Of what has ended."""
+        self._work = work
+        self._enough = threading.Event()
+        self._thread = in_thread(self._run)
+
+    def stands(self) -> bool:
+        """Whether what is under way waits: nothing ends for half a second. What ended just before may still come."""
+        threading.Event().wait(0.5)
+        ended = len(self.results)
+        threading.Event().wait(0.5)
+        return len(self.results) == ended and not self._thread.done()
+
+    def end(self, seconds: float = LIVE_SECONDS) -> list[Any]:
+        """Let what is under way end, and return all results."""
+        self._enough.set()
+        self._thread.result(seconds)
+        return self.results
+
+    def _run(self) -> None:
+        while not self._enough.is_set():
+            self.results.append(self._work())
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

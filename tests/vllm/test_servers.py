@@ -12,7 +12,6 @@ import re
 import signal
 import threading
 import urllib.error
-from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ import torch
 from cpe_daemon.errors import CpeError
 from tests.integration.processes import until
 from tests.vllm.checkpoints import Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Server, Trainer, in_thread
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Repeated, Server, Trainer, in_thread
 
 LAYER = "model.layers.0."
 FUSED = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
@@ -73,14 +72,14 @@ def test_request_in_flight_completes_across_an_update(
     """While the update hangs, the request waits in the paused server; neither ends before the other may."""
     new = other(trainer, family)
     faults.order("one", 0, "load", "hang")
-    request = in_thread(lambda: one.complete(tokens=120))
+    requests = Repeated(lambda: one.complete(tokens=120)[0])
     handle = trainer.begin(new.tensors)
     faults.reached()
-    assert not wait([request], 0.5).done, "it ended before the update: too short to be in flight"
+    assert requests.stands()
     faults.clear()
     handle.live(timeout=LIVE_SECONDS)
     trainer.live = new
-    assert len(request.result(LIVE_SECONDS)[0]) == 120
+    assert {len(tokens) for tokens in requests.end()} == {120}
     agree(one, new)
 
 
