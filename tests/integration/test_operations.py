@@ -164,7 +164,7 @@ def test_engine_is_expected_after_a_restart_and_a_stranger_by_its_name_refused(n
     assert (added.exit_code, added.stdout) == (0, "engine 'pair' is expected from now on\n")
     refused = cpe(node, "engine", "add", "v", "--kind", "tensorrt", "--url", "http://127.0.0.1:8000")
     assert refused.exit_code == 3
-    assert "no plugin for engines of kind 'tensorrt' is installed; there is: torch, vllm" in refused.stderr
+    assert "no plugin for engines of kind 'tensorrt' is installed; there is: sglang, torch, vllm" in refused.stderr
     assert daemon.stop() == 0
 
     node.start_daemon()
