@@ -111,10 +111,6 @@ def read_engines(readings: Readings, registry: Registry, counts: Mapping[str, in
             readings.add("cpe_engine_state", engine.condition == state, engine.name, state)
     for engine in engines[:MAX_ENGINES]:
         readings.add("cpe_engine_missing_workers", len(engine.missing_ranks), engine.name)
-        if (loading := engine.loading) is not None:
-            counts_of = {"learned": loading.learned, "unproven": loading.unproven, "kept": sum(loading.kept.values())}
-            for way, count in counts_of.items():
-                readings.add("cpe_engine_tensors", count, engine.name, way)
     for spec in registry.absent:
         readings.add("cpe_engine_missing_workers", spec.world_size or 1, spec.name)
     readings.add("cpe_workers", sum(len(engine.workers) for engine in engines))

@@ -174,12 +174,6 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             alerts=("CpeEngineIncomplete",),
         ),
         Instrument(
-            "cpe_engine_tensors",
-            "gauge",
-            "Tensors that the engine loads as its loader was seen to, is about to, or leaves to the loader.",
-            labels=("engine", "way"),
-        ),
-        Instrument(
             "cpe_workers",
             "gauge",
             "Engine workers that are attached.",

@@ -9,9 +9,7 @@ import structlog
 from msgspec.structs import replace
 
 from cpe_daemon.cli.tables import engine_columns
-from cpe_daemon.observe.metrics import Readings
-from cpe_daemon.readings import read_engines
-from cpe_daemon.status import engines_status, states
+from cpe_daemon.status import engines_status
 from cpe_daemon.wire.messages import Finish, StepDone
 from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.learned import Report
@@ -46,13 +44,6 @@ async def test_engine_is_shown_with_the_worker_that_has_learned_fewest() -> None
         await node.publish(number(1))
         status = {row["engine"]: row["loading"] for row in engines_status(node.registry)}
         assert status == {"a": {"learned": 7, "unproven": 1, "kept": KEPT, "digest": "d"}, "b": None}
-        readings = Readings()
-        read_engines(readings, node.registry, states(node.registry))
-        assert readings.values["cpe_engine_tensors"] == {
-            ("a", "learned"): 7,
-            ("a", "unproven"): 1,
-            ("a", "kept"): 3,
-        }
 
 
 @pytest.mark.parametrize(
