@@ -6,12 +6,10 @@ wants to try sets ``CPE_SGLANG_UNTESTED=1``.
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import re
 from typing import Any, Final
 
 from cpe_daemon.errors import EngineError
+from inference_plugins.releases import check_release, installed
 
 OLDEST: Final = (0, 5, 23)
 NEWEST: Final = (0, 5, 24)
@@ -26,22 +24,12 @@ def check_version() -> str:
     Raises:
         EngineError: it is none that was tested, and nobody said to try.
     """
-    version = sglang_version()
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not OLDEST <= found < NEWEST and os.environ.get(UNTESTED) != "1":
-        raise EngineError(
-            f"SGLang {version} is not one that this release was tested with ({_text(OLDEST)} to before"
-            f" {_text(NEWEST)}); set {UNTESTED}=1 to try it all the same"
-        )
-    return version
+    return check_release("SGLang", sglang_version(), OLDEST, NEWEST, UNTESTED)
 
 
 def sglang_version() -> str:
     """SGLang's version; "0" if it cannot be told."""
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
+    return installed("sglang")
 
 
 def derived_error(model: Any) -> str | None:
@@ -57,7 +45,3 @@ def derived_error(model: Any) -> str | None:
     except (ImportError, AttributeError) as error:
         raise EngineError(f"SGLang {sglang_version()} updates weights in another way: {error}") from None
     return found
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -8,21 +8,18 @@ bit over SGLang's own group, so that all ranks drop their caches or none does.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
-from cpe_daemon.devices.cuda.slots import gpu_uuid
 from cpe_daemon.errors import CpeError, DeadlineError
-from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
+from cpe_daemon.wire.messages import WorkerHello
 from inference_plugins.disk import shapes_on_disk
 from inference_plugins.gate import Gate
+from inference_plugins.introduction import introduce
 from inference_plugins.receiver import Receiver
 from inference_plugins.sglang.compat import check_version
 from inference_plugins.sglang.loader import SglangLoader
@@ -213,22 +210,5 @@ def _of_all(group: Any, truths: Sequence[bool]) -> list[bool]:
 
 
 def _hello(settings: Settings, told: Mapping[str, Any], device: torch.device, group: Any) -> WorkerHello:
-    rank = torch.distributed.get_rank(group)
-    gpu = ""
-    if device.type == "cuda":
-        index: int | None = device.index
-        gpu = gpu_uuid(torch.cuda.current_device() if index is None else index)
-    return WorkerHello(
-        protocol=PROTOCOL,
-        engine=settings.engine or f"sglang-{told['port']}",
-        kind=KIND,
-        rank=rank,
-        world_size=torch.distributed.get_world_size(group),
-        incarnation=uuid.uuid4().hex,
-        model=settings.model,
-        node=socket.gethostname(),
-        gpu=gpu,
-        leader=rank == 0,
-        pid=os.getpid(),
-        url=settings.url or url_of(told),
-    )
+    rank, world_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    return introduce(settings, KIND, f"sglang-{told['port']}", rank, world_size, device, url_of(told))

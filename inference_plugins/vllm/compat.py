@@ -25,10 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +33,7 @@ from typing import Any, Final
 import torch
 
 from cpe_daemon.errors import EngineError
+from inference_plugins.releases import check_release, installed
 
 OLDEST: Final = (0, 26)
 NEWEST: Final = (0, 33)
@@ -51,26 +49,12 @@ def check_version() -> str:
     Raises:
         EngineError: it is none that was tested, and nobody said to try.
     """
-    version = vllm_version()
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if not OLDEST <= found < NEWEST and os.environ.get(UNTESTED) != "1":
-        raise EngineError(
-            f"vLLM {version} is not one that this release was tested with ({_text(OLDEST)} to before {_text(NEWEST)});"
-            f" set {UNTESTED}=1 to try it all the same"
-        )
-    return version
+    return check_release("vLLM", vllm_version(), OLDEST, NEWEST, UNTESTED)
 
 
 def vllm_version() -> str:
     """VLLM's version; "0" if it cannot be told."""
-    for name in _DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "0"
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+    return installed(*_DISTRIBUTIONS)
 
 
 def let_sessions_lapse(ours: type) -> None:

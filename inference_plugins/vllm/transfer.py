@@ -9,10 +9,7 @@ processes: these would end the server.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
-import uuid
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,11 +21,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from cpe_daemon.devices.cuda.slots import gpu_uuid
 from cpe_daemon.errors import DeadlineError
-from cpe_daemon.wire.messages import PROTOCOL, WorkerHello
+from cpe_daemon.wire.messages import WorkerHello
 from inference_plugins.gate import Gate
 from inference_plugins.gated import Reloading
+from inference_plugins.introduction import introduce
 from inference_plugins.learned import LearnedLoading, switched_on, tensors_of
 from inference_plugins.receiver import Receiver
 from inference_plugins.vllm.compat import (
@@ -189,22 +186,4 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
 
 
 def _hello(settings: Settings, vllm_config: VllmConfig, device: torch.device) -> WorkerHello:
-    rank, world_size = place(vllm_config.parallel_config)
-    gpu = ""
-    if device.type == "cuda":
-        index: int | None = device.index
-        gpu = gpu_uuid(torch.cuda.current_device() if index is None else index)
-    return WorkerHello(
-        protocol=PROTOCOL,
-        engine=settings.engine or f"vllm-{vllm_config.instance_id}",
-        kind=KIND,
-        rank=rank,
-        world_size=world_size,
-        incarnation=uuid.uuid4().hex,
-        model=settings.model,
-        node=socket.gethostname(),
-        gpu=gpu,
-        leader=rank == 0,
-        pid=os.getpid(),
-        url=settings.url,
-    )
+    return introduce(settings, KIND, f"vllm-{vllm_config.instance_id}", *place(vllm_config.parallel_config), device)
