@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.servers import ADMIN_KEY, PYTHON, Faults, Server
+from tests.sglang.servers import ADMIN_KEY, PYTHON, Server, SglangFaults
 from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied
-from tests.vllm.servers import Daemon, Trainer
+from tests.vllm.servers import Daemon, Faults, Trainer
 
 HERE = Path(__file__).parent
 SECONDS = 700.0
@@ -49,7 +49,7 @@ def daemon(place: Path) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="session")
 def all_faults(place: Path) -> Faults:
-    return Faults(place / "faults")
+    return SglangFaults(place / "faults")
 
 
 @pytest.fixture

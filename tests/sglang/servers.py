@@ -18,9 +18,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.integration.processes import until
 from tests.vllm.checkpoints import PROMPT, TOKENS, Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, ROOT, Daemon
+from tests.vllm.servers import LIVE_SECONDS, ROOT, Daemon, Faults
 
 PYTHON: Final = ROOT / ".venv-sglang/bin/python"
 STUBS: Final = Path(__file__).parent / "stubs"
@@ -33,36 +32,11 @@ _PLUGIN: Final = "cpe_sglang_faults"
 _OURS: Final = ("SGLANG_", "CPE_", "PYTHON")
 
 
-class Faults:
-    """Has workers fail where a test wants it, by a plugin of the tests' own that their servers load.
-
-    Args:
-        directory: of the plugin; it goes onto the servers' path.
-    """
+class SglangFaults(Faults):
+    """The same, for SGLang's servers."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._order = directory / "order"
-        info = directory / f"{_PLUGIN}-0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{_PLUGIN} = {_PLUGIN}:register\n")
-        (directory / f"{_PLUGIN}.py").write_text((Path(__file__).parent / "faults.py").read_text())
-
-    def order(self, engine: str, rank: int, step: str, deed: str) -> None:
-        """Have one worker ``fail`` or ``hang`` at its next ``begin``, ``load`` or ``finish``."""
-        self._order.with_suffix(".new").write_text(json.dumps([engine, rank, step, deed]))
-        self._order.with_suffix(".new").rename(self._order)
-
-    def reached(self) -> int:
-        """Wait until a worker hangs as it was ordered to; returns its process id."""
-        reached = self.directory / "reached"
-        return int(until(lambda: reached.exists() and reached.read_text(), "a worker hangs", LIVE_SECONDS))
-
-    def clear(self) -> None:
-        """Take the order back: what hangs goes on."""
-        for name in ("order", "reached"):
-            (self.directory / name).unlink(missing_ok=True)
+        super().__init__(directory, _PLUGIN, "sglang.srt.plugins", Path(__file__).parent / "faults.py")
 
 
 class Server:

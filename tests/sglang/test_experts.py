@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cpe_daemon.errors import CpeError
-from tests.sglang.servers import Faults, Server
+from tests.sglang.servers import Server
 from tests.sglang.test_servers import agree
 from tests.vllm.checkpoints import Checkpoints, mixture
-from tests.vllm.servers import LIVE_SECONDS, Daemon, Trainer
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Trainer
 
 
 def test_experts_take_versions_and_miss_every_part_of_one(daemon: Daemon, all_faults: Faults, place: Path) -> None:

@@ -18,9 +18,9 @@ import torch
 
 from cpe_daemon.errors import CpeError
 from tests.integration.processes import until
-from tests.sglang.servers import Faults, Server
+from tests.sglang.servers import Server
 from tests.vllm.checkpoints import Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, Daemon, Repeated, Trainer, in_thread
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Repeated, Trainer, in_thread
 
 UPDATES = 20
 LAYER = "model.layers.0."

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cpe_daemon.errors import CpeError
-from tests.sglang.servers import ADMIN_KEY, KEY, START_SECONDS, Faults, Server
+from tests.sglang.servers import ADMIN_KEY, KEY, START_SECONDS, Server
 from tests.sglang.test_servers import agree
 from tests.vllm.checkpoints import Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, Daemon, Trainer
+from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Trainer
 
 
 def test_start_without_a_daemon_fails_at_its_deadline(

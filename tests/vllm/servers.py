@@ -35,6 +35,7 @@ START_SECONDS: Final = 400.0
 """A server is there after 50 s on two idle cores, with two workers after 80 s."""
 LIVE_SECONDS: Final = 60.0
 _PLUGIN: Final = "cpe_faults"
+_FAULTS: Final = Path(__file__).parent / "faults.py"
 _ILLEGAL: Final = re.compile("SIGILL|[Ii]llegal instruction|exit code:? -4")
 
 
@@ -121,16 +122,21 @@ class Faults:
 
     Args:
         directory: of the plugin; it goes onto the servers' path.
+        plugin: its name.
+        group: the entry points among which the servers look for it.
+        source: its code.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, plugin: str = _PLUGIN, group: str = "vllm.general_plugins", source: Path = _FAULTS
+    ) -> None:
         self.directory = directory
         self._order = directory / "order"
-        info = directory / f"{_PLUGIN}-0.dist-info"
+        info = directory / f"{plugin}-0.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{_PLUGIN} = {_PLUGIN}:register\n")
-        (directory / f"{_PLUGIN}.py").write_text((Path(__file__).parent / "faults.py").read_text())
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {plugin}\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{plugin} = {plugin}:register\n")
+        (directory / f"{plugin}.py").write_text(source.read_text())
 
     def order(self, engine: str, rank: int, step: str, deed: str) -> None:
         """Have one worker ``fail`` or ``hang`` at its next ``begin``, ``load`` or ``finish``."""
