@@ -116,17 +116,17 @@ class IngestConfig(Section):
         "far smaller than 1MiB.",
     )
     credits: int = Field(
-        default=16,
+        default=4,
         ge=1,
         le=4096,
         description="Chunks that a trainer rank may have unacknowledged over ZeroMQ: with chunk_bytes, this "
         "bounds the memory of the daemon that one rank can fill.",
     )
     chunk_bytes: Bytes = Field(
-        default=4 * MIB,
+        default=16 * MIB,
         ge=4 * KIB,
         le=64 * MIB,
-        description="Largest chunk over ZeroMQ. 1MiB to 4MiB is fastest.",
+        description="Largest chunk over ZeroMQ. Smaller ones cost more messages, larger ones more cache.",
     )
     landing_credits: int = Field(
         default=8,

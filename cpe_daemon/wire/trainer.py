@@ -8,7 +8,7 @@ from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.wire.message import Message
 from cpe_daemon.wire.reports import ErrorInfo, VersionReport
 
-MOST_CHUNK_FRAMES: Final = 8
+MOST_CHUNK_FRAMES: Final = 32
 """Frames that a chunk may come in: the parts of several tensors, as they lie at the trainer."""
 
 # --- trainer rank -> daemon -------------------------------------------------------------------------------------------

@@ -288,6 +288,7 @@ def test_publisher_whose_key_is_revoked_says_so_and_goes_on_when_it_is_allowed_a
     trainer.publish_live(1)
     keys.revoke("run-7")
     until(lambda: not daemon.status()["trainers"], "its session is dropped")
+    until(lambda: "refused: " in trainer.log.read_text(), "the trainer has noticed, and has greeted it in vain")
     with pytest.raises(AccessError, match="does not allow this key"):
         trainer.ask("publish", version=2)
     keys.allow("run-7", Role.TRAINER)

@@ -59,13 +59,13 @@ def test_chunk_in_several_frames_is_read_where_they_are(inline: Session) -> None
 @pytest.mark.parametrize(
     ("chunk", "sizes", "says"),
     [
-        (Chunk(1, 0, 100), [], "expected 100 bytes in 1 to 8 frames"),
+        (Chunk(1, 0, 100), [], "expected 100 bytes in 1 to 32 frames"),
         (Chunk(1, 0, 100), [99], "expected 100 bytes"),
         (Chunk(1, 0, 100), [100, 1], "expected 100 bytes"),
         (Chunk(1, 0, 100), [50, 49], "expected 100 bytes"),
         (Chunk(1, 0, 100), [100, 0], "expected 100 bytes"),
         (Chunk(1, 0, 100), [1] * 9, "expected 100 bytes"),
-        (Chunk(1, 0, 9), [1] * 9, "expected 9 bytes in 1 to 8 frames"),
+        (Chunk(1, 0, MOST_CHUNK_FRAMES + 1), [1] * (MOST_CHUNK_FRAMES + 1), "expected 33 bytes in 1 to 32 frames"),
         (Chunk(1, 0, 0), [0], "a chunk of 0 bytes; at most 4096"),
         (Chunk(1, 0, -1), [], "a chunk of -1 bytes"),
         (Chunk(1, 0, CHUNK + 1), [CHUNK + 1], "a chunk of 4097 bytes"),
