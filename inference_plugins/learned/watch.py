@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpe_daemon.core.rectangles import Rectangle, strided
 from cpe_daemon.errors import MisuseError
+from inference_plugins.learned.aside import is_unwatched
 from inference_plugins.learned.provenance import Piece, Scratch, Span, Spans, extent, layout_of, span_of
 
 log: Final = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _BLIND: Final = frozenset(
     }
 )
 """Operations that look at no values."""
+_FROM_PARAMETER: Final = "copied from a parameter"
 _ESCAPES: Final = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 """Methods that let others have the values. Who only asks for an address is found out by what changes unseen."""
 
@@ -138,6 +140,8 @@ class Watch:
             return
         if read is not None:
             self.looked_at.update(self._names(read))
+            if isinstance(read, Span) and not self._is_given(read):  # what is made of it has to be made again
+                self.spoilt.setdefault(read.name, _FROM_PARAMETER)
         if written is None:
             written = self._made(destination)
         try:
@@ -186,7 +190,7 @@ class Watch:
         if isinstance(read, Scratch):
             return [piece for rectangle in rectangles for piece in read.read(rectangle)]
         if not self._is_given(read):
-            raise MisuseError("copied from a parameter")
+            raise MisuseError(_FROM_PARAMETER)
         return [Piece(read.name, rectangle) for rectangle in rectangles]
 
     def _used(self, operation: Any, inputs: Sequence[Any], named: Mapping[str, Any], outcome: Any) -> None:
@@ -286,6 +290,8 @@ class _Below(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outcome = func(*args, **(kwargs or {}))
+        if is_unwatched():
+            return outcome
         try:
             self._watch.done(func, args, kwargs or {}, outcome)
         except Exception as error:  # task boundary: a load does not fail for being watched

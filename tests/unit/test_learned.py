@@ -238,6 +238,14 @@ OTHER: dict[str, tuple[str, Callable[[Tensor, Tensor], object]]] = {
         "copied from a parameter|clone",
         lambda place, tensor: (place[:12].copy_(tensor[:12]), place[12:].copy_(place[:12])),
     ),
+    "copied out of its place": (
+        "copied from a parameter",
+        lambda place, tensor: (place.copy_(tensor), DERIVED.update(half=place[:12].clone())),
+    ),
+    "copied out of its place into memory that was there": (
+        "copied from a parameter",
+        lambda place, tensor: (place.copy_(tensor), DERIVED.setdefault("all", torch.zeros(ROWS, COLUMNS)).copy_(place)),
+    ),
     "behind torch's back": ("other bytes", lambda place, tensor: (place.copy_(tensor), turned_in_place(place))),
 }
 
@@ -256,6 +264,8 @@ def turned_in_place(place: Tensor) -> object:
 
 
 ADDRESS: dict[int, int] = {}
+DERIVED: dict[str, Tensor] = {}
+"""What loaders make of parameters for kernels, as attention does of its projections; it has to be made again."""
 
 
 @pytest.mark.parametrize("way", OTHER)
