@@ -16,7 +16,8 @@ class SglangLoader(GatedLoader):
         self.asleep = True
 
     def wake_up(self, *, kept: bool) -> None:
-        """Weights that were not kept are as good as a mixture."""
+        """Weights that were not kept are as good as a mixture, and so is what no version brings."""
         self.asleep = False
         if not kept:
             self.touched, self.failure = True, "it slept, and its weights were not kept"
+            self._learned.forget(self.failure)

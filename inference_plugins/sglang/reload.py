@@ -1,13 +1,18 @@
-"""One model's weights, replaced through its own loader, and nothing believed of that but what is in its memory."""
+"""One model's weights, replaced through its own loader, and nothing believed of that but what is in its memory.
+
+Modules that need no loader (`inference_plugins.learned`) are left out: what came of them is known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
 import torch
 
 from cpe_daemon.errors import EngineError
+from inference_plugins.learned import unwatched
+from inference_plugins.learned.provenance import Spans, span_of
 from inference_plugins.sglang.marks import Marks
 
 _NAMED: Final = 10
@@ -35,17 +40,19 @@ class Reload:
     Args:
         runner: SGLang's, of the model. Its updater makes weights that were packed for kernels loadable, and packs
             them again.
+        spared: returns the names of modules that are not reloaded in this update: others write to their parameters.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, spared: Callable[[], Set[str]] = frozenset) -> None:
         self._runner = runner
+        self._spared = spared
         self._marks: Marks | None = None
 
     def begin(self) -> None:
-        """Mark all parameters."""
+        """Mark all parameters that come by the loader."""
         self._runner.weight_updater.begin_weight_update()
         model = self._runner.model
-        self._marks = Marks(model.named_parameters(), never_loaded(model).defaults)
+        self._marks = Marks(_parameters(model, self._spared()), never_loaded(model).defaults)
         self._marks.set()
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -60,21 +67,36 @@ class Reload:
         """
         if self._marks is None:
             raise EngineError("no reload was begun")
-        left = self._marks.left()
-        counts, defaults = never_loaded(self._runner.model)
-        known = self._marks.defaults(defaults)
-        missing = {name: found for name, found in left.items() if name not in known or found[0] > counts[name]}
-        if missing:
-            named = [f"{name} ({count} of {total} elements)" for name, (count, total) in missing.items()]
-            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            raise EngineError(f"not all tensors came of {', '.join(named[:_NAMED])}{more}")
-        self._marks.restore()
+        with unwatched():
+            self._check(self._marks)
         self._marks = None
         self._runner.weight_updater.end_weight_update(run_post_load=False)
 
     def undo(self) -> None:
         """Forget what was begun: what was written over is gone."""
         self._marks = None
+
+    def _check(self, marks: Marks) -> None:
+        """See that nothing is missing that a checkpoint has, and restore what none has."""
+        left = marks.left()
+        counts, defaults = never_loaded(self._runner.model)
+        known = marks.defaults(defaults)
+        missing = {name: found for name, found in left.items() if name not in known or found[0] > counts[name]}
+        if missing:
+            named = [f"{name} ({count} of {total} elements)" for name, (count, total) in missing.items()]
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            raise EngineError(f"not all tensors came of {', '.join(named[:_NAMED])}{more}")
+        marks.restore()
+
+
+def _parameters(model: torch.nn.Module, spared: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's, but for those that lie in the memory of some modules, whosever they are."""
+    named = model.named_parameters(remove_duplicate=False) if spared else ()
+    others = Spans(span_of(name, parameter) for name, parameter in named if name.rpartition(".")[0] in spared)
+    for name, parameter in model.named_parameters():
+        begin, end, _ = span_of(name, parameter)
+        if others.find(begin, end) is None:
+            yield name, parameter
 
 
 def never_loaded(model: Any) -> Never:

@@ -20,6 +20,7 @@ from cpe_daemon.wire.messages import WorkerHello
 from inference_plugins.disk import shapes_on_disk
 from inference_plugins.gate import Gate
 from inference_plugins.introduction import introduce
+from inference_plugins.learned import LearnedLoading, switched_on, tensors_of
 from inference_plugins.receiver import Receiver
 from inference_plugins.sglang.compat import check_version
 from inference_plugins.sglang.loader import SglangLoader
@@ -58,8 +59,10 @@ class Worker:
         self._told = told = scheduler.server_args.resolved_dict()
         runners = runners_of(scheduler.weight_updater, told)
         check_supported(told, [runner.model for runner in runners])
-        self._models = [Reload(runner) for runner in runners]
-        self._device = device_of(runners[0].model)
+        model = runners[0].model
+        self._device = device_of(model)
+        self._learned = LearnedLoading(lambda: tensors_of(model), on=switched_on())
+        self._models = [Reload(runner, lambda: self._learned.modules) for runner in runners]
         self._gate = Gate("SGLang", "update_weights_from_ipc")
         self._loader = SglangLoader(
             lambda: self._models,
@@ -67,6 +70,7 @@ class Worker:
             self._gate,
             needs_version=self._settings.start == "version",
             shapes={} if told.get("load_format") == "dummy" else shapes_on_disk(told["model_path"]),
+            learned=self._learned,
         )
         self.blocked = False
         """Whether weights are mixed, or may be, on any rank: all ranks agree on it."""
