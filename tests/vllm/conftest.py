@@ -21,6 +21,11 @@ SECONDS = 600.0
 """For one test, and the start of the servers that it is the first to need."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make our marker known."""
+    config.addinivalue_line("markers", "essential: with real vLLM servers, and run before every change lands")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give time to start servers, and skip where there is no vLLM."""
     for item in items:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpe_daemon.errors import CpeError
+from tests.integration.processes import until
 from tests.vllm.checkpoints import Checkpoint
 from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Server, Trainer
 
@@ -14,6 +15,11 @@ from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Server, Trainer
 def everywhere(server: Server) -> list[list[int]]:
     """The tokens of each of its engines."""
     return [server.complete(replica=replica)[0] for replica in range(2)]
+
+
+def gone(daemon: Daemon) -> bool:
+    """Whether the daemon knows of no worker of the server. Until then a version that no other takes has failed."""
+    return not any(one["workers"] for one in daemon.status()["engines"] if one["engine"] == "twice")
 
 
 def test_both_engines_of_a_server_take_a_version_in_one_round(
@@ -35,4 +41,5 @@ def test_both_engines_of_a_server_take_a_version_in_one_round(
         assert [worker["rank"] for worker in engine["workers"]] == [0, 1]
     finally:
         server.kill()
+    until(lambda: gone(daemon), "the daemon sees that the server has ended", LIVE_SECONDS)
     trainer.publish(family[2])
