@@ -16,6 +16,8 @@ from cpe_daemon.core.driver import Workers
 from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
 
 _MOST_TEXT: Final = 300
+_IDLE_SECONDS: Final = 2.0
+"""How long a connection that nobody uses is kept: for less than a server does, which may be 5 s."""
 _FORBIDDEN: Final = (401, 403)
 
 T = TypeVar("T")
@@ -38,6 +40,9 @@ class ServerApi:
         self._kind = kind
         self._keys = keys
         self._ca_file = ca_file
+        self._kept: aiohttp.ClientSession | None = None
+        self._terms: tuple[str, str, str] = ("", "", "")
+        """Where the server was, and by which key and authorities, when that was made."""
 
     async def within(self, what: str, seconds: float | None, call: Awaitable[T]) -> T:
         """Await calls to the server, and return what they do.
@@ -107,6 +112,24 @@ class ServerApi:
             wrong = "takes no calls with this key" if self._key() else "takes no calls without its key"
             raise EngineError(f"engine {self._engine!r} {wrong}; set {self._keys[0]} for the daemon")
 
+    async def kept(self) -> aiohttp.ClientSession:
+        """The session that lasts until `part`, whose calls share connections; made if there is none.
+
+        Raises:
+            EngineError: as `session` does.
+        """
+        terms = (self._workers.url, self._key(), os.environ.get(self._ca_file, ""))
+        if self._kept is None or self._terms != terms:
+            await self.part()
+            self._kept, self._terms = self.session(), terms
+        return self._kept
+
+    async def part(self) -> None:
+        """Close that session; there may be none."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            await kept.close()
+
     def session(self) -> aiohttp.ClientSession:
         """A session with the server; no call in it has a deadline of its own.
 
@@ -122,9 +145,9 @@ class ServerApi:
         parts = urlsplit(url)
         connector: aiohttp.BaseConnector
         if parts.scheme == "unix":
-            connector, url = aiohttp.UnixConnector(parts.path), "http://localhost"
+            connector, url = aiohttp.UnixConnector(parts.path, keepalive_timeout=_IDLE_SECONDS), "http://localhost"
         else:
-            connector = aiohttp.TCPConnector(ssl=self._authorities())
+            connector = aiohttp.TCPConnector(ssl=self._authorities(), keepalive_timeout=_IDLE_SECONDS)
         key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=None)

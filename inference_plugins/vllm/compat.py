@@ -57,6 +57,24 @@ def vllm_version() -> str:
     return installed(*_DISTRIBUTIONS)
 
 
+async def pause(engine: Any, mode: str, *, clear_cache: bool) -> None:
+    """Have an engine run no more forward passes.
+
+    An `AsyncLLM` asks its engine core for that and then sleeps for 20 ms, so that callers hear first of requests that
+    ended before; no update needs that. So its core is asked at once. Where that is not as known, it pauses as it does.
+
+    Args:
+        engine: an `AsyncLLM`, or what is used like one.
+        mode: keep, wait or abort.
+        clear_cache: as vLLM has it; then there is more to do, which is left to vLLM.
+    """
+    ask = getattr(getattr(engine, "__dict__", {}).get("engine_core"), "pause_scheduler_async", None)
+    if ask is None or clear_cache:
+        await engine.pause_generation(mode=mode, clear_cache=clear_cache)
+    else:
+        await ask(mode=mode, clear_cache=False)
+
+
 def let_sessions_lapse(ours: type) -> None:
     """Have a session that nobody ended, as one of a daemon that was killed, end when the next one begins.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ CACHE: Final = "CPE_VLLM_CACHE"
 
 _PREFIXES: Final = ("/cpe", "")
 """Of our own routes, and of vLLM's for developers; the first that answers is used."""
+_ONE_CALL: Final = 2
+"""The first version of our own routes in which one call is an update: the others take three."""
 
 _MODES: Final = ("keep", "wait", "abort")
 _CACHES: Final = ("recompute", "reset", "keep")
@@ -51,6 +54,7 @@ class VllmDriver:
         self._fresh = False
         """Whether nothing is left of what other weights made."""
         self._prefix: str | None = None
+        self._one_call = False
 
     async def check(self, round: int, seconds: float) -> None:
         """See that the server can be paused, and have the workers say whether a version fits."""
@@ -67,7 +71,10 @@ class VllmDriver:
             await self._workers.pause(round, seconds)
             return
         paused = {"mode": choice(PAUSE_MODE, _MODES), "clear_cache": "false"}
-        await self._post("/start_weight_update", seconds)
+        if await self._api.within("/is_paused", seconds, self._known()):
+            paused["session"] = "true"
+        else:
+            await self._post("/start_weight_update", seconds)
         await _both(self._post("/pause", seconds, params=paused), self._workers.pause(round, seconds))
 
     async def begin(self, update: Update, seconds: float) -> None:
@@ -77,9 +84,9 @@ class VllmDriver:
         """
         self._version = update.version
         if not self._workers.starting:
-            self._calls = [asyncio.create_task(self._post("/update_weights", None, body={"update_info": {}}))]
+            self._calls = [asyncio.create_task(self._update())]
         await self._workers.begin(update, seconds)
-        if self._calls:
+        if self._calls and not self._one_call:
             self._calls.append(asyncio.create_task(self._drop(None)))
 
     async def finish(self, round: int, seconds: float) -> None:
@@ -89,24 +96,44 @@ class VllmDriver:
 
     async def abort(self, round: int, reason: str, seconds: float) -> bool:
         """Have the workers undo what they can; the server stays paused."""
-        touched = await self._workers.abort(round, reason, seconds)
-        await self._left(seconds, {})
+        try:
+            touched = await self._workers.abort(round, reason, seconds)
+            await self._left(seconds, {})
+        finally:
+            await self._api.part()
         return touched
 
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
-        """Have the server go on."""
-        starting = self._workers.starting
-        await self._workers.resume(round, content, seconds)
-        if not starting:
-            if not self._fresh:  # the server may have been paused by a daemon before this one
-                await self._drop(seconds)
-            await self._post("/resume", seconds)
+        """Have the server go on, and tell the workers meanwhile: what they hold is whole by now."""
+        if self._workers.starting:
+            await self._workers.resume(round, content, seconds)
+            return
+        try:
+            await _both(self._workers.resume(round, content, seconds), self._resume(content, seconds))
+        finally:
+            await self._api.part()
+
+    async def _resume(self, content: VersionId | None, seconds: float) -> None:
+        """Have the server go on; it may have been paused by a daemon before this one."""
+        if await self._api.within("/is_paused", seconds, self._known()):
+            body = {"cache": "keep" if self._fresh else choice(CACHE, _CACHES)}
+            await self._post("/resume", seconds, body=body | ({"weight_version": str(content)} if content else {}))
+            return
+        if not self._fresh:
+            await self._drop(seconds)
+        await self._post("/resume", seconds)
 
     async def wake(self, seconds: float) -> None:
         """Not known yet."""
         raise EngineError(f"engine {self.engine!r}: a vLLM server that sleeps is to be woken up by who had it sleep")
 
     # --- the server's call that lasts as long as the update -----------------------------------------------------------
+
+    async def _update(self) -> None:
+        if await self._known():
+            await self._post("/update", None, params={"cache": choice(CACHE, _CACHES)})
+        else:
+            await self._post("/update_weights", None, body={"update_info": {}})
 
     async def _left(self, seconds: float, news: Mapping[str, str]) -> bool:
         """Await the end of the update and of what was asked for meanwhile, and of the session; False if there is none.
@@ -121,7 +148,8 @@ class VllmDriver:
         calls, self._calls = self._calls, []
         if not calls:
             return False
-        calls.append(asyncio.create_task(self._post("/finish_weight_update", None, body=news)))
+        if not self._one_call:
+            calls.append(asyncio.create_task(self._post("/finish_weight_update", None, body=news)))
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.gather(*calls)
@@ -152,29 +180,40 @@ class VllmDriver:
         """Call the server."""
 
         async def call() -> None:
-            async with self._api.session() as session:
-                if self._prefix is None:
-                    self._prefix = await self._find(session)
-                await self._api.posted(session, self._prefix + path, path, params=params, body=body)
+            await self._known()
+            await self._api.posted(await self._api.kept(), f"{self._prefix}{path}", path, params=params, body=body)
 
         await self._api.within(path, seconds, call())
+
+    async def _known(self) -> bool:
+        """Find the server's routes, if they are not known; whether an update is one call."""
+        if self._prefix is None:
+            await self._look()
+        return self._one_call
 
     async def _look(self) -> None:
         """See which routes the server has: it may have been started again, with others."""
         async with self._api.session() as session:
-            self._prefix = await self._find(session)
-
-    async def _find(self, session: aiohttp.ClientSession) -> str:
-        """Which routes the server has."""
-        for prefix in _PREFIXES:
-            async with session.get(f"{prefix}/is_paused") as reply:
-                self._api.check_key(reply)
-                if reply.status != 404:
-                    return prefix
+            for prefix in _PREFIXES:
+                async with session.get(f"{prefix}/is_paused") as reply:
+                    self._api.check_key(reply)
+                    if reply.status != 404:
+                        self._prefix, self._one_call = prefix, bool(prefix) and await _version(reply) >= _ONE_CALL
+                        return
         raise EngineError(
             f"engine {self.engine!r} at {self._workers.url} cannot be paused by its API: start vLLM with"
             " VLLM_PLUGINS=cpe, or with VLLM_SERVER_DEV_MODE=1"
         )
+
+
+async def _version(reply: aiohttp.ClientResponse) -> int:
+    """Of our own routes, as the server says."""
+    try:
+        said = json.loads(await reply.read())
+    except ValueError:
+        return 0
+    version = said.get("version") if isinstance(said, dict) else 0
+    return version if isinstance(version, int) else 0
 
 
 async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:

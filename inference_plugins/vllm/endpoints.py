@@ -7,15 +7,21 @@ themselves. `attach` offers them for an engine in its own process.
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Query
 from starlette.datastructures import State
 
+from inference_plugins.vllm.compat import pause
 from inference_plugins.vllm.keys import Keys
 
 PREFIX: Final = "/cpe"
+VERSION: Final = 2
+"""Of these routes, as ``/is_paused`` says it: since 2 there is ``/update``, and ``/resume`` ends what it began."""
+
+_CACHES: Final = ("keep", "reset", "recompute")
 
 
 class CpeEndpoints:
@@ -27,6 +33,8 @@ class CpeEndpoints:
     def __init__(self) -> None:
         self._client: Any = None
         self._keys = Keys()
+        self._session = False
+        """Whether a session was begun by `pause`, and not ended yet."""
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
@@ -35,6 +43,7 @@ class CpeEndpoints:
         for path, route in (
             ("/pause", self.pause),
             ("/resume", self.resume),
+            ("/update", self.update),
             ("/start_weight_update", self.start_weight_update),
             ("/start_draft_weight_update", self.start_draft_weight_update),
             ("/update_weights", self.update_weights),
@@ -62,19 +71,47 @@ class CpeEndpoints:
             raise HTTPException(503, "this server has no engine")
         return self._client
 
-    async def is_paused(self) -> dict[str, bool]:
+    async def is_paused(self) -> dict[str, Any]:
         """Whether the scheduler is paused."""
-        return {"is_paused": await self._engine.is_paused()}
+        return {"is_paused": await self._engine.is_paused(), "version": VERSION}
 
-    async def pause(self, mode: Annotated[str, Query()] = "keep", clear_cache: bool = False) -> dict[str, str]:
-        """Run no more forward passes."""
-        await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+    async def pause(
+        self, mode: Annotated[str, Query()] = "keep", clear_cache: bool = False, session: bool = False
+    ) -> dict[str, str]:
+        """Run no more forward passes; if it is asked for, begin a session before that."""
+        if session:
+            await self._engine.start_weight_update()
+            self._session = True
+        await pause(self._engine, mode, clear_cache=clear_cache)
         return {"status": "paused"}
 
-    async def resume(self) -> dict[str, str]:
-        """Go on."""
-        await self._engine.resume_generation()
+    async def update(self, cache: Annotated[str, Query()] = "keep") -> dict[str, str]:
+        """Stay in the update until it has ended, and drop what other weights made, as far as is asked for."""
+        await asyncio.gather(self.update_weights({}), self._drop(cache))  # the engine does one after the other
+        return {"status": "ended"}
+
+    async def resume(
+        self,
+        weight_version: Annotated[str | None, Body(embed=True)] = None,
+        cache: Annotated[str, Body(embed=True)] = "keep",
+    ) -> dict[str, str]:
+        """Go on, with what other weights made dropped, and as this version, if they are given; end a session."""
+        engine = self._engine
+        await self._drop(cache)
+        if weight_version is not None and hasattr(engine, "update_weight_version"):
+            await asyncio.gather(engine.update_weight_version(weight_version), engine.resume_generation())
+        else:
+            await engine.resume_generation()
+        if self._session:
+            self._session = False
+            await engine.finish_weight_update()
         return {"status": "resumed"}
+
+    async def _drop(self, cache: str) -> None:
+        if cache not in _CACHES:
+            raise HTTPException(422, f"cache is {cache!r}; it may be {', '.join(_CACHES)}")
+        if cache != "keep":
+            await self._engine.reset_prefix_cache(cache == "recompute")
 
     async def start_weight_update(self) -> dict[str, str]:
         """Begin a session."""
@@ -98,6 +135,7 @@ class CpeEndpoints:
     ) -> dict[str, str]:
         """End a session, and note which version came, if this vLLM can."""
         engine = self._engine
+        self._session = False
         if weight_version is not None and hasattr(engine, "update_weight_version"):
             await engine.finish_weight_update(weight_version)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import ssl
 import subprocess
@@ -36,7 +37,7 @@ class FakeServer:
     """Some of vLLM's routes; notes what it is asked, beside what workers are.
 
     Args:
-        prefixes: before the routes that it has.
+        prefixes: before the routes that it has. Below ``/cpe`` they are ours, of the version that `version` says.
         key: that it wants; "" wants none.
     """
 
@@ -48,6 +49,9 @@ class FakeServer:
         self.fails = ""
         self.hangs = ""
         self.without = "/none"
+        self.version: object = 2
+        self.connections: set[object] = set()
+        """Over which anything but the first look came."""
         self.core = asyncio.Lock()
         """It does one thing after the other, in their order."""
         self.updating = asyncio.Event()
@@ -59,6 +63,7 @@ class FakeServer:
             for name in ("pause", "resume", "start_weight_update", "finish_weight_update", "reset_prefix_cache"):
                 self.app.router.add_post(f"{prefix}/{name}", self.plain)
             self.app.router.add_post(f"{prefix}/update_weights", self.update)
+            self.app.router.add_post(f"{prefix}/update", self.update)
             self.app.router.add_get(f"{prefix}/is_paused", self.plain)
 
     async def plain(self, request: web.Request) -> web.Response:
@@ -73,21 +78,26 @@ class FakeServer:
             return await self.done(request, name)
 
     async def done(self, request: web.Request, name: str) -> web.Response:
-        self.calls.append(request.path_qs)
+        said = await request.read()
+        self.calls.append(f"{request.path_qs} {said.decode()}" if name == "resume" and said else request.path_qs)
         if name == "finish_weight_update":
-            self.told.append(await request.json())
+            self.told.append(json.loads(said))
         if name == self.hangs:
             await asyncio.Event().wait()
         if name == self.fails:
             return web.json_response({"error": {"message": "no", "code": 500}}, status=500)
-        return web.json_response({})
+        if name != "is_paused":
+            self.connections.add(request.transport)
+        ours = name == "is_paused" and request.path.startswith("/cpe") and self.version is not None
+        return web.json_response({"version": self.version} if ours else {})
 
     async def update(self, request: web.Request) -> web.Response:
-        assert await request.json() == {"update_info": {}}
+        name = request.path.rpartition("/")[2]
+        assert name == "update" or await request.json() == {"update_info": {}}
         async with self.core:
             self.updating.set()
             await self.released.wait()
-            return await self.done(request, "update_weights")
+            return await self.done(request, name)
 
 
 class FakeWorkers:
@@ -160,9 +170,11 @@ def serve(request: pytest.FixtureRequest, runtime_dir: Path) -> Serve:
             host, port = runner.addresses[0]
             url = f"http://{host}:{port}"
         workers = FakeWorkers(server, url)
+        driver = VllmDriver("v", workers)
         try:
-            yield VllmDriver("v", workers), server, workers
+            yield driver, server, workers
         finally:
+            await driver._api.part()  # a round that a test does not end
             server.released.set()
             await runner.cleanup()
 
@@ -288,6 +300,78 @@ async def test_failing_update_is_reported(serve: Serve) -> None:
         await driver.begin(UPDATE, LONG)
         with pytest.raises(EngineError, match=r"'v': /update_weights failed: 500 .*no"):
             await driver.finish(1, LONG)
+
+
+# --- our own routes --------------------------------------------------------------------------------------------------
+
+
+async def test_update_by_our_own_routes_is_one_call(serve: Serve) -> None:
+    async with serve("/cpe") as (driver, server, _):
+        await round_of(driver)
+        calls = [call for call in server.calls if call != "/cpe/is_paused"]
+        calls[1:3] = sorted(calls[1:3])  # at once
+        assert calls == [
+            "check",
+            "/cpe/pause?mode=keep&clear_cache=false&session=true",
+            "pause",
+            "begin",
+            "finish",
+            "/cpe/update?cache=recompute",
+            "resume",
+            '/cpe/resume {"cache": "keep", "weight_version": "m@r#1"}',
+        ]
+
+
+@pytest.mark.parametrize("prefix", ["/cpe", ""])
+async def test_round_keeps_one_connection_while_it_calls_one_thing_after_the_other(serve: Serve, prefix: str) -> None:
+    async with serve(prefix) as (driver, server, _):
+        await driver.pause(1, LONG)
+        await driver.begin(UPDATE, LONG)
+        assert len(server.connections) == 1
+        await driver.finish(1, LONG)
+        await driver.resume(1, VERSION, LONG)
+        assert prefix == "" or len(server.connections) == 1
+
+
+async def test_server_that_is_elsewhere_now_is_called_there(serve: Serve, tmp_path: Path) -> None:
+    async with serve("/cpe") as (driver, server, workers):
+        url, workers.url = workers.url, f"unix://{tmp_path}/none.sock"
+        with pytest.raises(PeerLostError):
+            await driver.pause(1, LONG)
+        workers.url = url
+        await driver.pause(2, LONG)
+        await driver.resume(2, VERSION, LONG)
+        assert any(call.startswith("/cpe/resume") for call in server.calls)
+
+
+@pytest.mark.parametrize("version", [None, 1, "2", [2]])
+async def test_routes_of_an_older_release_of_ours_take_three_calls(serve: Serve, version: object) -> None:
+    async with serve("/cpe") as (driver, server, _):
+        server.version = version
+        await round_of(driver)
+        assert "/cpe/start_weight_update" in server.calls
+        assert "/cpe/update_weights" in server.calls
+        assert server.told == [{"weight_version": "m@r#1"}]
+        assert server.calls[-1] == "/cpe/resume"
+
+
+async def test_abort_by_our_own_routes_awaits_the_call_and_drops_caches_when_it_resumes(serve: Serve) -> None:
+    async with serve("/cpe") as (driver, server, _):
+        await driver.pause(1, LONG)
+        await driver.begin(UPDATE, LONG)
+        server.calls.clear()
+        await driver.abort(1, "late", LONG)
+        assert server.calls == ["abort late", "/cpe/update?cache=recompute"]
+        await driver.resume(1, None, LONG)
+        assert server.calls[2:] == ["resume", '/cpe/resume {"cache": "recompute"}']
+
+
+@pytest.mark.parametrize("name", ["pause", "update", "resume"])
+async def test_refusal_of_our_own_routes_is_passed_on(serve: Serve, name: str) -> None:
+    async with serve("/cpe") as (driver, server, _):
+        server.fails = name
+        with pytest.raises(EngineError, match=f"engine 'v': /{name} failed: 500 .*no"):
+            await round_of(driver)
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def other(trainer: Trainer, family: list[Checkpoint]) -> Checkpoint:
 # --- updates ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.essential
 def test_starts_with_the_live_version_whatever_its_disk_holds(
     one: Server, trainer: Trainer, family: list[Checkpoint]
 ) -> None:
@@ -50,12 +51,14 @@ def test_starts_with_the_live_version_whatever_its_disk_holds(
     agree(one, family[1])
 
 
+@pytest.mark.essential
 def test_server_of_two_workers_starts_with_the_live_version(
     two: Server, trainer: Trainer, family: list[Checkpoint]
 ) -> None:
     agree(two, trainer.live or family[1])
 
 
+@pytest.mark.essential
 def test_three_updates_of_two_servers_in_one_round(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint]
 ) -> None:
@@ -66,6 +69,7 @@ def test_three_updates_of_two_servers_in_one_round(
         agree(two, checkpoint)
 
 
+@pytest.mark.essential
 def test_request_in_flight_completes_across_an_update(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], faults: Faults
 ) -> None:
@@ -88,7 +92,7 @@ def test_request_in_flight_completes_across_an_update(
 def test_our_routes_ask_for_the_server_s_key(one: Server, call: tuple[str, Any], shown: dict[str, str]) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
         one.call(*call, headers=shown)
-    assert json.loads(one.call("/cpe/is_paused")) == {"is_paused": False}
+    assert json.loads(one.call("/cpe/is_paused"))["is_paused"] is False
 
 
 def test_server_says_which_version_it_holds(two: Server, trainer: Trainer, family: list[Checkpoint]) -> None:
@@ -99,6 +103,7 @@ def test_server_says_which_version_it_holds(two: Server, trainer: Trainer, famil
 # --- versions that must not be taken ---------------------------------------------------------------------------------
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("name", NAMES)
 def test_version_that_lacks_a_tensor_leaves_what_was_served(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], name: str
@@ -127,6 +132,7 @@ def test_version_with_a_tensor_of_another_shape_is_refused_before_a_pause(
     assert one.log.read_text().count("/pause") == pauses
 
 
+@pytest.mark.essential
 def test_next_good_version_is_taken(one: Server, two: Server, trainer: Trainer, family: list[Checkpoint]) -> None:
     trainer.publish(other(trainer, family))
     assert trainer.live is not None
@@ -134,6 +140,7 @@ def test_next_good_version_is_taken(one: Server, two: Server, trainer: Trainer, 
     agree(two, trainer.live)
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("step", ["load", "finish"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_fails_and_its_server_keeps_what_it_had(
@@ -220,6 +227,7 @@ def test_daemon_is_killed_before_anything_is_written(
     agree(two, trainer.live)
 
 
+@pytest.mark.essential
 def test_worker_is_killed_in_an_update_and_its_server_started_again(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon, faults: Faults
 ) -> None:
