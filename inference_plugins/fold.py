@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
-from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, modulo, seed
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, modulo
+from cpe_daemon.devices.fold_rows import Rows, signed
 from cpe_daemon.errors import CpeError, ProtocolError
 from cpe_daemon.wire.messages import TensorPart
 
@@ -23,27 +24,6 @@ _CUDA_ROWS: Final = 1 << 17
 """Rows whose products are made and summed in one go: they should stay in the cache, and launches are not free."""
 
 _NO_BUCKET: Final = -1
-
-
-def signed(value: int) -> int:
-    """The same 64 bits as torch has them."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-class Rows(NamedTuple):
-    """The rows of a bucket; int64 ``[parts]``, on the CPU, but for the first.
-
-    Attributes:
-        total: how many.
-        counts: of each part.
-        keys: what is added to the sum of a row of each part, for the bucket's row 0.
-        tails: bytes of each part's last row, if it is not full; or 0.
-    """
-
-    total: int
-    counts: torch.Tensor
-    keys: torch.Tensor
-    tails: torch.Tensor
 
 
 class Sum(Protocol):
@@ -129,7 +109,7 @@ def _kernel_sum(device: torch.device) -> Sum | None:
     """Our own kernel, where there is a GPU and it can be compiled."""
     if device.type != "cuda":
         return None
-    from inference_plugins.fold_kernel import KernelSum  # here, so that a host without GPUs has no part of it
+    from cpe_daemon.devices.cuda.fold import KernelSum  # here, so that a host without GPUs has no part of it
 
     try:
         return KernelSum(device)
@@ -233,17 +213,16 @@ def _describe(parts: Sequence[TensorPart], slot_bytes: int) -> Rows:
     Raises:
         ProtocolError: the parts are not where they have to be.
     """
-    seeds = torch.tensor([signed(seed(part.name)) for part in parts], dtype=torch.int64)
-    sizes = torch.tensor([part.nbytes for part in parts], dtype=torch.int64)
-    counts = (sizes + ROW_BYTES - 1) // ROW_BYTES
-    begins = counts.cumsum(0) - counts
-    for part, begin in zip(parts, begins.tolist(), strict=True):
+    rows = Rows.of(
+        [part.name for part in parts],
+        [part.tensor_offset // ROW_BYTES for part in parts],
+        [part.nbytes for part in parts],
+    )
+    for part, begin in zip(parts, rows.begins.tolist(), strict=True):
         if part.nbytes and (part.slot_offset != begin * ROW_BYTES or part.tensor_offset % ROW_BYTES):
             raise ProtocolError(
                 f"byte {part.tensor_offset} of {part.name} at {part.slot_offset} of a slot: not in rows"
             )
-    total = int(counts.sum())
-    if total * ROW_BYTES > slot_bytes:
-        raise ProtocolError(f"{total * ROW_BYTES} bytes for a slot of {slot_bytes}")
-    first_rows = torch.tensor([part.tensor_offset // ROW_BYTES for part in parts], dtype=torch.int64) - begins
-    return Rows(total, counts, (seeds + first_rows) * signed(STEP), sizes % ROW_BYTES)
+    if rows.total * ROW_BYTES > slot_bytes:
+        raise ProtocolError(f"{rows.total * ROW_BYTES} bytes for a slot of {slot_bytes}")
+    return rows

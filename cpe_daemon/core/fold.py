@@ -21,6 +21,9 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
+from cpe_daemon.core.manifest import tensor_offset
+from cpe_daemon.core.types import Shard
+
 ROW_BYTES: Final = 256
 """What parts of tensors are aligned to, in the arena and in slots."""
 
@@ -31,6 +34,7 @@ ROUNDS: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 LAST_SHIFT: Final = 31
 _MODULUS: Final = 1 << 64
+MAX_FOLD: Final = _MODULUS - 1
 
 
 def mix(value: int) -> int:
@@ -48,6 +52,22 @@ def seed(name: str) -> int:
 def key(name: str, row: int) -> int:
     """What is added to the sum of a tensor's row."""
     return (seed(name) + row) * STEP % _MODULUS
+
+
+def own_bytes(shard: Shard) -> int:
+    """How many of a shard's bytes, from its first on, are rows of its tensor, the last of them filled up or not.
+
+    The others share a row with what another rank has of the tensor. None are its own if it begins within a row.
+
+    Raises:
+        ManifestError: the shard's bytes are not contiguous in the tensor.
+    """
+    if shard.start is None:
+        return shard.nbytes
+    at, nbytes = tensor_offset(shard), shard.nbytes
+    if at % ROW_BYTES:
+        return 0
+    return nbytes if at + nbytes == shard.spec.nbytes else nbytes - nbytes % ROW_BYTES
 
 
 def modulo(value: int) -> int:

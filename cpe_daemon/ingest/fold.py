@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, key, modulo, seed
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, ROW_WORDS, STEP, WEIGHTS, key, modulo, own_bytes, seed
 from cpe_daemon.core.manifest import Layout, Tensor, tensor_offset
 from cpe_daemon.core.types import Shard, align
 
@@ -49,7 +49,7 @@ class ExtentFold:
         (tails,) = np.nonzero(sizes % ROW_BYTES)
         self._tail_rows = self._begins[tails + 1] - 1
         self._tail_nbytes = sizes[tails] % ROW_BYTES
-        self._left_out = list(_left_out(shards, offsets, layout))
+        self._left_out = list(_left_out(shards, layout))
         self._lock = threading.Lock()  # guards what follows
         self._parted: dict[int, int] = {}
         """Bytes that have come of rows of which some have not."""
@@ -167,19 +167,11 @@ def _is_straight(tensor_offset: int) -> bool:
     return tensor_offset % ROW_BYTES == 0
 
 
-def _left_out(shards: Sequence[Shard], tensor_offsets: Sequence[int], layout: Layout) -> Iterator[range]:
-    """Rows of an extent, in order, that are no rows of a tensor.
-
-    They are all rows of a shard that begins within one, and the last row of a shard that ends so.
-    """
-    for shard, at, begin, nbytes in zip(shards, tensor_offsets, layout.offsets, layout.sizes, strict=True):
-        if shard.start is None:
-            continue  # all of its tensor
-        first, end = begin // ROW_BYTES, align(begin + nbytes) // ROW_BYTES
-        if not _is_straight(at):
-            yield range(first, end)
-        elif nbytes % ROW_BYTES and at + nbytes < shard.spec.nbytes:
-            yield range(end - 1, end)
+def _left_out(shards: Sequence[Shard], layout: Layout) -> Iterator[range]:
+    """Rows of an extent, in order, that are no rows of a tensor."""
+    for shard, begin, nbytes in zip(shards, layout.offsets, layout.sizes, strict=True):
+        if (own := own_bytes(shard)) < nbytes:
+            yield range((begin + align(own)) // ROW_BYTES, align(begin + nbytes) // ROW_BYTES)
 
 
 def _seams(tensor: Tensor) -> Iterator[range]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
 from cpe_daemon.core.lifecycle import VersionState
-from cpe_daemon.core.manifest import DIGEST_BYTES, layout
+from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.copypool import CopyPool
@@ -177,8 +177,8 @@ class Ingest:
             self._waiting.discard(stream)
         offset = stream.contribution.extent.offset
         view = self._arena.view[offset : offset + plan.nbytes]
-        verifies = self._config.device.verifies
-        fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if verifies else None
+        folds = self._config.device.verifies and not stream.folded
+        fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if folds else None
         threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
         stream.writer = ExtentWriter(
             self._arena.address + offset, view, stream.shards, plan, session.chunk_bytes, piece_bytes(threads), fold
@@ -238,11 +238,7 @@ class Ingest:
         stream = session.stream(seal.stream)
         if stream is None:
             return
-        if not stream.ready().all_accepted:
-            raise ProtocolError(f"sealed before every byte of {stream.version.id} was sent")
-        if len(seal.digests) != DIGEST_BYTES * stream.tensors:
-            raise ProtocolError(f"{len(seal.digests)} bytes of digests for {stream.tensors} tensors")
-        stream.seal = seal.digests
+        stream.take_seal(seal)
         self._try_seal(session, stream)
 
     def _try_seal(self, session: Session, stream: Stream) -> None:
@@ -252,8 +248,8 @@ class Ingest:
         if stream.writer is None or stream.contribution is None:
             return
         try:
-            stream.contribution.digests = stream.writer.check(stream.seal)
-            stream.contribution.fold = stream.writer.fold
+            stream.contribution.digests = stream.writer.check(stream.seal.digests)
+            stream.contribution.fold = stream.fold if self._config.device.verifies else None
         except CpeError as error:
             self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
             self._fail(stream.version, error)

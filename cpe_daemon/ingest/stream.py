@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from cpe_daemon.core.manifest import MAX_DIMS, MAX_NAME_CHARS
+from cpe_daemon.core.fold import MAX_FOLD
+from cpe_daemon.core.manifest import DIGEST_BYTES, MAX_DIMS, MAX_NAME_CHARS
 from cpe_daemon.core.types import Shard
 from cpe_daemon.errors import ManifestError, ProtocolError
 from cpe_daemon.ingest.copier import Copier, Job
 from cpe_daemon.ingest.writer import ExtentWriter
 from cpe_daemon.versions import Contribution, Version
-from cpe_daemon.wire.messages import ManifestPart, OpenVersion
+from cpe_daemon.wire.messages import ManifestPart, OpenVersion, Seal
 
 
 class Stream:
@@ -26,12 +27,13 @@ class Stream:
         self.rank = rank
         self.tensors = opened.tensors
         self.nbytes = opened.nbytes
+        self.folded = opened.folded
         self.shards: list[Shard] = []
         self.contribution: Contribution | None = None
         self.writer: ExtentWriter | None = None
         self.copier: Copier | None = None
         self.writes = 0
-        self.seal: bytes | None = None
+        self.seal: Seal | None = None
         self._lease = contextlib.ExitStack()
 
     @property
@@ -75,6 +77,27 @@ class Stream:
         if self.writer is None or self.seal is not None:
             raise ProtocolError(f"stream {self.id} takes no bytes now")
         return self.writer
+
+    def take_seal(self, seal: Seal) -> None:
+        """Take the rank's word for what it has sent.
+
+        Raises:
+            ProtocolError: it has not sent all of it, or says less of it, or other things, than it should.
+        """
+        if not self.ready().all_accepted:
+            raise ProtocolError(f"sealed before every byte of {self.version.id} was sent")
+        if len(seal.digests) != DIGEST_BYTES * self.tensors:
+            raise ProtocolError(f"{len(seal.digests)} bytes of digests for {self.tensors} tensors")
+        if self.folded and (seal.fold is None or not 0 <= seal.fold <= MAX_FOLD):
+            raise ProtocolError(f"announced a fold, and sealed with {seal.fold}")
+        self.seal = seal
+
+    @property
+    def fold(self) -> int | None:
+        """Of the sealed contribution: the rank's, if it announced one, else ours, if there is one."""
+        if self.folded:
+            return self.seal.fold if self.seal is not None else None
+        return self.writer.fold if self.writer is not None else None
 
     def copy(self, job: Job) -> None:
         """Have a chunk that the writer accepted copied."""

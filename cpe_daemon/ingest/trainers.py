@@ -170,6 +170,7 @@ class Trainers:
                 handoff=str(self._handoff.path) if session.token else "",
                 landing_token=session.token,
                 chunk_frames=MOST_CHUNK_FRAMES,
+                folds=self._config.device.verifies,
             ),
         )
 

@@ -10,12 +10,14 @@ import contextlib
 import logging
 import mmap
 import threading
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpe_daemon.devices.cuda.driver import CudaError, Driver, driver
+from cpe_daemon.devices.cuda.fold import ScatteredSum, Stretch
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.errors import ResourceError
 from cpe_daemon.publisher.window import Window
@@ -32,6 +34,8 @@ class Gpus:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._warned = False
+        self._sums: dict[int, ScatteredSum | None] = {}
+        """By GPU; None where there can be none."""
 
     def ready(self) -> bool:
         """Whether this process has begun to use CUDA."""
@@ -44,6 +48,26 @@ class Gpus:
     def settle(self, device: int) -> None:
         """Wait until the GPU has done what was issued on this thread's current stream."""
         torch.cuda.current_stream(device).synchronize()
+
+    def folds(self, device: int) -> bool:
+        """Whether a GPU can fold; the first time this takes some tenths of a second."""
+        if device not in self._sums:
+            self._sums[device] = _sum_on(device)
+        return self._sums[device] is not None
+
+    def fold(self, device: int, stretches: Sequence[Stretch]) -> int:
+        """Fold what lies in a GPU, once all is done that was issued on this thread's current stream.
+
+        Only where `folds` said so, and by one thread at a time.
+
+        Raises:
+            CudaError: the GPU failed.
+        """
+        adding = self._sums[device]
+        if adding is None:
+            raise ValueError(f"GPU {device} does not fold")
+        with torch.cuda.device(device):
+            return adding.fold(stretches)
 
     def driver(self) -> Driver:
         """The driver.
@@ -71,6 +95,16 @@ class Gpus:
                 nbytes,
                 error.message,
             )
+
+
+def _sum_on(device: int) -> ScatteredSum | None:
+    try:
+        with torch.cuda.device(device):
+            torch.zeros(1, device="cuda")  # so that the device's context is the thread's
+            return ScatteredSum(torch.device("cuda", device))
+    except ResourceError as error:
+        log.warning("the daemon has to fold what this trainer publishes, and takes longer: %s", error.message)
+        return None
 
 
 class _Way(NamedTuple):

@@ -13,6 +13,7 @@ from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import CpeError, DeadlineError, PublishError
 from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.folding import Folding
 from cpe_daemon.publisher.sending import Sending
 from cpe_daemon.publisher.session import Session
 from cpe_daemon.publisher.sources import Contribution
@@ -47,10 +48,12 @@ class Lane:
         return self.stream.delivery
 
     @classmethod
-    def begin(cls, session: Session, delivery: Delivery, shards: list[Shard], force: bool) -> Lane:
-        """Announce a contribution to a daemon."""
+    def begin(
+        cls, session: Session, delivery: Delivery, shards: list[Shard], force: bool, *, folded: bool = False
+    ) -> Lane:
+        """Announce a contribution to a daemon; ``folded``: the seal will bring its fold."""
         lane = cls(session, session.sending.begin(delivery))
-        session.post(functools.partial(session.sending.open, lane.stream, shards, force))
+        session.post(functools.partial(session.sending.open, lane.stream, shards, force, folded))
         return lane
 
     def feed(self, staged: memoryview, upto: int, straight: Straight | None = None, *, hurry: bool = True) -> None:
@@ -60,9 +63,9 @@ class Lane:
         """
         self.session.post(functools.partial(self.sending.feed, self.stream, staged, upto, straight), hurry=hurry)
 
-    def seal(self, digests: bytes) -> None:
-        """Seal it when all its bytes are sent."""
-        self.session.post(functools.partial(self.sending.seal, self.stream, digests))
+    def seal(self, digests: bytes, fold: int | None = None) -> None:
+        """Seal it when all its bytes are sent; with its fold, if that was announced."""
+        self.session.post(functools.partial(self.sending.seal, self.stream, digests, fold))
 
     def abandon(self, reason: CpeError) -> None:
         """Give it up."""
@@ -138,19 +141,26 @@ class RingSink:
 
 
 def stream_into_rings(
-    contribution: Contribution, lanes: Sequence[Lane], pouring: Pouring, timeout: float, bell: Bell
+    contribution: Contribution,
+    lanes: Sequence[Lane],
+    pouring: Pouring,
+    timeout: float,
+    bell: Bell,
+    folding: Folding | None = None,
 ) -> None:
     """Write a contribution into the landing rings of all ``lanes``, which have the same chunk size; then seal it.
 
-    Daemons that hold the version already are sent nothing but the seal. Returns when the last chunk is written, or
-    every daemon has failed. What the source or ``progress`` raises is raised, and the version is given up.
+    Daemons that hold the version already are sent nothing but the seal. ``folding`` folds it, if that was announced.
+    Returns when the last chunk is written, or every daemon has failed. What the source or ``progress`` raises is
+    raised, and the version is given up.
     """
     complete = False
     try:
+        fold = folding() if folding is not None else None
         _await_opened(lanes, timeout, bell)
         digests = _digests_of(contribution, lanes, pouring)
         for lane in lanes:
-            lane.seal(digests)
+            lane.seal(digests, fold)
         complete = True
     except NobodyLeftError:
         complete = True

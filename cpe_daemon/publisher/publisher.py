@@ -20,6 +20,7 @@ from cpe_daemon.errors import CpeError, DeadlineError, ManifestError, MisuseErro
 from cpe_daemon.links.keys import KeyPair, PublicKey, credentials, server_key_for
 from cpe_daemon.publisher import asking
 from cpe_daemon.publisher.delivery import Bell, Delivery
+from cpe_daemon.publisher.folding import folding_of
 from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.handle import Handle, raise_failures
 from cpe_daemon.publisher.link import Link
@@ -225,16 +226,17 @@ class Publisher:
         self, held: Contribution, version: VersionId, reach: Reach, force: bool, progress: Progress | None
     ) -> Handle:
         """Send tensors that can be read while they are sent."""
+        folding = folding_of(held, self._gpus) if reach.folds else None
+        timeout, folded = self._send_timeout + MARGIN_SECONDS, folding is not None
         if reach.one_ring_size:
-            handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
+            handle, lanes = self._begin(version, held.shards, held.layout, reach, force, folded=folded)
             pouring = Pouring(self._gpus, threads_here(), _counted(progress, held.layout.nbytes))
-            stream_into_rings(held, lanes, pouring, self._send_timeout + MARGIN_SECONDS, self._bell)
+            stream_into_rings(held, lanes, pouring, timeout, self._bell, folding)
             return handle
         staged = self._staging.reserve(held.layout.nbytes)
-        handle, lanes = self._begin(version, held.shards, held.layout, reach, force)
+        handle, lanes = self._begin(version, held.shards, held.layout, reach, force, folded=folded)
         self._report(held.layout.nbytes, lanes, progress)
-        pouring = Pouring(self._gpus, threads_here())
-        stage_and_send(held, self._staging, staged, lanes, pouring, self._send_timeout + MARGIN_SECONDS)
+        stage_and_send(held, self._staging, staged, lanes, Pouring(self._gpus, threads_here()), timeout, folding)
         return handle
 
     def _publish_consumed(
@@ -289,9 +291,16 @@ class Publisher:
         return reach
 
     def _begin(
-        self, version: VersionId, shards: list[Shard], layout: Layout, reach: Reach, force: bool
+        self,
+        version: VersionId,
+        shards: list[Shard],
+        layout: Layout,
+        reach: Reach,
+        force: bool,
+        *,
+        folded: bool = False,
     ) -> tuple[Handle, list[Lane]]:
-        """Announce the version to every daemon that can be reached.
+        """Announce the version to every daemon that can be reached; ``folded``: its fold comes with the seal.
 
         Raises:
             ManifestError: there is nothing to announce, and no other rank that might bring something.
@@ -305,7 +314,10 @@ class Publisher:
         for endpoint, error in reach.failures.items():
             deliveries[endpoint].fail(error)
         self._previous = list(deliveries.values())
-        lanes = [Lane.begin(session, deliveries[name], shards, force) for name, session in reach.sessions.items()]
+        lanes = [
+            Lane.begin(session, deliveries[name], shards, force, folded=folded)
+            for name, session in reach.sessions.items()
+        ]
         return Handle(version, self._previous, self._bell), lanes
 
 

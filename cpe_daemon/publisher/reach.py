@@ -22,6 +22,11 @@ class Reach:
         sizes = {session.welcome.chunk_bytes for session in self.sessions.values()}
         return len(sizes) == 1 and all(session.landing for session in self.sessions.values())
 
+    @property
+    def folds(self) -> bool:
+        """Whether a daemon folds what it is sent, unless the rank has done it."""
+        return any(session.welcome.folds for session in self.sessions.values())
+
 
 def endpoint_of(name: str) -> str:
     """Spell a runtime directory, or the socket in it, out as an endpoint."""

@@ -146,8 +146,8 @@ class Sending:
 
     # --- the link's thread -------------------------------------------------------------------------------------------
 
-    def open(self, stream: Stream, shards: list[Shard], force: bool) -> None:
-        """Announce a contribution and its manifest."""
+    def open(self, stream: Stream, shards: list[Shard], force: bool, folded: bool = False) -> None:
+        """Announce a contribution and its manifest; ``folded``: and that its fold comes with the seal."""
         delivery = stream.delivery
         with self._bell.lock:
             self._begun.pop(stream.number, None)
@@ -156,7 +156,7 @@ class Sending:
         stream.moved_at = self._clock()
         self._streams[stream.number] = stream
         self._watching.add(delivery)
-        self._send(OpenVersion(stream.number, delivery.version, len(shards), delivery.nbytes, force))
+        self._send(OpenVersion(stream.number, delivery.version, len(shards), delivery.nbytes, force, folded))
         for first in range(0, len(shards), SHARDS_A_PART):
             self._send(ManifestPart(stream.number, first, shards[first : first + SHARDS_A_PART]))
 
@@ -175,9 +175,9 @@ class Sending:
         if stream.number in self._streams:
             stream.staged, stream.staged_bytes, stream.straight = staged, upto, straight
 
-    def seal(self, stream: Stream, digests: bytes) -> None:
-        """Seal the stream once all its bytes are sent."""
-        stream.digests = digests
+    def seal(self, stream: Stream, digests: bytes, fold: int | None = None) -> None:
+        """Seal the stream once all its bytes are sent; with a fold if one was announced."""
+        stream.digests, stream.fold = digests, fold
         self._finish(stream)
 
     def abandon(self, stream: Stream, error: CpeError) -> None:
@@ -295,7 +295,7 @@ class Sending:
             return
         held = stream.delivery.held
         if not stream.sealed and stream.digests is not None and (held or stream.sent_bytes == stream.delivery.nbytes):
-            self._send(Seal(stream.number, stream.digests))
+            self._send(Seal(stream.number, stream.digests, stream.fold))
             stream.sealed = True
             stream.moved_at = self._clock() if held else stream.moved_at
         if stream.sealed and not stream.unacked and not held:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from cpe_daemon.errors import DeadlineError, PublishError
 from cpe_daemon.publisher.delivery import Bell
+from cpe_daemon.publisher.folding import Folding
 from cpe_daemon.publisher.in_place import InPlace
 from cpe_daemon.publisher.outgoing import BATCHES, Lane, NobodyLeftError, Progress
 from cpe_daemon.publisher.patience import Patience
@@ -168,8 +169,11 @@ def stage_and_send(
     lanes: Sequence[Lane],
     pouring: Pouring,
     timeout: float,
+    folding: Folding | None = None,
 ) -> None:
     """Have a contribution sent, and seal it; ``staged`` is the room that ``staging`` reserved for a copy of it.
+
+    ``folding`` folds it, if that was announced.
 
     Returns when its tensors may change, or every daemon has failed. What the source raises is raised, and the version
     is given up.
@@ -180,9 +184,10 @@ def stage_and_send(
     sink = _Sink(staging, staged, lanes)
     complete = False
     try:
+        fold = folding() if folding is not None else None
         digests = pour(contribution, sink, chunk_bytes_of(lanes), pouring, sink)
         for lane in lanes:
-            lane.seal(digests)
+            lane.seal(digests, fold)
         sink.settle()
         complete = True
     except NobodyLeftError:

@@ -32,6 +32,7 @@ class Stream:
     sent_bytes: int = 0
     unacked: int = 0
     digests: bytes | None = None
+    fold: int | None = None
     sealed: bool = False
 
     @property

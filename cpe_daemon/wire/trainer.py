@@ -30,6 +30,7 @@ class OpenVersion(Message, frozen=True, tag="open_version"):
     """A rank begins to contribute to a version over ``stream``, a number that it chose and never reuses on this link.
 
     The manifest follows in `ManifestPart`s; the daemon answers `VersionOpened` when it has all of it and the room.
+    ``folded``: the `Seal` will bring the fold, as far as it is the rank's own to make.
     """
 
     stream: int
@@ -37,6 +38,7 @@ class OpenVersion(Message, frozen=True, tag="open_version"):
     tensors: int
     nbytes: int
     force: bool = False
+    folded: bool = False
 
 
 class ManifestPart(Message, frozen=True, tag="manifest_part"):
@@ -61,10 +63,14 @@ class Chunk(Message, frozen=True, tag="chunk"):
 
 
 class Seal(Message, frozen=True, tag="seal"):
-    """A rank has sent every byte; ``digests`` holds xxh3_128 of each shard, 16 bytes each, in order."""
+    """A rank has sent every byte; ``digests`` holds xxh3_128 of each shard, 16 bytes each, in order.
+
+    ``fold``: of the bytes that are rows of their tensors (`cpe_daemon.core.fold.own_bytes`), if that was announced.
+    """
 
     stream: int
     digests: bytes
+    fold: int | None = None
 
 
 class Abandon(Message, frozen=True, tag="abandon"):
@@ -117,7 +123,8 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
 
     ``credits`` chunks of at most ``chunk_bytes`` may be unacknowledged. If ``landing_token`` is given, it can be
     exchanged at ``handoff`` (a unix socket) for the landing ring: ``credits`` places of ``chunk_bytes`` each. A chunk
-    beside its message may come in ``chunk_frames`` frames at most.
+    beside its message may come in ``chunk_frames`` frames at most. ``folds``: versions are folded here, unless the rank
+    does it.
     """
 
     protocol: int
@@ -128,6 +135,7 @@ class TrainerWelcome(Message, frozen=True, tag="trainer_welcome"):
     handoff: str = ""
     landing_token: bytes = b""
     chunk_frames: int = 1
+    folds: bool = False
 
 
 class VersionOpened(Message, frozen=True, tag="version_opened"):

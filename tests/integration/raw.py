@@ -84,11 +84,11 @@ class RawTrainer:
                 raise from_code(received[0].error.code, received[0].error.message)
         pytest.fail(f"the daemon sent no {kind.__name__} within {seconds:g} s")
 
-    def open(self, number: int, shards: Sequence[Shard], *, force: bool = False) -> int:
+    def open(self, number: int, shards: Sequence[Shard], *, force: bool = False, folded: bool = False) -> int:
         """Announce a contribution and await the room for it; return the stream's number."""
         stream = next(self._streams)
         version = VersionId(MODEL, self._run, number)
-        self.send(OpenVersion(stream, version, len(shards), layout(shards).nbytes, force))
+        self.send(OpenVersion(stream, version, len(shards), layout(shards).nbytes, force, folded))
         self.send(ManifestPart(stream, 0, list(shards)))
         self.expect(VersionOpened)
         return stream
@@ -104,11 +104,11 @@ class RawTrainer:
             self.send(Chunk(stream, offset, len(part)), part)
             credits -= 1
 
-    def seal(self, stream: int, shards: Sequence[Shard], data: bytes) -> None:
+    def seal(self, stream: int, shards: Sequence[Shard], data: bytes, fold: int | None = None) -> None:
         """Say that ``data`` is what was sent."""
         offsets = layout(shards).offsets
         digests = (xxh3_128_digest(data[at : at + shard.nbytes]) for at, shard in zip(offsets, shards, strict=True))
-        self.send(Seal(stream, b"".join(digests)))
+        self.send(Seal(stream, b"".join(digests), fold))
 
     def await_state(self, state: str) -> VersionStatus:
         """Await the news that a version is in a state.

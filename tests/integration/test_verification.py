@@ -6,7 +6,11 @@ import re
 
 import pytest
 
-from tests.integration.harness import Node, Trainer
+from cpe_daemon.core.types import Shard
+from cpe_daemon.errors import CpeError, ProtocolError
+from tests.integration.harness import MODEL, Node, Trainer
+from tests.integration.raw import RawTrainer
+from tests.unit.test_fold import reference
 
 RECIPE = {"plain": 12, "nbytes": 512 << 10}
 BUCKETS = 6
@@ -60,3 +64,28 @@ def test_version_of_several_ranks_is_verified_whatever_its_tensors_and_chunks_ar
             assert trainer.ask("verified", version=version) == ["e"]
         for rank, worker in enumerate(workers):
             assert worker.ask("forward") == trainers[0].ask("digests", rank=rank, world_size=2)
+
+
+def test_fold_that_comes_from_the_trainer_is_what_engines_are_held_to(node: Node) -> None:
+    node.start_daemon(device__verify=True)
+    (engine,) = node.engine(recipe=RECIPE)
+    shards = [Shard(f"layers.{index}.weight", "float32", (512 << 8,)) for index in range(RECIPE["plain"])]
+    nbytes = shards[0].nbytes
+    with RawTrainer(node.daemon.front) as trainer:
+        assert trainer.welcome.folds
+        for version, wrong in ((1, 0), (2, 1)):
+            data = bytes([version, *range(255)]) * (len(shards) * nbytes // 256)
+            fold = reference({shard.name: data[at * nbytes :][:nbytes] for at, shard in enumerate(shards)})
+            stream = trainer.open(version, shards, folded=True)
+            trainer.send_bytes(stream, data)
+            trainer.seal(stream, shards, data)
+            with pytest.raises(ProtocolError, match="announced a fold, and sealed with None"):
+                trainer.await_state("staged")
+            trainer.seal(stream, shards, data, fold ^ wrong)
+            if wrong:
+                with pytest.raises(CpeError, match="came here with other bytes"):
+                    trainer.await_state("live")
+            else:
+                trainer.await_state("live")
+    engine.await_serving(1)
+    assert node.daemon.engine("e")["content"] == f"{MODEL}@run-1#1"

@@ -61,6 +61,7 @@ class Received:
     inline_chunks: int = 0
     frames: int = 0
     digests: bytes = b""
+    fold: int | None = None
     admitted: bool = False
     sealed: bool = False
 
@@ -114,6 +115,7 @@ class FakeDaemon:
         chunk_bytes: int = 4096,
         heartbeat_seconds: float = 1.0,
         chunk_frames: int = MOST_CHUNK_FRAMES,
+        folds: bool = False,
     ) -> None:
         self.endpoint = f"ipc://{directory / name}.sock"
         self._handoff_path = directory / f"{name}-handoff.sock"
@@ -122,6 +124,7 @@ class FakeDaemon:
         self.chunk_bytes = chunk_bytes
         self.heartbeat_seconds = heartbeat_seconds
         self.chunk_frames = chunk_frames
+        self.folds = folds
         self.script = Script()
         self.received: list[Received] = []
         self.messages: list[Message] = []
@@ -256,6 +259,7 @@ class FakeDaemon:
                 handoff=str(self._handoff.path) if token else "",
                 landing_token=token,
                 chunk_frames=self.chunk_frames,
+                folds=self.folds,
             ),
         )
 
@@ -351,7 +355,7 @@ class FakeDaemon:
             return
         if not received.admitted:
             self.violations.append("sealed before it was opened")
-        received.digests, received.sealed = seal.digests, True
+        received.digests, received.fold, received.sealed = seal.digests, seal.fold, True
         if self.script.held and not self.script.ignore_seal:
             self._compare(received)
         elif not self._kept and not self.script.ignore_seal:

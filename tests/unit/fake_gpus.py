@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cpe_daemon.core.fold import ROW_BYTES, WEIGHTS, key, mix, modulo
 from cpe_daemon.devices.cuda.driver import CudaError
+from cpe_daemon.devices.cuda.fold import Stretch
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.publisher.gpus import Gpus
 from tests.unit.fake_cuda import INVALID_VALUE, OUT_OF_MEMORY, FakeDriver
@@ -101,11 +104,16 @@ class TrainerDriver(FakeDriver):
 
 
 class FakeGpus(Gpus):
-    """The GPUs of a trainer, by a simulated driver."""
+    """The GPUs of a trainer, by a simulated driver.
 
-    def __init__(self, fake: TrainerDriver) -> None:
+    Attributes:
+        without_kernels: GPUs that cannot fold.
+    """
+
+    def __init__(self, fake: TrainerDriver, without_kernels: Sequence[int] = ()) -> None:
         super().__init__()
         self.fake = fake
+        self.without_kernels = without_kernels
 
     def ready(self) -> bool:
         return bool(self.fake.active)
@@ -118,5 +126,24 @@ class FakeGpus(Gpus):
     def settle(self, device: int) -> None:
         self.fake.settled.append(device)
 
+    def folds(self, device: int) -> bool:
+        return device not in self.without_kernels
+
+    def fold(self, device: int, stretches: Sequence[Stretch]) -> int:
+        assert self.folds(device)
+        return modulo(sum(map(fold_slowly, stretches)))
+
     def driver(self) -> TrainerDriver:
         return self.fake
+
+
+def fold_slowly(stretch: Stretch) -> int:
+    """As the documents have it, in plain integers."""
+    assert stretch.address % 16 == 0
+    data, total = ctypes.string_at(stretch.address, stretch.nbytes), 0
+    for row, begin in enumerate(range(0, stretch.nbytes, ROW_BYTES)):
+        filled = data[begin : begin + ROW_BYTES].ljust(ROW_BYTES, b"\0")
+        words = [int.from_bytes(filled[at : at + 8], "little") for at in range(0, ROW_BYTES, 8)]
+        value = sum(word * weight for word, weight in zip(words, WEIGHTS, strict=True))
+        total += mix(modulo(value + key(stretch.name, stretch.first_row + row)))
+    return total

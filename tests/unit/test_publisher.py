@@ -363,7 +363,7 @@ def test_failure_before_the_daemon_made_room_is_heard(daemon: FakeDaemon) -> Non
 @leaves_nothing
 def test_damaged_bytes_raise_digest_error(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     with publisher(daemon) as pub:
-        damaged = lambda stream, digests: Seal(stream, bytes(len(digests)))  # noqa: E731
+        damaged = lambda stream, digests, fold: Seal(stream, bytes(len(digests)))  # noqa: E731
         monkeypatch.setattr("cpe_daemon.publisher.sending.Seal", damaged)
         handle = pub.publish(some(), 1)
         with pytest.raises(DigestError, match="m@r#1"):

@@ -12,14 +12,22 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from hypothesis import given, settings
 from torch import Tensor
 
+from cpe_daemon.core.fold import modulo
+from cpe_daemon.core.manifest import layout, merge
+from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.cuda.driver import CudaError
+from cpe_daemon.devices.cuda.fold import Stretch
 from cpe_daemon.devices.memory import SharedMemory, address_of
 from cpe_daemon.errors import CpeError
+from cpe_daemon.ingest.fold import fold_seams
 from cpe_daemon.publisher import Publisher
 from cpe_daemon.publisher import gpus as gpus_module
 from cpe_daemon.publisher import publisher as publisher_module
+from cpe_daemon.publisher.folding import folding_of
+from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.pagelock import PageLock
 from cpe_daemon.publisher.sources import Contribution
 from cpe_daemon.publisher.stream import Pouring, digest, pour
@@ -27,6 +35,7 @@ from cpe_daemon.publisher.window import Window
 from tests.unit.fake_daemon import WAIT_SECONDS, FakeDaemon
 from tests.unit.fake_gpus import FakeGpus, TrainerDriver
 from tests.unit.tensor_zoo import bytes_of, tensor_of, zoo
+from tests.unit.test_fold import cut_tensors, random_tensors, reference, shared
 
 # The first frame that is sent without a copy starts pyzmq's own thread, which stays: not a leak of ours.
 zmq.Frame(bytes(1 << 20), copy=False)
@@ -427,3 +436,80 @@ def test_daemon_that_ends_while_a_gpu_copies_leaves_the_ring_locked_until_it_has
         publishing.join(WAIT_SECONDS)
         assert failed
     assert driver.at_rest()
+
+
+@pytest.mark.parametrize("landing", [True, False])
+def test_fold_comes_with_the_seal_of_what_is_all_in_gpus(
+    driver: TrainerDriver, make_daemon: MakeDaemon, landing: bool
+) -> None:
+    folding, other = make_daemon("folding", landing=landing, folds=True), make_daemon("other", landing=landing)
+    tensors = {f"t{at}": driver.put(tensor_of("int16", 3000 + at, seed=at), at % 2) for at in range(9)}
+    with publisher(folding, other) as pub:
+        pub.publish(tensors, 1).staged(WAIT_SECONDS)
+    expected = reference({name: bytes_of(tensor) for name, tensor in tensors.items()})
+    for daemon in (folding, other):
+        assert daemon.last.opened.folded
+        assert daemon.last.fold == expected
+        assert daemon.last.tensors() == {name: bytes_of(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("why", ["nobody folds", "one is here", "one is turned", "one lies askew", "no kernel"])
+def test_daemon_is_left_to_fold_what_gpus_do_not(
+    driver: TrainerDriver, make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    daemon = make_daemon(folds=why != "nobody folds")
+    tensors = {f"t{at}": driver.put(tensor_of("int16", 50, 60, seed=at), at % 2) for at in range(5)}
+    if why == "one is here":
+        tensors["t2"] = tensor_of("int16", 50, 60)
+    if why == "one is turned":
+        tensors["t2"] = tensors["t2"].t()
+    if why == "one lies askew":
+        tensors["t2"] = tensors["t2"].reshape(-1)[1:]
+    if why == "no kernel":
+        monkeypatch.setattr(publisher_module, "Gpus", lambda: FakeGpus(driver, [1]))
+    with publisher(daemon) as pub:
+        pub.publish(tensors, 1).staged(WAIT_SECONDS)
+    assert not daemon.last.opened.folded
+    assert daemon.last.fold is None
+
+
+@given(cut_tensors())
+@settings(deadline=None, max_examples=30)
+def test_what_ranks_fold_in_gpus_and_what_lies_around_seams_is_the_fold(
+    cut_up: tuple[dict[str, bytes], list[list[int]]],
+) -> None:
+    tensors, cuts = cut_up
+    driver = TrainerDriver()
+    gpus, total, extents, ranks = FakeGpus(driver), 0, [], shared(tensors, cuts)
+    for rank in ranks:
+        shards = [shard for shard, _ in rank]
+        plan = layout(shards)
+        extent = bytearray(b"\xee" * plan.nbytes)
+        for (_, data), offset in zip(rank, plan.offsets, strict=True):
+            extent[offset : offset + len(data)] = data
+        extents.append(memoryview(extent))
+        lie = [
+            driver.put(torch.frombuffer(bytearray(data or b"."), dtype=torch.uint8)[: len(data)]) for _, data in rank
+        ]
+        folding = folding_of(Contribution(shards, plan, lie), gpus)
+        assert folding is not None
+        total += folding()
+    manifest = merge(
+        VersionId("m", "r", 1), [[shard for shard, _ in rank] for rank in ranks], [[b""] * len(rank) for rank in ranks]
+    )
+    assert modulo(total + fold_seams(manifest.tensors, extents)) == reference(tensors)
+
+
+@pytest.mark.gpu
+def test_fold_of_tensors_wherever_they_lie_in_a_gpu_is_the_reference() -> None:
+    gpus = Gpus()
+    assert gpus.folds(0)
+    for sizes in ([0, 1, 7, 16, 17, 777, 5000, 300_000, 256], [3_000_001, 16, 255], [64] * 300):
+        tensors = random_tensors(sizes, seed=len(sizes))
+        lie = [
+            (name, torch.frombuffer(bytearray(data or b"."), dtype=torch.uint8).cuda(), data)
+            for name, data in tensors.items()
+        ]
+        stretches = [Stretch(name, 0, tensor.data_ptr(), len(data)) for name, tensor, data in lie if data]
+        for _ in range(2):
+            assert gpus.fold(0, stretches) == reference(tensors)

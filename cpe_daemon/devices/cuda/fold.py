@@ -1,14 +1,21 @@
-"""The fold on a GPU, as one kernel for a bucket: reads a slot once, at the speed of the GPU's memory."""
+"""The fold on a GPU, as one kernel: of a bucket in a slot, or of tensors wherever they lie in the GPU's memory.
+
+Either reads every byte once, at the speed of the memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 
-from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, STEP, WEIGHTS, modulo
+from cpe_daemon.core.fold import LAST_SHIFT, ROUNDS, ROW_BYTES, STEP, WEIGHTS, modulo
 from cpe_daemon.devices.cuda.kernels import Arguments, Kernel
-from inference_plugins.fold import Rows
+from cpe_daemon.devices.fold_rows import Rows, signed
+
+STRETCH_ALIGNMENT_BYTES: Final = 16
+"""What the kernel reads at once."""
 
 _THREADS: Final = 256
 _BLOCKS_A_PROCESSOR: Final = 8
@@ -17,7 +24,13 @@ _WORDS_AT: Final = 0
 
 _MIX: Final = "".join(f"s = (s ^ s >> {shift}) * {factor:#x}ull; " for shift, factor in ROUNDS)
 
-_SOURCE: Final = f"""
+_IN_SLOT: Final = "at + k < rows ? words[(at + k) * 16 + lane] : make_ulonglong2(0, 0)"
+_SCATTERED: Final = "read(words, at + k, rows, lane, starts, tails, &reading, &until)"
+"""How sixteen bytes of a row come to a thread."""
+
+
+def _source(read: str) -> str:
+    return f"""
 typedef unsigned long long u64;
 __constant__ u64 weights[32] = {{{", ".join(f"{weight:#x}ull" for weight in WEIGHTS)}}};
 
@@ -25,9 +38,22 @@ __device__ __forceinline__ u64 kept(u64 word, int bytes) {{
   return bytes >= 8 ? word : bytes <= 0 ? 0 : word & ((1ull << 8 * bytes) - 1);
 }}
 
+// Of parts that begin at addresses of their own: origin + 256 * row is where a row of the part is. What lies behind a
+// part's end is not read, but for the rest of sixteen bytes.
+__device__ __forceinline__ ulonglong2 read(
+    const ulonglong2* origins, long long row, long long rows, int lane, const long long* starts,
+    const long long* tails, long long* part, long long* until)
+{{
+  if (row >= rows) return make_ulonglong2(0, 0);
+  while (row >= *until) *until = starts[++*part + 1];
+  if (row + 1 == *until && tails[*part] && 16 * lane >= tails[*part]) return make_ulonglong2(0, 0);
+  const u64 origin = ((const u64*)origins)[*part];
+  return *(const ulonglong2*)(origin + row * {ROW_BYTES} + 16 * lane);
+}}
+
 // Sixteen threads a row, two words each; every sixteen have as many rows, which follow one another.
 extern "C" __global__ void __launch_bounds__({_THREADS}) fold(
-    const ulonglong2* __restrict__ words,  // [rows][16]
+    const ulonglong2* __restrict__ words,  // [rows][16]; or of each part its origin
     const long long* __restrict__ starts,  // [parts + 1]: the first row of each part, and the number of rows
     const u64* __restrict__ keys,          // [parts]
     const long long* __restrict__ tails,   // [parts]: bytes of the last row, if it is not full
@@ -44,13 +70,13 @@ extern "C" __global__ void __launch_bounds__({_THREADS}) fold(
     const long long middle = (part + end + 1) / 2;
     if (starts[middle] <= first) part = middle; else end = middle - 1;
   }}
-  long long next = starts[part + 1];
+  long long next = starts[part + 1], reading = part, until = next;
   u64 sum = 0;
   for (long long at = first; at < first + each; at += 4) {{
     ulonglong2 word[4];
     #pragma unroll
     for (int k = 0; k < 4; ++k)
-      word[k] = at + k < rows ? words[(at + k) * 16 + lane] : make_ulonglong2(0, 0);
+      word[k] = {read};
     #pragma unroll
     for (int k = 0; k < 4; ++k) {{
       const long long row = at + k;
@@ -96,7 +122,7 @@ class KernelSum:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kernel = Kernel(_SOURCE, "fold", device.index)
+        self._kernel = Kernel(_source(_IN_SLOT), "fold", device.index)
         self._blocks = self._kernel.processors * _BLOCKS_A_PROCESSOR
         self._total = torch.zeros((), dtype=torch.int64, device=device)
         self._device = device
@@ -130,3 +156,64 @@ class KernelSum:
     def begin(self) -> None:
         """Begin with 0 again."""
         self._begun = False
+
+
+class Stretch(NamedTuple):
+    """Whole rows of a tensor, in the memory of a GPU.
+
+    Attributes:
+        name: of the tensor.
+        first_row: of the tensor.
+        address: where that begins; a multiple of `STRETCH_ALIGNMENT_BYTES`.
+        nbytes: of all its rows; of the last one there may be less than a row, where the tensor ends.
+    """
+
+    name: str
+    first_row: int
+    address: int
+    nbytes: int
+
+
+class ScatteredSum:
+    """The kernel over stretches of tensors that lie anywhere. Works on torch's current stream; for one thread.
+
+    What describes the stretches is kept for the next time, when they are mostly the same.
+
+    Args:
+        device: where they are; the thread's current one.
+
+    Raises:
+        ResourceError: it cannot be compiled here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._kernel = Kernel(_source(_SCATTERED), "fold", device.index)
+        self._device = device
+        self._known: Sequence[Stretch] = ()
+        self._tensors: tuple[torch.Tensor, ...] = ()
+        self._rows = 0
+
+    def fold(self, stretches: Sequence[Stretch]) -> int:
+        """The sum of the values of all rows, modulo 2^64. Waits for the GPU.
+
+        Raises:
+            CudaError: the GPU failed.
+        """
+        if self._known != stretches:
+            self._describe(stretches)
+        if not self._rows:
+            return 0
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        pointers = [tensor.data_ptr() for tensor in self._tensors]
+        arguments = Arguments([*pointers, len(stretches), self._rows, total.data_ptr()])
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._kernel.launch(self._kernel.processors * _BLOCKS_A_PROCESSOR, _THREADS, arguments, stream)
+        return modulo(int(total.item()))
+
+    def _describe(self, stretches: Sequence[Stretch]) -> None:
+        names, first_rows, addresses, sizes = zip(*stretches, strict=True) if stretches else ((), (), (), ())
+        rows = Rows.of(names, first_rows, sizes)
+        origins = torch.tensor([signed(address) for address in addresses], dtype=torch.int64) - rows.begins * ROW_BYTES
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), rows.counts.cumsum(0)])
+        self._tensors = tuple(tensor.to(self._device) for tensor in (origins, starts, rows.keys, rows.tails))
+        self._rows, self._known = rows.total, list(stretches)
