@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpe_daemon.errors import CpeError
+from tests.integration.processes import until
 from tests.sglang.servers import ADMIN_KEY, KEY, START_SECONDS, Server
 from tests.sglang.test_servers import agree
 from tests.vllm.checkpoints import Checkpoint
@@ -27,6 +28,28 @@ def test_start_without_a_daemon_fails_at_its_deadline(
     assert "no version that may be served came within 2 s" in said
     assert "CPE_SGLANG_START=any serves" in said
     assert "The server is fired up" not in said
+
+
+def test_server_with_dummy_weights_is_not_there_before_a_version_is(
+    daemon: Daemon, family: list[Checkpoint], all_faults: Faults, place: Path
+) -> None:
+    """Nobody has published this model yet: the server waits, and answers nobody."""
+    server = Server("early", daemon, family[0], all_faults, place, model="awaited", options={"--load-format": "dummy"})
+    trainer = Trainer(daemon, "awaited")
+    try:
+        server.start()
+        waits = "waiting for a version of the daemon's"
+        until(lambda: server.ended or waits in server.log.read_text(), "it waits", START_SECONDS)
+        for path in ("/ready", "/health", "/ping", "/model_info"):
+            assert not server.answers(path)
+        with pytest.raises(OSError, match="refused"):
+            server.generate(seconds=5)
+        assert not server.ended
+        trainer.publish(family[1])
+        agree(server.ready(), family[1])
+    finally:
+        trainer.close()
+        server.kill()
 
 
 def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk_and_keys(
