@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _LEAK_WAIT_SECONDS = 5.0
 _EXIT_SECONDS = 60.0
-_ON_VIRTUAL_TIME = {"test_deadlines.py", "test_retries.py"}
+_ON_VIRTUAL_TIME = {"test_arrival.py", "test_deadlines.py", "test_retries.py"}
 _ON_UVLOOP = {"test_http.py"}
 """What is close to the loop's own transports is tested on the loop that the daemon runs on."""
 

@@ -35,6 +35,11 @@ class DeadlinesConfig(Section):
     check_seconds: Deadline = Field(
         default=30.0, description="An engine that serves says whether it could load a version."
     )
+    arrive_seconds: Deadline = Field(
+        default=300.0,
+        description="A server whose workers are there takes calls, where a version waits for it: no other engine takes"
+        " it.",
+    )
     journal_seconds: Deadline = Field(
         default=2.0,
         description="What is about to be done is on the disk of state_dir, before engines pause. Then it is done all "

@@ -107,6 +107,14 @@ WAITS: Final = (
     ),
     Wait("deadlines.check_seconds", "whether a version fits an engine", _DROPPED, DEADLINE, _ENGINES, _PHASE),
     Wait(
+        "deadlines.arrive_seconds",
+        "a server that starts to take calls, where no other engine takes a version",
+        "the version is pushed all the same, and has failed",
+        "-",
+        _NONE,
+        "tests/unit/test_arrival.py::test_server_that_never_takes_calls_costs_a_deadline",
+    ),
+    Wait(
         "deadlines.wake_seconds",
         "an engine that sleeps to be awake",
         "the engine is left out of the round",

@@ -8,7 +8,7 @@ resumes it by its own API.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cpe_daemon.core.types import VersionId
 
@@ -126,3 +126,17 @@ class Driver(Steps, Protocol):
     """The daemon's half of a plugin, for one engine."""
 
     def __init__(self, engine: str, workers: Workers) -> None: ...
+
+
+@runtime_checkable
+class Arriving(Protocol):
+    """What a driver may have besides: its engine is a server that takes calls some time after its workers are there."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the server has answered since its workers were let serve, or need not, as they were not yet."""
+        ...
+
+    async def answers(self) -> bool:
+        """Ask the server whether it takes calls now, if only to refuse them; if so, it has arrived."""
+        ...

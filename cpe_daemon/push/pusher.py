@@ -20,6 +20,7 @@ from cpe_daemon.engines.engine import Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
+from cpe_daemon.push.arrival import Arrivals
 from cpe_daemon.push.compatibility import Compatibility
 from cpe_daemon.push.driving import drive
 from cpe_daemon.push.participant import Participant
@@ -79,6 +80,7 @@ class Pusher:
         self._idle.set()
         self._draining = False
         self._retries = Retries(self._on_joined)
+        self._arrivals = Arrivals(registry, config.deadlines, self._wake.set)
         catalogue.watch(self._on_version)
         registry.on_joined(self._on_joined)
 
@@ -91,19 +93,23 @@ class Pusher:
         while True:
             await self._woken()
             self._wake.clear()
-            while (self._due or self._asked or self._joined) and not self._draining:
+            while (self._is_due() or self._asked or self._joined) and not self._draining:
                 self._idle.clear()
                 if self._asked and self._asked[0].urgent:
                     await self._serve(self._asked.popleft())
-                elif self._due:
+                elif self._is_due():
                     version = self._due.popleft()
                     if version.state is VersionState.STAGED:  # it may have been superseded while it waited
                         await self._push(version, self._targets(version))
                 elif self._asked:
                     await self._serve(self._asked.popleft())
-                else:
+                elif self._joined:
                     await self._bring_up(self._joined.popleft())
                 self._idle.set()
+
+    def _is_due(self) -> bool:
+        """Whether a version is to be pushed now: there is one, and it does not wait for a server that starts."""
+        return bool(self._due) and not self._arrivals.waits(self._due[0].id)
 
     async def _woken(self) -> None:
         """Wait for something to do, and give slots back that nothing needs for long."""
@@ -118,6 +124,7 @@ class Pusher:
         """Begin nothing more, and wait for what is in flight; what waits for its push fails."""
         self._draining = True
         self._retries.close()
+        self._arrivals.close()
         while self._asked:
             self._asked.popleft().fail(BusyError("this daemon stops; nothing was pushed"))
         for version in [version for version in self._catalogue if version.state is VersionState.STAGED]:

@@ -10,6 +10,7 @@ import structlog
 
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import DeadlineError, PeerLostError
+from cpe_daemon.push.arrival import starts
 from cpe_daemon.push.participant import Participant
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,8 @@ class Retries:
             if participant.outcome != "kept" or not late or engine.asleep or self._closed:
                 self._pauses.pop(engine.name, None)
                 continue
+            if starts(engine):
+                self._pauses.pop(engine.name, None)  # its server will soon be there
             pause = self._pauses[engine.name] = min(2 * self._pauses.get(engine.name, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
             self._timers[engine.name] = asyncio.get_running_loop().call_later(pause, self._try, engine)
             log.info("engine.retried_later", engine=engine.name, seconds=pause)

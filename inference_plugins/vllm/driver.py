@@ -11,7 +11,7 @@ import aiohttp
 
 from cpe_daemon.core.driver import Update, Workers
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.errors import DeadlineError, EngineError
+from cpe_daemon.errors import DeadlineError, EngineError, PeerLostError
 from inference_plugins.server_api import ServerApi, choice
 
 API_KEY: Final = "CPE_VLLM_API_KEY"
@@ -55,6 +55,22 @@ class VllmDriver:
         """Whether nothing is left of what other weights made."""
         self._prefix: str | None = None
         self._one_call = False
+        self._arrived = False
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the server has answered since its workers were let serve, or need not (`Arriving`)."""
+        return self._arrived or self._workers.starting
+
+    async def answers(self) -> bool:
+        """Whether the server takes calls by now: its workers are there first."""
+        try:
+            await self._api.within("/is_paused", None, self._look())
+        except PeerLostError:
+            return False
+        except EngineError:  # whoever calls it next hears why
+            self._arrived = True
+        return True
 
     async def check(self, round: int, seconds: float) -> None:
         """See that the server can be paused, and have the workers say whether a version fits."""
@@ -106,6 +122,7 @@ class VllmDriver:
     async def resume(self, round: int, content: VersionId | None, seconds: float) -> None:
         """Have the server go on, and tell the workers meanwhile: what they hold is whole by now."""
         if self._workers.starting:
+            self._arrived = False
             await self._workers.resume(round, content, seconds)
             return
         try:
@@ -199,6 +216,7 @@ class VllmDriver:
                     self._api.check_key(reply)
                     if reply.status != 404:
                         self._prefix, self._one_call = prefix, bool(prefix) and await _version(reply) >= _ONE_CALL
+                        self._arrived = True
                         return
         raise EngineError(
             f"engine {self.engine!r} at {self._workers.url} cannot be paused by its API: start vLLM with"

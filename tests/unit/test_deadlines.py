@@ -46,6 +46,8 @@ NO_WAITS = {
     "cpe_daemon.observe.http._RETRY_SECONDS",
     "cpe_daemon.observe.pages._PACE_SECONDS",
     "cpe_daemon.publisher.asking._MARGIN_SECONDS",
+    "cpe_daemon.push.arrival._LOOK_AGAIN_SECONDS",
+    "inference_plugins.server_api._IDLE_SECONDS",
     "cpe_daemon.publisher.handle._LONGEST_WAIT_SECONDS",
     "cpe_daemon.daemon.threads._START_SECONDS",
     "cpe_daemon.publisher.link._FENCE_SECONDS",

@@ -302,6 +302,30 @@ async def test_failing_update_is_reported(serve: Serve) -> None:
             await driver.finish(1, LONG)
 
 
+# --- a server that starts --------------------------------------------------------------------------------------------
+
+
+async def test_server_has_arrived_when_it_answers_if_only_to_refuse(serve: Serve) -> None:
+    async with serve(key="secret") as (driver, _, workers):
+        url, workers.url = workers.url, "http://127.0.0.1:1"
+        assert (await driver.answers(), driver.arrived) == (False, False)
+        workers.url = url
+        assert (await driver.answers(), driver.arrived) == (True, True)
+
+
+async def test_server_whose_workers_wait_for_a_version_need_not_answer_and_then_has_to(serve: Serve) -> None:
+    async with serve("/cpe") as (driver, _, workers):
+        seen = []
+        workers.starting = True
+        seen.append(driver.arrived)
+        await driver.resume(1, VERSION, LONG)
+        workers.starting = False
+        seen.append(driver.arrived)
+        await round_of(driver)
+        seen.append(driver.arrived)
+        assert seen == [True, False, True]
+
+
 # --- our own routes --------------------------------------------------------------------------------------------------
 
 
