@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 from cpe_daemon.cli import main
-from cpe_daemon.config.model import settings
+from cpe_daemon.config.model import IngestConfig, settings
+from cpe_daemon.wire.messages import MOST_CHUNK_FRAMES
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
@@ -80,3 +81,19 @@ def test_architecture_lists_every_room() -> None:
     table = (ROOT / "ARCHITECTURE.md").read_text().partition("| layer |")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
     assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == rooms
+
+
+def test_security_states_the_limits_that_hold() -> None:
+    text, ingest = (ROOT / "docs" / "SECURITY.md").read_text(), IngestConfig()
+    assert f"| frames of a message | {1 + MOST_CHUNK_FRAMES} of a trainer or operator" in text
+    assert f"bounded by their credits, {ingest.credits * ingest.chunk_bytes >> 20} MiB by default" in text
+    assert f"| messages of a client in a second | {ingest.messages_per_second:,};" in text
+    assert f"tensors of a rank | {ingest.max_trainers}, 4, {ingest.max_tensors:,} |" in text
+
+
+def test_operations_states_what_rings_and_chunks_take() -> None:
+    text, ingest = (ROOT / "docs" / "OPERATIONS.md").read_text(), IngestConfig()
+    of_ring = f"`ingest.landing_chunk_bytes` | {ingest.landing_credits * ingest.landing_chunk_bytes >> 20} MiB |"
+    of_chunks = f"`ingest.chunk_bytes` | {ingest.credits * ingest.chunk_bytes >> 20} MiB |"
+    assert of_ring in text
+    assert of_chunks in text
