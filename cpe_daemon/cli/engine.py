@@ -44,7 +44,12 @@ def engine_command() -> None:
 
 @engine_command.command("add", short_help="Expect an engine from now on.")
 @click.argument("name")
-@click.option("--kind", required=True, shell_complete=complete_kinds, help="The plugin that it is served by: torch.")
+@click.option(
+    "--kind",
+    required=True,
+    shell_complete=complete_kinds,
+    help="The plugin that it is served by: torch, vllm, sglang, or one of your own.",
+)
 @click.option(
     "--model", default="", shell_complete=complete_models, help="Whose versions it takes.  [default: it says]"
 )
@@ -61,6 +66,7 @@ def add_command(
     \b
     Examples:
       cpe engine add policy-0 --kind torch --model policy --world-size 8
+      cpe engine add vllm-0 --kind vllm --model policy --url http://127.0.0.1:8000
     """  # noqa: D301 - click wants the \b itself
     from cpe_daemon.wire.messages import EngineAdd, EngineSpec
 

@@ -223,7 +223,7 @@ class Waiting:
         """The deadline has passed, or it is time to see whether anybody waits still."""
         if _now() >= waiter.until:
             state = where(self._catalogue, waiter.wanted, automatic=self._automatic)
-            error = DeadlineError(f"{waiter.wanted} is not live after {waiter.seconds:g} s: {state}")
+            error = DeadlineError(f"{waiter.wanted} is not live after {round(waiter.seconds, 2):g} s: {state}")
             self._answer(waiter, _refusal(error, waiter.stream))
         elif waiter.gone():
             self._forget(waiter)

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,13 @@ def test_engine_add_and_remove_tell_what_the_daemon_says(words: list[str], spec:
     assert (added.exit_code, added.stdout) == (0, "added\n")
     assert (removed.exit_code, removed.stdout) == (0, "removed\n")
     assert heard == [EngineAdd(spec), EngineRemove(spec.name)]
+
+
+def test_engine_add_names_the_plugins_that_ship() -> None:
+    text = cpe("engine", "add", "--help").stdout
+    ours = [found.name for found in entry_points(group="cpe_daemon.engines") if found.value.startswith("inference_")]
+    assert sorted(ours) == ["sglang", "torch", "vllm"]
+    assert [name for name in ours if f"--kind {name}" not in text and f" {name}," not in text] == []
 
 
 def test_engine_add_that_is_refused_says_why(endpoint: str) -> None:
