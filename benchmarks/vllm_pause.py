@@ -63,7 +63,11 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vllm_pause",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--updates", type=positive, default=20, metavar="N", help="updates to measure (default: 20)")
     parser.add_argument("--warm", type=positive, default=3, metavar="N", help="updates before these (default: 3)")
     parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="tensor-parallel workers (default: 1)")
