@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -102,6 +103,22 @@ def test_configuring_twice_writes_once() -> None:
     configure_logging("info", "json", stream=second)
     structlog.get_logger("x").info("a.b")
     assert (len(events(first)), len(events(second))) == (0, 1)
+
+
+def test_line_that_cannot_be_written_is_lost_and_nothing_else() -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as stream:  # at its end, of what it still holds
+        configure_logging("info", "json", stream=stream)
+        structlog.get_logger("x").info("a.b")
+    structlog.get_logger("x").info("to a file that is closed")
+
+
+def test_context_and_arguments_of_an_event_are_in_its_line() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream=stream)
+    with structlog.contextvars.bound_contextvars(round=7):
+        structlog.get_logger("x", engine="e").info("%s of %d", "one", 2)
+    (event,) = events(stream)
+    assert (event["event"], event["round"], event["engine"], event["logger"]) == ("one of 2", 7, "e", "x")
 
 
 def test_journal_gets_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
