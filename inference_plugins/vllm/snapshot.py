@@ -7,18 +7,22 @@ import os
 from typing import Any, Final
 
 from inference_plugins.disk import shapes_on_disk
+from inference_plugins.vllm.architecture import shapes_by_config
 
 log: Final = logging.getLogger(__name__)
 
 
 def shapes(model_config: Any, load_config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of its tensors, by name; none if its files are not here, or are no safetensors.
+    """The shapes of its tensors, by name: as its safetensors have them, or else as its configuration says.
+
+    None if neither can be told.
 
     Args:
         model_config: as of `directory`.
         load_config: as of `directory`.
     """
     found = shapes_on_disk(place) if (place := directory(model_config, load_config)) else {}
+    found = found or shapes_by_config(getattr(model_config, "hf_config", None))
     if not found:
         log.warning("no safetensors of %s are here: the first version's shapes are not compared", model_config.model)
     return found
