@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import VersionId
+from cpe_daemon.devices.rows import copying
 from cpe_daemon.errors import DeadlineError, EngineError
 from cpe_daemon.wire.messages import WorkerHello
+from inference_plugins.assembly import Place
+from inference_plugins.learned.loading import spec_of
 from inference_plugins.sglang import hooks
 from inference_plugins.sglang import worker as module
 from inference_plugins.sglang.hooks import HOOKS
@@ -218,6 +222,35 @@ def test_draft_model_takes_versions_if_it_is_of_the_same_checkpoint() -> None:
 def test_server_that_cannot_be_updated_is_refused() -> None:
     with pytest.raises(EngineError, match="pipeline parallelism was not tried"):
         Worker(Scheduler(pp_size=2))
+
+
+@pytest.mark.parametrize(("setting", "drafts", "learned"), [("", 0, 1), ("off", 0, None), ("", 1, None)])
+def test_loader_of_a_model_without_a_draft_is_learned_unless_that_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, setting: str, drafts: int, learned: int | None
+) -> None:
+    monkeypatch.setenv("CPE_LEARNED", setting)
+    scheduler = Scheduler()
+    scheduler.weight_updater.runners += [("draft", Runner())] * drafts
+    worker = Worker(scheduler)
+    for number in range(1, 5):
+        tensor = torch.tensor([number, 2 * number], dtype=torch.float32)
+
+        def load(tensor: torch.Tensor = tensor) -> None:
+            worker._loader.begin()
+            (place,) = worker._loader.place([spec_of("w", tensor)], torch.device("cpu"))
+            if place is None:
+                worker._loader.load([("w", tensor)])
+            else:
+                assert isinstance(place, Place)
+                copying([Rectangle(place.address, place.start, place.nbytes)])(tensor.data_ptr())
+            worker._loader.finish(VERSION)
+
+        with beside(load):
+            assert worker.update(scheduler.weight_updater, request())[0]
+        for _, runner in scheduler.weight_updater.runners:
+            assert runner.model.w.tolist() == [number, 2 * number]
+    report = worker._loader.report
+    assert (None if report is None else report.learned) == learned
 
 
 # --- an update -------------------------------------------------------------------------------------------------------
