@@ -20,6 +20,7 @@ from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
 from inference_plugins.gate import Gate
 from inference_plugins.learned import LearnedLoading
+from inference_plugins.learned.needs import Needed
 
 _ENTER_SECONDS: Final = 10.0
 """How long the engine's thread may take to come into the gate once the daemon has asked for that."""
@@ -95,6 +96,10 @@ class GatedLoader:
     def report(self) -> LoadingReport | None:
         """How tensors are loaded, if that is learned."""
         return self._learned.report.as_message() if self._learned.on else None
+
+    def needs(self, device: torch.device) -> Needed | None:
+        """Which bytes are needed of tensors of which that was learned."""
+        return self._learned.needs(device)
 
     def halt(self) -> int:
         """Nothing to count: a server pauses all its workers itself."""

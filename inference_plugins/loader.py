@@ -10,6 +10,7 @@ import torch
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
+from inference_plugins.learned.needs import Needed
 
 
 class Loader(Protocol):
@@ -113,4 +114,16 @@ class Learning(Protocol):
     @property
     def report(self) -> LoadingReport | None:
         """How tensors are loaded by now; None if nothing is learned of this engine. Asked after each `finish`."""
+        ...
+
+
+@runtime_checkable
+class Needing(Protocol):
+    """What a `Loader` has besides if it can say which bytes it reads: the daemon may send it no others then."""
+
+    def needs(self, device: torch.device) -> Needed | None:
+        """Which bytes of a version of the tensors that came last are read from slots on ``device``; None: all.
+
+        Asked after each `finish`, and after each `begin`: what it says then holds until the round is over.
+        """
         ...

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from cpe_daemon.core.needs import Needs
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.slots import Mark, Slots
 from cpe_daemon.errors import CpeError, EngineError, VerificationError
@@ -36,7 +37,7 @@ from cpe_daemon.wire.messages import (
 from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
 from inference_plugins.assembly import Assembly
 from inference_plugins.fold import Folder
-from inference_plugins.loader import Learning, Loader
+from inference_plugins.loader import Learning, Loader, Needing
 
 log: Final = logging.getLogger(__name__)
 
@@ -90,6 +91,10 @@ class Steps:
         self._folder = Folder()
         self._loaded = self._loaded_bytes = 0
         self._loading: deque[_Loading] = deque()
+        self._named: str | None = None
+        """Which needs the daemon goes by in this round; see `Begin.needs`."""
+        self._parted: frozenset[str] = frozenset()
+        """Tensors of which slots may hold less than all."""
 
     @property
     def digest(self) -> bytes:
@@ -140,11 +145,35 @@ class Steps:
         answers = self.settle_all()
         passes = list[int]()
         failed = self.attempt(step, lambda: passes.append(self._do(step)))
+        if failed is not None:
+            return [*answers, failed]
         touched = isinstance(step, Abort) and self._changed(step.round)
+        whole, needs = self._compare_needs(step, slots)
         seconds = time.monotonic() - began
         name, loading = name_of(step), self._report() if isinstance(step, Finish) else None
-        done = StepDone(step.round, name, seconds=seconds, touched=touched, passes=sum(passes), loading=loading)
-        return [*answers, failed or done]
+        done = StepDone(step.round, name, 0, seconds, touched, sum(passes), loading, whole, needs)
+        return [*answers, done]
+
+    def _compare_needs(self, step: Step, slots: Slots | None) -> tuple[bool, Needs | None]:
+        """Compare what is needed with what the daemon goes by, at the beginning and at the end of an update.
+
+        Returns:
+            At the beginning, whether all bytes are needed although the daemon may send fewer; at the end, what is
+            needed next time, if the daemon does not know.
+        """
+        if isinstance(step, Begin):
+            self._named, self._parted = step.needs, frozenset()
+        elif not isinstance(step, Finish):
+            return False, None
+        if self._named is None:
+            return False, None
+        needed = self._loader.needs(slots.device) if slots is not None and isinstance(self._loader, Needing) else None
+        digest = needed.told.digest if needed is not None else ""
+        if isinstance(step, Finish):
+            return False, needed.told if needed is not None and digest != self._named else None
+        if needed is not None and digest == self._named:
+            self._parted = needed.parted
+        return bool(self._named) and digest != self._named, None
 
     def _report(self) -> LoadingReport | None:
         return self._loader.report if isinstance(self._loader, Learning) else None
@@ -267,10 +296,17 @@ class Steps:
             if self._update.fold is not None:
                 self._folder.add(load.seq, load.parts, slots.slot(load.slot))
             places = self._loader.place(begun, slots.device) if begun else []
+            if self._parted and (lost := [s.name for s, at in zip(begun, places, strict=True) if at is None]):
+                self._check_whole(lost)
             tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots, load.seq)
             if tensors:
                 self._loader.load(tensors)
             return _Loading(load, began, self._assembly.placed + len(tensors), slots.mark())
+
+    def _check_whole(self, names: Sequence[str]) -> None:
+        """Raise if a tensor is about to be given to the engine of which only a part was sent."""
+        if parted := self._parted.intersection(names):
+            raise EngineError(f"only a part of {min(parted)} was sent, which the engine needs whole by now")
 
     def _finish(self, finish: Finish) -> None:
         begun = self._update

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final, NamedTuple
 
 from cpe_daemon.core.buckets import Cut, Filling, Part, cut
 from cpe_daemon.core.copies import HERE, Base, Copy, Located, PeerCopy, deal, exchange, fill, locate, sources
 from cpe_daemon.core.manifest import Tensor
-from cpe_daemon.core.topology import Gpu, Region, Share, Topology, equal_shares, near_shares
+from cpe_daemon.core.slices import Wants, cut_to
+from cpe_daemon.core.topology import Costs, Gpu, Region, Share, Topology, equal_shares, near_shares
 from cpe_daemon.errors import MisuseError
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Base",
     "Bucket",
     "Copy",
+    "Costs",
     "Cut",
     "Gpu",
     "Part",
@@ -28,9 +31,18 @@ __all__ = [
     "Plan",
     "Region",
     "Topology",
+    "Transfers",
+    "Wants",
     "assign",
     "cut",
 ]
+
+
+class Transfers(NamedTuple):
+    """By GPU, what it copies from the arena over its own PCIe link (stage 1), and then from other GPUs (stage 2)."""
+
+    pulls: tuple[tuple[Copy, ...], ...]
+    exchanges: tuple[tuple[PeerCopy, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,8 @@ class Bucket:
         pulls: by GPU, what it copies from the arena over its own PCIe link (stage 1).
         exchanges: by GPU, what it copies from other GPUs to complete its slot (stage 2); empty without peer
             access.
+        sliced: in place of these, while workers need what they said: each slot gets what is needed there, and
+            other bytes of it are whatever they were. None: everything is sent.
     """
 
     index: int
@@ -51,6 +65,12 @@ class Bucket:
     parts: tuple[Part, ...]
     pulls: tuple[tuple[Copy, ...], ...]
     exchanges: tuple[tuple[PeerCopy, ...], ...]
+    sliced: Transfers | None = None
+
+    @property
+    def whole(self) -> Transfers:
+        """What brings everything to every slot."""
+        return Transfers(self.pulls, self.exchanges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +88,9 @@ class Plan:
     nbytes: int
 
 
-def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology) -> Plan:
+def assign(
+    buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology, wants: Wants | None = None
+) -> Plan:
     """Give each GPU its copies.
 
     With peer access each GPU pulls an equal share of every bucket, from memory near to it as far as that
@@ -79,6 +101,7 @@ def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topol
         tensors: a manifest's.
         bases: by rank of that manifest, where its extent begins.
         topology: the GPUs.
+        wants: what they need of this cut; None: everything.
 
     Raises:
         MisuseError: the tensors are not those that were cut, or one's runs do not cover it exactly.
@@ -87,24 +110,34 @@ def assign(buckets: Cut, tensors: Sequence[Tensor], bases: Sequence[Base], topol
         raise MisuseError(f"{len(tensors)} tensors for a cut of {len(buckets.sizes)}")
     located = locate(tensors, buckets.sizes, bases)
     return Plan(
-        tuple([_bucket(index, filling, located, topology) for index, filling in enumerate(buckets.fillings)]),
+        tuple([_bucket(index, filling, located, topology, wants) for index, filling in enumerate(buckets.fillings)]),
         buckets.slot_bytes,
         sum(buckets.sizes),
     )
 
 
-def _bucket(index: int, filling: Filling, located: Located, topology: Topology) -> Bucket:
+def _bucket(index: int, filling: Filling, located: Located, topology: Topology, wants: Wants | None) -> Bucket:
     nbytes, parts = filling.nbytes, filling.parts
     copies = fill(parts, located)
     count = len(topology.gpus)
-    if not topology.peer_access:
-        return Bucket(index, nbytes, parts, (tuple(copies),) * count, ((),) * count)
-    if topology.has_near_memory:
+    near = topology.peer_access and topology.has_near_memory
+    shares: tuple[Share, ...] = ()
+    pulls, exchanges = (tuple(copies),) * count, _NOTHING * count
+    if near:
         shares = near_shares(nbytes, topology.gpus, sources(copies, topology))
         exchanges = _exchanges(shares, count)
-    else:
+    elif topology.peer_access:
         shares, exchanges = _equally(nbytes, count)
-    return Bucket(index, nbytes, parts, deal(copies, shares, count), exchanges)
+    if shares:
+        pulls = deal(copies, shares, count)
+    slicing = wants.slicing(filling, shares, near=near) if wants is not None else None
+    sliced = None
+    if slicing is not None:
+        sliced = Transfers(tuple([cut_to(copies, runs) for runs in slicing.pulls]), slicing.exchanges)
+    return Bucket(index, nbytes, parts, pulls, exchanges, sliced)
+
+
+_NOTHING: Final[tuple[tuple[PeerCopy, ...], ...]] = ((),)
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cpe_daemon.core.types import align
 from cpe_daemon.errors import MisuseError
@@ -42,6 +42,24 @@ class Source(NamedTuple):
     numa_node: int | None
 
 
+class Costs(NamedTuple):
+    """What copies cost, for who has to choose between few large ones and many small ones.
+
+    Attributes:
+        fetch_bytes: what could be fetched from the arena while one more copy is issued.
+        exchange_bytes: the same of copies between GPUs.
+        exchange_speed: bytes that a GPU copies from others in the time in which it fetches one.
+    """
+
+    fetch_bytes: int = 0
+    exchange_bytes: int = 0
+    exchange_speed: float = 1.0
+
+
+FREE: Final = Costs()
+"""Copies that cost nothing but their bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """The GPUs of a push, by index, and how they reach memory.
@@ -50,6 +68,7 @@ class Topology:
         gpus: at least one.
         peer_access: every GPU can copy from every other's memory.
         regions: on which NUMA node the arena lies; what no region names counts as near to no GPU.
+        costs: of copies.
 
     Raises:
         MisuseError: there is no GPU, one is named twice, or two regions overlap.
@@ -58,6 +77,7 @@ class Topology:
     gpus: tuple[Gpu, ...]
     peer_access: bool
     regions: tuple[Region, ...] = ()
+    costs: Costs = FREE
     _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

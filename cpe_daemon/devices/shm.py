@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from cpe_daemon.core.plan import Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.core.plan import Copy, Costs, Gpu, PeerCopy, Topology
 from cpe_daemon.devices.capacity import available_bytes
 from cpe_daemon.devices.copypool import CopyPool, longest
 from cpe_daemon.devices.memory import PREFAULT_BYTES, SharedMemory, copy
@@ -23,6 +23,8 @@ from cpe_daemon.wire.messages import SlotSet
 log = structlog.get_logger(__name__)
 
 KIND: Final = "shm"
+_COSTS: Final = Costs(fetch_bytes=16 << 10, exchange_bytes=16 << 10)
+"""A call of memmove takes about as long as that many bytes; both kinds of copies are made by the same processors."""
 
 
 class Handoff(Protocol):
@@ -50,7 +52,9 @@ class ShmDevice:
     kind = KIND
 
     def __init__(self, *, gpus: int, slot_bytes: int, source: int, handoff: Handoff) -> None:
-        self.topology = Topology(gpus=tuple(Gpu(f"shm-{index}") for index in range(gpus)), peer_access=True)
+        self.topology = Topology(
+            gpus=tuple(Gpu(f"shm-{index}") for index in range(gpus)), peer_access=True, costs=_COSTS
+        )
         self.slot_bytes = slot_bytes
         self.failures: Mapping[int, CpeError] = {}
         self._source = source

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
+from msgspec import structs
 
 from cpe_daemon.core.driver import Driver, Update
 from cpe_daemon.core.identity import may_be_same
@@ -206,7 +207,7 @@ class EngineWorkers:
         """Make ready to load."""
         self._engine.taking = update.digest
         begin = Begin(update.round, update.version, update.tensors, update.nbytes, update.fold, update.digest)
-        await self._all(begin, seconds)
+        await self._all(begin, seconds, lambda worker: structs.replace(begin, needs=worker.planned))
 
     async def finish(self, round: int, seconds: float) -> None:
         """Post-process and check."""
@@ -227,12 +228,19 @@ class EngineWorkers:
         self._woken += 1
         await self._all(Wake(self._woken, seconds), seconds + _ANSWER_SECONDS)
 
-    async def _all(self, step: Step, seconds: float) -> list[StepDone]:
-        """Have every worker do it; every answer is awaited before the first error is raised."""
+    async def _all(self, step: Step, seconds: float, own: Callable[[Worker], Step] | None = None) -> list[StepDone]:
+        """Have every worker do it; every answer is awaited before the first error is raised.
+
+        Args:
+            step: what is to be done.
+            seconds: until each worker's deadline.
+            own: what that is for one worker, if it is not the same for all.
+        """
         if not self._engine.complete:
             raise PeerLostError(f"engine {self._engine.name!r} has lost a worker")
-        header = encode(step)
-        sent = [worker.post(step, seconds, header) for worker in self._engine.workers.values()]  # now, not in tasks
+        header = encode(step) if own is None else None
+        workers = self._engine.workers.values()
+        sent = [worker.post(own(worker) if own else step, seconds, header) for worker in workers]  # now, not in tasks
         answers = await asyncio.gather(*sent, return_exceptions=True)
         done: list[StepDone] = []
         for answer in answers:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cpe_daemon.core.needs import Needs
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import CpeError, DeadlineError, EngineError, ManifestError, PeerLostError, VerificationError
 from cpe_daemon.wire.codec import encode
@@ -102,6 +103,10 @@ class Worker:
         """The tensors of the version that it loaded last in this attachment."""
         self.loading: LoadingReport | None = None
         """How its tensors are loaded, as it said last in this attachment; None if nothing is learned there."""
+        self.needs: Needs | None = None
+        """Which bytes it needs, as it said last in this attachment; None: all of them."""
+        self.planned: str | None = None
+        """By which needs the round in hand was planned, as `Begin.needs` tells it."""
         self.gone: PeerLostError | None = None
         self._sender = sender
         self._waiting: dict[tuple[int, str, int], asyncio.Future[StepDone]] = {}
@@ -168,6 +173,7 @@ class Worker:
     def done(self, message: StepDone) -> None:
         """Take an answer; one that comes after its deadline is ignored."""
         self.loading = message.loading or self.loading
+        self.needs = None if message.whole else message.needs or self.needs
         future = self._waiting.get((message.round, message.step, message.seq))
         if future is not None and not future.done():
             future.set_result(message)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeAlias
 
-from cpe_daemon.core.plan import Bucket, PeerCopy
+from cpe_daemon.core.plan import Bucket, PeerCopy, Transfers
 from cpe_daemon.devices.device import Device
 from cpe_daemon.push.traffic import Traffic
 
@@ -65,6 +65,8 @@ class Pipeline:
         if not self._prefill:
             self._primed.set()
         self._opened = asyncio.Event()
+        self._whole = False
+        """Whether every slot has to hold all of a bucket, and not what is needed there."""
         self._turn = 0
         self._next_turn = asyncio.Condition()
 
@@ -89,8 +91,9 @@ class Pipeline:
         """Wait until as many slots are full as are to be before the engines pause, or hold all there is."""
         await self._primed.wait()
 
-    def open(self) -> None:
-        """Let the engines load from now on."""
+    def open(self, *, whole: bool = False) -> None:
+        """Let the engines load from now on; ``whole``: some need more than was planned, so all get everything."""
+        self._whole = whole
         self._opened.set()
 
     async def run(self) -> None:
@@ -101,9 +104,12 @@ class Pipeline:
                 tasks.create_task(self._carry(bucket, slot))
 
     async def _carry(self, bucket: Bucket, slot: int) -> None:
-        await self._fill(bucket, slot)
+        transfers = bucket.sliced if bucket.sliced is not None and not self._whole else bucket.whole
+        await self._fill(bucket, transfers, slot)
         self._count_filled()
         await self._opened.wait()
+        if self._whole and transfers is bucket.sliced:
+            await self._fill(bucket, bucket.whole, slot)
         async with self._next_turn:
             await self._next_turn.wait_for(lambda: self._turn == bucket.index)
             self._hungry += not self._loading and bucket.index >= self._prefill
@@ -116,22 +122,22 @@ class Pipeline:
         self._loading -= 1
         self._free.put_nowait(slot)
 
-    async def _fill(self, bucket: Bucket, slot: int) -> None:
+    async def _fill(self, bucket: Bucket, transfers: Transfers, slot: int) -> None:
         """Stages 1 and 2, asked for at once. One group, for if one GPU's copy fails the others' have to end too."""
         async with asyncio.TaskGroup() as filling:
             fetches = [
                 filling.create_task(self._traced(self._device.fetch(gpu, slot, copies), "fetch", gpu, bucket, slot))
-                for gpu, copies in zip(self._gpus, bucket.pulls, strict=True)
+                for gpu, copies in zip(self._gpus, transfers.pulls, strict=True)
             ]
             exchanges = []
-            for gpu, peer_copies in zip(self._gpus, bucket.exchanges, strict=True):
+            for gpu, peer_copies in zip(self._gpus, transfers.exchanges, strict=True):
                 if peer_copies:
                     exchange = self._device.exchange(gpu, slot, self._named_by_device(peer_copies))
                     exchanges.append(filling.create_task(self._traced(exchange, "exchange", gpu, bucket, slot)))
-            with self._traffic.fetch.moving(self._traffic.fetching(bucket)):
+            with self._traffic.fetch.moving(self._traffic.fetching(bucket, transfers)):
                 await asyncio.wait(fetches)
             if exchanges:
-                with self._traffic.exchange.moving(self._traffic.exchanging(bucket)):
+                with self._traffic.exchange.moving(self._traffic.exchanging(transfers)):
                     await asyncio.wait(exchanges)
 
     def _traced(self, work: Carried, stage: str, gpu: int, bucket: Bucket, slot: int) -> Carried:

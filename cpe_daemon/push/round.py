@@ -8,7 +8,7 @@ one at a time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -20,6 +20,7 @@ from cpe_daemon.core.pace import Pace, slowest
 from cpe_daemon.core.plan import Bucket, Plan
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.device import Device
+from cpe_daemon.engines.worker import Worker
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.push.compatibility import announced
 from cpe_daemon.push.participant import Participant
@@ -47,6 +48,8 @@ class Round:
         traffic: is told what each stage moves; None if nobody wants to know.
         fold: of the version's bytes, that every worker is to find; None if none is to look.
         digest: of the version (`cpe_daemon.core.identity`), for the workers to keep beside its name.
+        needs: by worker, the digest of the needs that the plan goes by; "" for who is sent everything. Who is not named
+            may need more than is planned. None: nobody's needs were asked for.
         write_down: awaited before any engine is given a bucket, while engines stop; never raises. None: nobody writes
             down.
     """
@@ -66,6 +69,7 @@ class Round:
         traffic: Traffic | None = None,
         fold: int | None = None,
         digest: bytes = b"",
+        needs: Mapping[Worker, str] | None = None,
         write_down: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> None:
         self.state = RoundState.PREFETCHING
@@ -75,6 +79,7 @@ class Round:
         self.version = version
         self._fold = fold
         self._digest = digest
+        self._needs = needs
         self._write_down = write_down
         self._specs = specs
         self.nbytes = plan.nbytes
@@ -153,6 +158,7 @@ class Round:
                 lambda p: p.engine.driver.pause(self.number, limits.pause_seconds),
                 limits.pause_seconds,
             )
+            self._name_needs()
             update = Update(self.number, self.version, len(self._specs), self.nbytes, self._fold, self._digest)
             await self._each(
                 "begin", lambda p: p.engine.driver.begin(update, limits.begin_seconds), limits.begin_seconds
@@ -161,7 +167,7 @@ class Round:
                 await written  # weights change from now on; after a crash before that engines are as they were
             self._change(RoundEvent.PAUSED)
             opened = self._clock()
-            self._pipeline.open()
+            self._pipeline.open(whole=not self._as_planned())
         pushed = self._clock() - opened
         for participant in self.participants:
             participant.phases |= {"prefetch": prefetched, "push": pushed}
@@ -177,6 +183,23 @@ class Round:
         self._change(RoundEvent.FINISHED)
         await asyncio.gather(*(participant.resume(self.version, self._specs) for participant in self.alive))
         self._change(RoundEvent.RESUMED if self.alive else RoundEvent.ABANDON)
+
+    def _name_needs(self) -> None:
+        """Have every worker be told, when it begins, of which of its bytes the plan is sure."""
+        for participant in self.alive:
+            for worker in participant.workers:
+                worker.planned = None if self._needs is None else self._needs.get(worker, "")
+
+    def _as_planned(self) -> bool:
+        """Whether all workers still need what the plan goes by; else slots must hold all that they can hold."""
+        if self._needs is None:
+            return True
+        workers = [worker for participant in self.alive for worker in participant.workers]
+        return all(
+            (digest := self._needs.get(worker)) is not None
+            and (not digest or (worker.needs is not None and worker.needs.digest == digest))
+            for worker in workers
+        )
 
     async def _ask_whether_it_fits(self) -> None:
         """Drop the engines that cannot take such a version, while they serve; those that loaded one are not asked."""

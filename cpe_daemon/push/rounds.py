@@ -44,11 +44,12 @@ class Decisions(Protocol):
 
 
 class _Planned(NamedTuple):
-    """What is pushed, how, and to which GPUs of the device."""
+    """What is pushed, how, to which GPUs of the device, and by which needs of their workers, if those may count."""
 
     gpus: Sequence[int]
     specs: Sequence[TensorSpec]
     plan: Plan
+    needs: Mapping[Worker, str] | None
 
 
 class Rounds:
@@ -123,6 +124,9 @@ class Rounds:
                 await asyncio.gather(*(participant.leave() for participant in participants))
         for participant in participants:
             self._observe(version, participant, self._clock() - began)
+            if not participant.alive:
+                for worker in participant.workers:  # whatever failed, what comes next has to mend it
+                    worker.needs = None
         return participants
 
     async def _plan(self, version: Version, engines: Sequence[Engine]) -> _Planned:
@@ -130,8 +134,14 @@ class Rounds:
         gpus = sorted({worker.gpu for engine in engines for worker in engine.workers.values()})
         full = self._device.topology
         topology = replace(full, gpus=tuple(full.gpus[gpu] for gpu in gpus))
-        made = await asyncio.to_thread(self._planner.plan, version.id.model, *version.located(), topology)
-        return _Planned(gpus, *made)
+        asked = version.fold is None  # a fold is of all bytes: who is to find it has to be sent them
+        workers = [worker for engine in engines for worker in engine.workers.values()] if asked else []
+        said = {worker: worker.needs for worker in workers}
+        needs = [[said[worker] for worker in workers if worker.gpu == gpu] for gpu in gpus]
+        located = version.located()
+        specs, plan, schema = await asyncio.to_thread(self._planner.plan, version.id.model, *located, topology, needs)
+        digests = {worker: one.digest if one and one.schema == schema else "" for worker, one in said.items()}
+        return _Planned(gpus, specs, plan, digests if asked else None)
 
     def _participants(
         self, engines: Sequence[Engine], planned: _Planned, refused: Mapping[Worker, CpeError]
@@ -163,6 +173,7 @@ class Rounds:
             traffic=self.traffic,
             fold=version.fold,
             digest=version.digest,
+            needs=planned.needs,
             write_down=partial(self._write_down, version, participants),
         )
         self._undoable = undoable

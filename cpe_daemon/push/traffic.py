@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cpe_daemon.core.plan import Bucket
+from cpe_daemon.core.plan import Bucket, Transfers
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.push.trace import Trace
 
@@ -26,10 +26,12 @@ class Traffic:
         self.trace: Trace | None = None
         """Records what goes on, if somebody asked for that."""
 
-    def fetching(self, bucket: Bucket) -> int:
+    def fetching(self, bucket: Bucket, transfers: Transfers) -> int:
         """Bytes of a bucket that come from the arena: what all its slots hold, but for what they have of each other."""
-        return len(bucket.pulls) * bucket.nbytes - self.exchanging(bucket)
+        if transfers is bucket.sliced:
+            return sum(copy.nbytes for copies in transfers.pulls for copy in copies)
+        return len(transfers.pulls) * bucket.nbytes - self.exchanging(transfers)
 
-    def exchanging(self, bucket: Bucket) -> int:
+    def exchanging(self, transfers: Transfers) -> int:
         """Bytes of a bucket that GPUs give each other."""
-        return sum(copy.nbytes for copies in bucket.exchanges for copy in copies)
+        return sum(copy.nbytes for copies in transfers.exchanges for copy in copies)

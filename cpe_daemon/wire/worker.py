@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from cpe_daemon.core.needs import Needs
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.wire.message import Message
 from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
@@ -58,7 +59,8 @@ class StepDone(Message, frozen=True, tag="step_done"):
     """A worker carried out one step (or one bucket, ``seq``) of a round. ``seconds`` is its own time for it.
 
     ``touched`` answers an `Abort`: the worker's weights may be others than before the round. ``passes`` answers a
-    `Halt`. ``loading`` answers a `Finish`, of a worker that learns how its engine loads.
+    `Halt`. ``loading`` answers a `Finish`, of a worker that learns how its engine loads; ``needs`` as well, if it needs
+    other bytes than `Begin` had. ``whole`` answers a `Begin`: it needs every byte, whatever it said before.
     """
 
     round: int
@@ -68,6 +70,8 @@ class StepDone(Message, frozen=True, tag="step_done"):
     touched: bool = False
     passes: int = 0
     loading: LoadingReport | None = None
+    whole: bool = False
+    needs: Needs | None = None
 
 
 class StepFailed(Message, frozen=True, tag="step_failed"):
@@ -184,6 +188,8 @@ class Begin(Message, frozen=True, tag="begin"):
 
     ``fold`` is that of all their bytes (`cpe_daemon.core.fold`): `Finish` fails unless what came has it. None: nobody
     is to look. ``digest`` is the version's (`cpe_daemon.core.identity`): a worker keeps it beside the version's name.
+    ``needs`` is the digest of what this worker said that it needs: it may be sent no more than that, unless it answers
+    that it needs the ``whole``. "": everything is sent, and it may say what it needs. None: nobody wants to know.
     """
 
     round: int
@@ -192,6 +198,7 @@ class Begin(Message, frozen=True, tag="begin"):
     nbytes: int
     fold: int | None = None
     digest: bytes = b""
+    needs: str | None = None
 
 
 class TensorPart(msgspec.Struct, frozen=True, array_like=True, gc=False):

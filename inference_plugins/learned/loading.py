@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec
 from inference_plugins.assembly import Placement
+from inference_plugins.learned.needs import Learned, Needed, needed
 from inference_plugins.learned.proof import Evidence, Seen, Shape, Witness, few, look_at, shape_of
 from inference_plugins.learned.provenance import bytes_of, layout_of
 from inference_plugins.learned.table import OTHER_BYTES, Entry, Report, Table, placement
@@ -41,14 +42,6 @@ def switched_on() -> bool:
 def module_of(parameter: str) -> str:
     """The module that a parameter is of, by its name."""
     return parameter.rpartition(".")[0]
-
-
-class _Ready(NamedTuple):
-    """A tensor that needs no loader; ``device`` is None for one of which nothing is wanted."""
-
-    spec: TensorSpec
-    device: torch.device | None
-    place: Placement
 
 
 class _Sent(NamedTuple):
@@ -91,7 +84,9 @@ class LearnedLoading:
         self._held: Mapping[str, torch.Tensor] = {}
         self.modules: Set[str] = frozenset()
         """Those all of whose tensors have places."""
-        self._ready: dict[str, _Ready] = {}
+        self._ready: dict[str, Learned] = {}
+        self._needed: tuple[torch.device, Needed | None] | None = None
+        """What `needs` found last, and for which device."""
         self._arrived = set[str]()
         """Tensors that came in this round."""
         self._announced: Sequence[TensorSpec] | None = None
@@ -168,6 +163,13 @@ class LearnedLoading:
             places.append(known.place if known is not None and here else None)
         self._arrived.update([spec.name for spec in tensors])
         return places
+
+    def needs(self, device: torch.device) -> Needed | None:
+        """Which bytes of the tensors that were learned are needed of slots on a device; None: all."""
+        if self._needed is None or self._needed[0] != device:
+            specs = [entry.spec for entry in self._table.entries.values()]
+            self._needed = device, needed(specs, self._ready, device) if self._ready else None
+        return self._needed[1]
 
     @property
     def missing(self) -> list[str]:
@@ -325,11 +327,11 @@ class LearnedLoading:
         """Work out the places of what may be used."""
         used, report = self._table.usable(quiet=self._quiet)
         addresses = {name: tensor.data_ptr() for name, tensor in self._held.items()}
-        self._ready = {}
+        self._ready, self._needed = {}, None
         for entry in used:
             rectangles = tuple(rectangle.moved(addresses[parameter], 0) for parameter, rectangle in entry.moves)
             device = self._held[entry.moves[0].parameter].device if entry.moves else None
-            self._ready[entry.spec.name] = _Ready(entry.spec, device, placement(rectangles))
+            self._ready[entry.spec.name] = Learned(entry.spec, device, placement(rectangles))
         self.modules = frozenset(self._module_of(move.parameter) for entry in used for move in entry.moves)
         if report != self.report:
             log.info("the loader's ways with %d tensors: %s", len(self._table.entries), report)
@@ -339,7 +341,7 @@ class LearnedLoading:
         if self._table.entries:
             log.info("what was learned of the loader is forgotten: %s", self._stale or self._failed or "switched off")
         self._table, self._ready, self.report, self._stale = Table(self._module_of), {}, Report(), ""
-        self._quiet, self._around, self.modules = False, None, frozenset()
+        self._quiet, self._around, self.modules, self._needed = False, None, frozenset(), None
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

@@ -14,6 +14,7 @@ from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Placement
+from inference_plugins.learned.needs import Needed
 from inference_plugins.torch.gpus import come_to_rest
 from inference_plugins.torch.learning import LearningTarget
 from inference_plugins.torch.serving_lock import ServingLock
@@ -60,6 +61,10 @@ class TorchLoader:
         if not isinstance(self._target, LearningTarget) or not self._target.learned.on:
             return None
         return self._target.learned.report.as_message()
+
+    def needs(self, device: torch.device) -> Needed | None:
+        """Which bytes are needed of tensors of which a function's ways were learned."""
+        return self._target.learned.needs(device) if isinstance(self._target, LearningTarget) else None
 
     def halt(self) -> int:
         """Shut the lock for newcomers, and say how many forward passes were begun."""

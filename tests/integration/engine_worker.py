@@ -28,14 +28,25 @@ class TiedModule(torch.nn.Module):
 
 
 class GatedStore:
-    """A callback that keeps what it is given, with the gate before every tensor."""
+    """A callback that keeps what it is given, with the gate before every tensor.
+
+    Attributes:
+        places: where it keeps that.
+        failing_in: tensors that it takes before it fails; 0: it does not.
+        called: how often it was called.
+    """
 
     def __init__(self, console: Console, places: dict[str, Tensor]) -> None:
         self.places = places
+        self.failing_in = self.called = 0
         self._console = console
 
     def __call__(self, name: str, tensor: Tensor) -> None:
         self._console.gate.pass_by()
+        self.called += 1
+        self.failing_in = max(self.failing_in - 1, 0)
+        if self.failing_in == 1:
+            raise ValueError("the engine cannot")
         self.places[name].copy_(tensor)
 
 
@@ -58,7 +69,7 @@ def make_engine(kind: str, console: Console, arguments: dict[str, Any]) -> Engin
         return Engine(module, module.state_dict)
     slices = (arguments["rank"], arguments["world_size"]) if "slicing" in arguments else (0, 1)
     places = weights.blank(weights.specs(arguments["recipe"]), *slices)
-    return Engine(GatedStore(console, places) if kind == "callback" else places, lambda: places)
+    return Engine(GatedStore(console, places) if kind in {"callback", "learned"} else places, lambda: places)
 
 
 class Worker:
@@ -89,6 +100,29 @@ class Worker:
             "serving": attachment.serving,
             "why": attachment.lock.shut_because,
         }
+
+    def loading(self) -> dict[str, int]:
+        """How it loads, if that is learned, and how often the function was called."""
+        report = self.attachment.learned
+        called = self._engine.target.called
+        return {
+            "learned": report.learned,
+            "unproven": report.unproven,
+            "kept": sum(report.kept.values()),
+            "called": called,
+        }
+
+    def relearn(self) -> None:
+        self.attachment.relearn()
+
+    def move(self) -> None:
+        """Give every tensor other memory."""
+        places = self._engine.target.places
+        places.update({name: tensor.clone() for name, tensor in places.items()})
+
+    def fail(self, at: int) -> None:
+        """Have the function fail when it is called for the ``at``-th time from now on."""
+        self._engine.target.failing_in = at + 1
 
     def digests(self) -> dict[str, str]:
         """Of what it holds at this moment, whether it serves or not."""
@@ -144,7 +178,10 @@ class Worker:
 
 def main(arguments: dict[str, Any]) -> None:
     console = Console()
-    engine = make_engine(arguments.pop("target"), console, arguments)
+    target = arguments.pop("target")
+    engine = make_engine(target, console, arguments)
+    if target == "learned":
+        arguments["writes_to"] = engine.target.places
     arguments.pop("recipe", None)
     if arguments.pop("on_wake", None):
         arguments["on_wake"] = lambda: console.tell("woken")
@@ -155,6 +192,10 @@ def main(arguments: dict[str, Any]) -> None:
         worker.attach,
         worker.ready,
         worker.state,
+        worker.loading,
+        worker.relearn,
+        worker.move,
+        worker.fail,
         worker.digests,
         worker.forward,
         worker.embed,

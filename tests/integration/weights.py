@@ -30,9 +30,15 @@ def specs(recipe: Mapping[str, Any]) -> list[Spec]:
     """What a recipe makes.
 
     ``{"plain": n, "nbytes": k}``: n float32 vectors of k bytes. ``{"zoo": n}``: n tensors of every dtype and many
-    shapes, some of them to be sliced by `slicing`. ``drop``, ``retype``, ``reshape`` and ``add`` spoil the result.
+    shapes, some of them to be sliced by `slicing`. ``{"layers": n}``: n layers of large tensors that are to be sliced,
+    and a small one each. ``drop``, ``retype``, ``reshape`` and ``add`` spoil the result.
     """
-    made = _zoo(recipe["zoo"]) if "zoo" in recipe else _plain(recipe["plain"], recipe.get("nbytes", 64 << 10))
+    if "layers" in recipe:
+        made = _layers(recipe["layers"])
+    elif "zoo" in recipe:
+        made = _zoo(recipe["zoo"])
+    else:
+        made = _plain(recipe["plain"], recipe.get("nbytes", 64 << 10))
     dtypes, shapes = recipe.get("retype", {}), recipe.get("reshape", {})
     made += [Spec(name, "float32", (8,)) for name in recipe.get("add", [])]
     return [
@@ -88,6 +94,15 @@ def _digest(tensor: Tensor) -> str:
 
 def _plain(count: int, nbytes: int) -> list[Spec]:
     return [Spec(f"layers.{index}.weight", "float32", (nbytes // 4,)) for index in range(count)]
+
+
+def _layers(count: int) -> list[Spec]:
+    shapes = {"gate.col": (256, 512), "up.col": (256, 512), "down.row": (32, 65536), "norm": (512,)}
+    return [
+        Spec(f"layers.{layer}.{name}", "bfloat16" if "row" in name else "float32", shape)
+        for layer in range(count)
+        for name, shape in shapes.items()
+    ]
 
 
 def _zoo(count: int) -> list[Spec]:

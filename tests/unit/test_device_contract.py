@@ -13,12 +13,14 @@ import os
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from cpe_daemon.core.plan import HERE, Copy, PeerCopy
+from cpe_daemon.core.needs import Needs, by_name, describe
+from cpe_daemon.core.plan import HERE, Copy, Costs, PeerCopy, Wants, assign, cut
+from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import ALIGNMENT_BYTES, TensorSpec, align
 from cpe_daemon.devices import shm
 from cpe_daemon.devices.cuda import device as cuda_device
@@ -32,7 +34,7 @@ from cpe_daemon.errors import PeerError, ResourceError
 from cpe_daemon.links.handoff import HandoffServer, claim
 from cpe_daemon.wire.messages import SlotSet
 from tests.unit.fake_cuda import FakeCudaSlots, FakeDriver
-from tests.unit.planning import make_plan, whole
+from tests.unit.planning import ARENA, make_plan, whole
 
 A = ALIGNMENT_BYTES
 SLOT_BYTES = 16 * A
@@ -209,6 +211,58 @@ async def test_planned_buckets_arrive_whole_at_every_gpu(gpus: int, node: Made, 
                         source = run.offset + part.tensor_offset
                         there = held[part.slot_offset : part.slot_offset + part.nbytes]
                         assert there == bytes(arena.view[source : source + part.nbytes])
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+async def test_slices_arrive_and_nothing_else_does(gpus: int, node: Made, arena: SharedMemory) -> None:
+    """Ranks need a third of each tensor, the last tensor in rows; every device carries it out as it is planned."""
+    sizes = [6 * A, 3 * A, 30 * A, 9]
+    at, tensors = 0, []
+    for index, nbytes in enumerate(sizes):
+        tensors.append(whole(TensorSpec(f"layers.{index}.w", "uint8", (nbytes,)), at))
+        at += align(nbytes)
+    needs: list[list[Needs | None]] = [
+        [
+            describe(
+                {
+                    tensor.spec.name: (tensor.spec, [Rectangle(0, gpu * part, part)])
+                    for tensor in tensors
+                    for part in [tensor.spec.nbytes // 3]
+                }
+            )
+        ]
+        for gpu in range(gpus)
+    ]
+    async with node(gpus=gpus, slots=2) as made:
+        device = made.device
+        specs = [tensor.spec for tensor in tensors]
+        buckets = cut(specs, SLOT_BYTES)
+        wants = Wants(buckets, by_name(specs), needs, Costs())
+        plan = assign(buckets, tensors, ARENA, replace(device.topology, costs=Costs()), wants)
+        assert all(bucket.sliced is not None for bucket in plan.buckets)
+        for bucket in plan.buckets:
+            if bucket.sliced is None:
+                continue
+            slot, sliced = bucket.index % 2, bucket.sliced
+            before = [made.held(gpu, slot) for gpu in range(gpus)]
+            await asyncio.gather(*(device.fetch(gpu, slot, sliced.pulls[gpu]) for gpu in range(gpus)))
+            await asyncio.gather(*(device.exchange(gpu, slot, sliced.exchanges[gpu]) for gpu in range(gpus)))
+            for gpu in range(gpus):
+                expected = bytearray(before[gpu])
+                written = [(copy.slot_offset, copy.nbytes) for copy in sliced.pulls[gpu]]
+                written += [(copy.slot_offset, copy.nbytes) for copy in sliced.exchanges[gpu]]
+                places = {at for start, nbytes in written for at in range(start, start + nbytes)}
+                for part in bucket.parts:
+                    tensor = tensors[part.tensor]
+                    third = tensor.spec.nbytes // 3
+                    address = tensor.runs[0].offset
+                    for at in range(part.tensor_offset, part.tensor_offset + part.nbytes):
+                        place = part.slot_offset + at - part.tensor_offset
+                        needed = gpu * third <= at < (gpu + 1) * third
+                        assert place in places or not needed
+                        if place in places:
+                            expected[place] = arena.view[address + at]
+                assert made.held(gpu, slot) == expected
 
 
 async def test_bytes_that_a_peer_has_are_refused(node: Made) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpe_daemon.core.plan import HERE, Bucket, Copy, Gpu, PeerCopy, Topology
+from cpe_daemon.core.plan import HERE, Bucket, Copy, Gpu, PeerCopy, Topology, Transfers
 from cpe_daemon.errors import CpeError, EngineError, ResourceError
 from cpe_daemon.push.pipeline import Pipeline
+from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.wire.messages import SlotSet
 
 WAIT_SECONDS = 20.0
@@ -429,3 +430,62 @@ async def test_cancelled_run_ends_when_its_copies_have() -> None:
     assert running.cancelled()
     assert not device.active
     assert device.begun("exchange") == []
+
+
+# --- what is sent in part --------------------------------------------------------------------------------------------
+
+SLICED = 1000
+"""By which copies of slices are known: it is added to the bucket's number."""
+
+
+def sliced_buckets(count: int, gpus: int) -> list[Bucket]:
+    """Buckets that are sent in part, each with one pull a GPU."""
+    return [
+        replace(bucket, sliced=Transfers(((Copy(HERE, bucket.index + SLICED, 0, 64),),) * gpus, ((),) * gpus))
+        for bucket in buckets_of(count, gpus)
+    ]
+
+
+async def test_slices_alone_are_sent_where_engines_need_no_more() -> None:
+    device = FakeDevice(2, 2)
+    delivered: list[int] = []
+    traffic = Traffic(lambda: 0.0)
+
+    async def loaded() -> None:
+        """At once."""
+
+    def deliver(bucket: Bucket, slot: int) -> Awaitable[None]:
+        assert {device.fills[gpu, slot][0] for gpu in range(2)} == {bucket.index + SLICED}
+        delivered.append(bucket.index)
+        return loaded()
+
+    pipeline = Pipeline(device, [0, 1], sliced_buckets(5, 2), deliver, traffic)
+    pipeline.open()
+    await finished(pipeline.run())
+    assert delivered == list(range(5))
+    assert not device.begun("exchange")
+    assert (traffic.fetch.nbytes, traffic.exchange.nbytes) == (5 * 2 * 64, 0)
+
+
+async def test_slots_that_hold_slices_are_completed_when_engines_need_everything_after_all() -> None:
+    """Two are filled by then, and one is being filled."""
+    device = FakeDevice(3, 2, hold=lambda op: op[:2] == ("fetch", 2 + SLICED))
+    delivered: list[int] = []
+
+    async def loaded() -> None:
+        """At once."""
+
+    def deliver(bucket: Bucket, slot: int) -> Awaitable[None]:
+        assert {device.fills[gpu, slot][0] for gpu in range(2)} == {bucket.index}
+        delivered.append(bucket.index)
+        return loaded()
+
+    pipeline = Pipeline(device, [0, 1], sliced_buckets(6, 2), deliver)
+    running = asyncio.create_task(pipeline.run())
+    await device.until(lambda: len(device.begun("fetch")) == 6)
+    pipeline.open(whole=True)
+    await device.until(lambda: delivered == [0, 1])
+    device.end("fetch", 2 + SLICED)
+    await finished(running)
+    assert delivered == list(range(6))
+    assert sorted(set(device.begun("fetch"))) == [0, 1, 2, 3, 4, 5, SLICED, SLICED + 1, SLICED + 2]

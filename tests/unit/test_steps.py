@@ -10,6 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from cpe_daemon.core.needs import Needs
 from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import TensorSpec, VersionId
 from cpe_daemon.devices.memory import copy
@@ -31,6 +32,7 @@ from cpe_daemon.wire.messages import (
 )
 from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Place
+from inference_plugins.learned.needs import Needed
 from inference_plugins.steps import Answer, Step, Steps
 
 OLD, NEW = VersionId("m", "r", 1), VersionId("m", "r", 2)
@@ -551,3 +553,52 @@ def test_round_is_dropped_whatever_the_engine_raises(steps: Steps, loader: FakeL
     do(steps, Pause(7, 1.0))
     steps.drop("the daemon is gone")
     assert not steps.under_way
+
+
+# --- what is needed --------------------------------------------------------------------------------------------------
+
+
+class NeedingLoader(FakeLoader):
+    """One that says what it needs."""
+
+    needed: Needed | None = Needed(Needs("d", "s", [[]], b""), frozenset({"w"}))
+
+    def needs(self, device: torch.device) -> Needed | None:
+        return self.needed
+
+
+@pytest.mark.parametrize(("named", "told"), [(None, False), ("", True), ("other", True), ("d", False)])
+def test_what_is_needed_is_told_at_the_end_unless_the_daemon_knows_it(named: str | None, told: bool) -> None:
+    loader = NeedingLoader()
+    steps = Steps(loader)
+    begun = do(steps, Pause(7, 1.0), Begin(7, NEW, 1, 8, needs=named))
+    assert begun.whole == (named == "other")
+    if named == "d":
+        loader.needed = Needed(Needs("d", "s", [[]], b""), frozenset())  # the engine takes all of `w` below
+        begun = do(steps, Begin(7, NEW, 1, 8, needs=named))
+    done = do(steps, LOAD, Finish(7))
+    assert (done.needs is not None) == told
+    assert not done.whole
+
+
+def test_worker_that_needs_more_than_it_said_asks_for_everything() -> None:
+    loader = NeedingLoader()
+    loader.needed = None
+    steps = Steps(loader)
+    assert do(steps, Begin(7, NEW, 1, 8, needs="d")).whole
+    assert do(steps, LOAD, Finish(7)).needs is None
+
+
+def test_tensor_that_was_sent_in_part_is_not_given_to_the_engine() -> None:
+    loader = NeedingLoader()
+    steps = Steps(loader)
+    do(steps, Begin(7, NEW, 1, 8, needs="d"))
+    assert "only a part of w was sent" in refused(steps, LOAD)
+    assert loader.calls == ["begin"]
+    do(steps, Begin(8, NEW, 1, 8, needs=""))
+    do(steps, replace(LOAD, round=8), Finish(8))
+
+
+def test_loader_that_cannot_say_what_it_needs_needs_everything(steps: Steps) -> None:
+    assert do(steps, Begin(7, NEW, 1, 8, needs="d")).whole
+    assert do(steps, LOAD, Finish(7)).needs is None
