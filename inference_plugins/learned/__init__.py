@@ -8,8 +8,9 @@ sent (`proof`), and from then on says where each tensor's bytes belong, so that 
 from __future__ import annotations
 
 from inference_plugins.learned.aside import unwatched
-from inference_plugins.learned.loading import LearnedLoading, switched_on
+from inference_plugins.learned.loading import LearnedLoading
 from inference_plugins.learned.provenance import tensors_of
+from inference_plugins.learned.switch import switched_on
 from inference_plugins.learned.table import Report
 
 __all__ = ["LearnedLoading", "Report", "switched_on", "tensors_of", "unwatched"]

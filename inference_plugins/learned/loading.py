@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from typing import Final, NamedTuple
@@ -28,15 +27,8 @@ _LOOKING_SECONDS: Final = 5.0
 """How much longer a round may take for comparing what came with what arrived; what is left is compared in the next."""
 _WATCHING_SECONDS: Final = 60.0
 """How long the loader may be watched in a round: one that takes longer is not learned, for deadlines' sake."""
-_VARIABLE: Final = "CPE_LEARNED"
-_OFF: Final = frozenset({"off", "0", "no", "false"})
 
 Parameters = Callable[[], Mapping[str, torch.Tensor]]
-
-
-def switched_on() -> bool:
-    """Whether the environment lets loaders be learned: all but ``CPE_LEARNED=off``."""
-    return os.environ.get(_VARIABLE, "").strip().lower() not in _OFF
 
 
 def module_of(parameter: str) -> str:
@@ -220,8 +212,10 @@ class LearnedLoading:
             if self._watch is not None:
                 self._enter(self._watch)
             if self._sent or self._watch is not None:
+                before = self._known()
                 self._judge()
-                self._use()
+                if self._watch is not None or self._known() != before:
+                    self._use()
         self._watch, self._came, self._sent = None, {}, []
 
     # --- what was seen ------------------------------------------------------------------------------------------------
@@ -299,6 +293,11 @@ class LearnedLoading:
                 entry.proven |= all_seen or (self._quiet and name in changed and not self._table.spoilt)
             elif verdict.tells and (name not in small or name in changed):
                 entry.proven = True
+
+    def _known(self) -> list[object]:
+        """What is known of the tensors that were looked at."""
+        entries = [self._table.entries[sent.name] for sent in self._sent]
+        return [self._quiet, *[(entry.proven, entry.reason) for entry in entries]]
 
     def _look_around(self, *, other_contents: bool) -> None:
         """See whether anything changed that was not seen to be written; from one round to another one's contents."""

@@ -18,6 +18,7 @@ from cpe_daemon.devices.rows import copying
 from inference_plugins.assembly import Place
 from inference_plugins.learned import LearnedLoading, loading, switched_on
 from inference_plugins.learned.loading import spec_of
+from inference_plugins.learned.table import Table
 from tests.unit.loaders import MODELS, Engine, Load, checkpoint, engine_of
 from tests.unit.tensor_zoo import bytes_of
 
@@ -99,6 +100,29 @@ def test_experts_of_other_ranks_are_learned_to_be_nothing() -> None:
     version = checkpoint(shape, 2)
     assert worker.push(version) == len(version)
     assert values(engine.parameters) == loaded_by_hand(engine, version, "qwen3-moe")
+
+
+def test_places_are_worked_out_only_when_more_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tensor that stays unproven, as a norm of ones, that would take longer than the copies in every round."""
+    worked_out: list[bool] = []
+    genuine = Table.usable
+
+    def usable(table: Table, *, quiet: bool) -> object:
+        worked_out.append(quiet)
+        return genuine(table, quiet=quiet)
+
+    monkeypatch.setattr(Table, "usable", usable)
+    parameters = {"a.weight": torch.zeros(ROWS, COLUMNS), "b.weight": torch.zeros(ROWS, COLUMNS)}
+    worker = Worker(parameters, lambda name, tensor: parameters[name].copy_(tensor))
+    ones = {"b.weight": torch.ones(ROWS, COLUMNS)}
+    for number in range(4):
+        worker.push(version(number) | ones)
+        assert worked_out == [True]
+    assert worker.given == ["b.weight"]
+    for number in range(4, 8):
+        worker.push(version(number))
+        assert worked_out == [True, True]
+    assert worker.given == []
 
 
 def test_tables_of_the_same_ways_have_the_same_digest() -> None:
