@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sglang.checkpoints import vary
 from tests.sglang.servers import ADMIN_KEY, PYTHON, Server, SglangFaults
 from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied
 from tests.vllm.servers import Daemon, Faults, Trainer
@@ -16,6 +17,11 @@ from tests.vllm.servers import Daemon, Faults, Trainer
 HERE = Path(__file__).parent
 SECONDS = 700.0
 """For one test, and the start of the servers that it is the first to need."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know what vLLM's tests are marked with: some of their code is used here."""
+    config.addinivalue_line("markers", "essential: of tests/vllm, where it is said")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,7 +68,7 @@ def faults(all_faults: Faults) -> Iterator[Faults]:
 @pytest.fixture(scope="session")
 def family(place: Path) -> list[Checkpoint]:
     """Of the model ``policy``: the first is on servers' disks, the others are published."""
-    made = Checkpoints(place / "dense", dense(), (50, 73, 293))
+    made = Checkpoints(place / "dense", dense(), (30, 195, 227), adjust=vary)
     return [made.make() for _ in range(3)]
 
 

@@ -20,17 +20,22 @@ def register() -> None:
     """Wrap what the receiver's thread calls; SGLang calls this in each process."""
     from inference_plugins.sglang.loader import SglangLoader
 
-    for step in ("begin", "load", "finish"):
+    for step in ("begin", "place", "load", "finish"):
         setattr(SglangLoader, step, faulty(step, getattr(SglangLoader, step)))
 
 
-def faulty(step: str, genuine: Callable[..., None]) -> Callable[..., None]:
-    def wrapped(loader: Any, *arguments: Any) -> None:
-        if step == "load":
-            genuine(loader, *arguments)  # so that the weights are a mixture by now
-        obey(step)
+def faulty(step: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(loader: Any, *arguments: Any) -> Any:
+        if step == "place":  # tensors that are copied without the loader are loaded too
+            if loader.touched:
+                obey("load")
+            return genuine(loader, *arguments)
         if step != "load":
-            genuine(loader, *arguments)
+            obey(step)
+            return genuine(loader, *arguments)
+        genuine(loader, *arguments)  # so that the weights are a mixture by now
+        obey(step)
+        return None
 
     return wrapped
 
@@ -44,8 +49,9 @@ def obey(step: str) -> None:
     engine, rank, at, deed = json.loads(order.read_text())
     if [engine, rank, at] != [os.environ["CPE_ENGINE"], get_parallel().tp_rank, step]:
         return
-    if deed == "fail":
-        order.unlink()  # what is loaded next, to restore this engine, is loaded well
+    if deed in ("fail", "fail always"):
+        if deed == "fail":
+            order.unlink()  # what is loaded next, to restore this engine, is loaded well
         raise RuntimeError("the test wants this")
     (HERE / "reached.new").write_text(str(os.getpid()))
     (HERE / "reached.new").rename(HERE / "reached")

@@ -9,9 +9,12 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import wait
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from cpe_daemon.errors import CpeError
 from tests.integration.processes import until
 from tests.sglang.servers import Server
 from tests.vllm.checkpoints import Checkpoint
-from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Repeated, Trainer, in_thread
+from tests.vllm.servers import LIVE_SECONDS, ROOT, Daemon, Faults, Repeated, Trainer, in_thread
 
 UPDATES = 20
 LAYER = "model.layers.0."
@@ -72,11 +75,19 @@ def test_updates_of_two_servers_in_one_round_each(
     assert version_of(one) == f"policy@run#{UPDATES + 1}"
 
 
+def test_most_tensors_are_copied_without_the_loader_by_then(one: Server, two: Server, daemon: Daemon) -> None:
+    """Twenty updates were, then; norms are of few elements, and were seen with others."""
+    for name in ("one", "two"):
+        loading = engine_of(daemon, name)["loading"]
+        assert loading["learned"] > 0
+        assert (loading["unproven"], loading["kept"]) == (0, {})
+
+
 def version_of(server: Server) -> str:
     return str(json.loads(server.call("/model_info"))["weight_version"])
 
 
-def test_no_request_fails_while_versions_come(
+def test_no_request_fails_while_versions_come_and_poisoned_ones_among_them(
     one: Server, two: Server, trainer: Trainer, family: list[Checkpoint]
 ) -> None:
     enough = threading.Event()
@@ -92,8 +103,13 @@ def test_no_request_fails_while_versions_come(
 
     askers = [in_thread(partial(ask, server)) for server in (one, two)]
     try:
-        for _ in range(5):
+        for number in range(UPDATES):
             trainer.publish(other(trainer, family))
+            if number % 4 == 3:
+                poison = dict(other(trainer, family).tensors)
+                del poison[NAMES[number // 4]]
+                with pytest.raises(CpeError, match="not all tensors came of"):
+                    trainer.begin(poison).live(timeout=LIVE_SECONDS)
     finally:
         enough.set()
     assert all(asker.result(LIVE_SECONDS) > 0 for asker in askers)
@@ -204,6 +220,46 @@ def test_one_rank_fails_and_its_server_keeps_what_it_had(
     trainer.publish(before)
     agree(one, before)
     agree(two, before)
+
+
+def test_server_that_cannot_be_given_back_what_it_had_stays_paused_until_a_version_is_whole(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon, faults: Faults
+) -> None:
+    new = other(trainer, family)
+    faults.order("two", 1, "finish", "fail always")
+    report = trainer.publish(new)
+    assert list(report.behind) == ["two"]
+    until(lambda: engine_of(daemon, "two")["state"] == "quarantined", "it is given up", LIVE_SECONDS)
+    agree(one, new)
+    assert not two.answers("/ready")
+    request = in_thread(two.tokens)
+    assert not wait([request], 1.0).done
+    faults.clear()
+    newer = other(trainer, family)
+    assert not trainer.publish(newer).behind
+    assert len(request.result(LIVE_SECONDS)) == len(newer.tokens)
+    agree(one, newer)
+    agree(two, newer)
+
+
+def engine_of(daemon: Daemon, name: str) -> dict[str, Any]:
+    """What `cpe status` says of an engine."""
+    found: dict[str, Any] = next(engine for engine in daemon.status()["engines"] if engine["engine"] == name)
+    return found
+
+
+def test_operator_rolls_back(
+    one: Server, two: Server, trainer: Trainer, family: list[Checkpoint], daemon: Daemon
+) -> None:
+    before, new = trainer.live, other(trainer, family)
+    assert before is not None
+    trainer.publish(new)
+    for held in (before, new):
+        command = [sys.executable, "-m", "cpe_daemon", "rollback", "policy", "--runtime-dir", str(daemon.runtime_dir)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIVE_SECONDS, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        agree(one, held)
+        agree(two, held)
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------
