@@ -105,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         connect_timeout=_CONNECT_SECONDS,
         lock_timeout=_LOCK_SECONDS,
     ) as attachment:
+        # Not earlier: what a sibling answers before it gets the live version again, and this rank only after that,
+        # would be a forward pass that one has begun and the other has not; the next pause would wait for it.
+        attachment.ready(timeout=_LOCK_SECONDS)
         say({"ready": True})
         for line in sys.stdin:
             say(answer(json.loads(line), rank, attachment))
