@@ -130,7 +130,7 @@ def _bucket(index: int, filling: Filling, located: Located, topology: Topology, 
         shares, exchanges = _equally(nbytes, count)
     if shares:
         pulls = deal(copies, shares, count)
-    slicing = wants.slicing(filling, shares, near=near) if wants is not None else None
+    slicing = wants.slicing(index, shares, near=near) if wants is not None else None
     sliced = None
     if slicing is not None:
         sliced = Transfers(tuple([cut_to(copies, runs) for runs in slicing.pulls]), slicing.exchanges)

@@ -9,7 +9,9 @@ is done that takes longer than to send everything.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from cpe_daemon.core.buckets import Cut, Filling
@@ -20,6 +22,9 @@ from cpe_daemon.core.types import align
 
 _WORTH: Final = 15 / 16
 """Of the time that everything takes, or of the work: who gains less is sent everything."""
+
+
+_begin = itemgetter(0)
 
 
 class Slicing(NamedTuple):
@@ -52,8 +57,13 @@ class Wants:
         """By class of tensors and by GPU, what is needed of one; None: everything."""
         self._classes = self._classify(order, workers)
         """By tensor."""
-        self._wanted: dict[tuple[tuple[int, int, int, int], ...], tuple[Runs, ...] | None] = {}
-        self._made: dict[tuple[tuple[Runs, ...], tuple[Share, ...]], Slicing | None] = {}
+        self._alike: dict[tuple[tuple[int, int, int, int], ...], int] = {}
+        """By the parts of a bucket, the first one that is like it: most are like another one."""
+        self._wanted: list[tuple[int, tuple[Runs, ...] | None]] = []
+        """By bucket, its first like, and by GPU the bytes of a slot that are needed; None: all of them, everywhere."""
+        self._made: dict[tuple[int, tuple[Share, ...]], Slicing | None] = {}
+        for index, filling in enumerate(buckets.fillings):
+            self._wanted.append(self._want(index, filling))
 
     def _classify(self, order: Sequence[int], workers: Sequence[Sequence[Needs | None]]) -> list[int]:
         sizes = self._buckets.sizes
@@ -88,17 +98,17 @@ class Wants:
             needed.append(None if whole or merged == ((0, nbytes),) else merged)
         return tuple(needed)
 
-    def of(self, filling: Filling) -> tuple[Runs, ...] | None:
-        """By GPU, the bytes of a slot that are needed; None if all of them are, everywhere."""
+    def _want(self, index: int, filling: Filling) -> tuple[int, tuple[Runs, ...] | None]:
         classes, runs = self._classes, self._runs
         key = tuple(
             [(classes[part.tensor], part.tensor_offset, part.nbytes, part.slot_offset) for part in filling.parts]
         )
-        if key not in self._wanted:
-            few = any(needed is not None for number, *_ in key for needed in runs[number])
-            gpus = range(len(runs[key[0][0]])) if few else ()
-            self._wanted[key] = tuple([self._in_slot(key, gpu) for gpu in gpus]) or None
-        return self._wanted[key]
+        first = self._alike.setdefault(key, index)
+        if first != index:
+            return self._wanted[first]
+        if not any(needed is not None for number, *_ in key for needed in runs[number]):
+            return index, None
+        return index, tuple([self._in_slot(key, gpu) for gpu in range(len(runs[0]))])
 
     def _in_slot(self, parts: Iterable[tuple[int, int, int, int]], gpu: int) -> Runs:
         found: list[Run] = []
@@ -114,16 +124,17 @@ class Wants:
                 ]
         return merge(found, self._gap)
 
-    def slicing(self, filling: Filling, shares: tuple[Share, ...], *, near: bool) -> Slicing | None:
+    def slicing(self, index: int, shares: tuple[Share, ...], *, near: bool) -> Slicing | None:
         """How a bucket is best sent; None: whole. See `slice_bucket`."""
-        wants = self.of(filling)
+        first, wants = self._wanted[index]
         if wants is None:
             return None
+        nbytes = self._buckets.fillings[index].nbytes
         if near:  # shares go by where a version lies: there is nothing to remember
-            return slice_bucket(filling.nbytes, wants, shares, self._costs, near=True)
-        key = wants, shares
+            return slice_bucket(nbytes, wants, shares, self._costs, near=True)
+        key = first, shares
         if key not in self._made:
-            self._made[key] = slice_bucket(filling.nbytes, wants, shares, self._costs)
+            self._made[key] = slice_bucket(nbytes, wants, shares, self._costs)
         return self._made[key]
 
 
@@ -260,15 +271,18 @@ def _spent(way: Slicing, costs: Costs) -> tuple[float, float]:
 def cut_to(copies: Sequence[Copy], runs: Runs) -> tuple[Copy, ...]:
     """What of copies, by ascending slot offset, falls into runs of the slot."""
     found: list[Copy] = []
-    ahead = iter(copies)
-    copy = next(ahead, None)
-    for start, end in runs:
-        while copy is not None and copy.slot_offset + copy.nbytes <= start:
-            copy = next(ahead, None)
-        while copy is not None and copy.slot_offset < end:
-            first, last = max(start, copy.slot_offset), min(end, copy.slot_offset + copy.nbytes)
-            found.append(Copy(copy.origin, copy.address + first - copy.slot_offset, first, last - first))
-            if copy.slot_offset + copy.nbytes > end:
-                break
-            copy = next(ahead, None)
+    at, count = 0, len(runs)
+    for copy in copies:
+        origin, first = copy.origin, copy.slot_offset
+        shift, last = copy.address - first, first + copy.nbytes
+        while at < count and runs[at][1] <= first:
+            at += 1
+        inside = bisect_left(runs, last, at, key=_begin)
+        within = list(runs[at:inside])
+        if within and within[0][0] < first:
+            within[0] = first, within[0][1]
+        if within and within[-1][1] > last:
+            within[-1] = within[-1][0], last
+        found += [Copy(origin, start + shift, start, end - start) for start, end in within]
+        at = max(at, inside - 1)  # the last of these may reach further than the copy
     return tuple(found)
