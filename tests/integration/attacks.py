@@ -29,6 +29,7 @@ from cpe_daemon.wire.messages import (
     Message,
     OpenVersion,
     PushRequest,
+    RollbackRequest,
     TrainerHello,
     WorkerHello,
     WorkerMessage,
@@ -44,7 +45,7 @@ _MESSAGES: Final = 300
 
 _LARGE: Final = 1 << 18
 _SECONDS: Final = 2.0
-_ACTS: Final = (TrainerHello, OpenVersion, PushRequest, EngineAdd, EngineRemove)
+_ACTS: Final = (TrainerHello, OpenVersion, PushRequest, RollbackRequest, EngineAdd, EngineRemove)
 """What a daemon does when it is asked properly, by who may: left out where the attacker may."""
 
 _SHARDS: Final = [Shard("w", "uint8", (4096,))]
@@ -73,7 +74,7 @@ class Sayings:
     session: bool = False
 
     def __call__(self, rng: random.Random) -> int:
-        garbage = Garbage(self.accepts, self._may_be_said, rng.randrange(1 << 30))
+        garbage = Garbage(self.accepts, self.may_say, rng.randrange(1 << 30))
         said = 0
         with client(self.endpoint, self.credentials) as peer:
             opening = self._opening(rng) if self.session else ()
@@ -87,11 +88,12 @@ class Sayings:
                         peer.recv_multipart(zmq.NOBLOCK)
         return said
 
-    def _may_be_said(self, message: Message) -> bool:
+    def may_say(self, message: Message) -> bool:
+        """Whether it is among what this client says."""
         return not isinstance(message, (*_ACTS, WorkerHello)) if self.trusted else True
 
     def _mixed(self, rng: random.Random, garbage: Iterator[Frames]) -> Iterator[Frames]:
-        proper = [m for pair in SAMPLES.values() for m in pair if self._may_be_said(m)]
+        proper = [m for pair in SAMPLES.values() for m in pair if self.may_say(m)]
         for _ in range(_MESSAGES):
             way = rng.randrange(20)
             if way < 12:
