@@ -100,6 +100,7 @@ def test_needs_of_other_tensors_do_not_count() -> None:
     made = Planner(1024)
     assert sliced(made, halves("abc")) == (False, "")
     assert sliced(made, halves("ab", 1024)) == (False, "")
+    assert sliced(made, halves("xy")) == (False, "")
 
 
 def test_worker_that_said_nothing_gets_everything() -> None:
