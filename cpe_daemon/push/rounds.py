@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.journal import Identity, RoundEntry
@@ -25,6 +25,9 @@ from cpe_daemon.push.slots import SlotKeeper
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.push.waking import rouse
 from cpe_daemon.versions import Catalogue, Version
+
+_FEW_TENSORS: Final = 1000
+"""Planned where one stands: that takes a millisecond or less, and so does handing it to a thread and back."""
 
 
 class Decisions(Protocol):
@@ -138,8 +141,9 @@ class Rounds:
         workers = [worker for engine in engines for worker in engine.workers.values()] if asked else []
         said = {worker: worker.needs for worker in workers}
         needs = [[said[worker] for worker in workers if worker.gpu == gpu] for gpu in gpus]
-        located = version.located()
-        specs, plan, schema = await asyncio.to_thread(self._planner.plan, version.id.model, *located, topology, needs)
+        tensors, bases = version.located()
+        planning = partial(self._planner.plan, version.id.model, tensors, bases, topology, needs)
+        specs, plan, schema = planning() if len(tensors) <= _FEW_TENSORS else await asyncio.to_thread(planning)
         digests = {worker: one.digest if one and one.schema == schema else "" for worker, one in said.items()}
         return _Planned(gpus, specs, plan, digests if asked else None)
 
