@@ -19,7 +19,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 # Answers yes for an interpreter that is new enough and can make virtual environments.
 PROBE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup tools demo test test-vllm test-sglang test-all check check-format check-lint check-types check-imports format docs clean distclean
+.PHONY: help setup tools demo test test-vllm test-vllm-essential test-sglang test-all check check-format check-lint check-types check-imports format docs clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on the CPU (3.5 GB in .venv-vllm)
 	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
+
+test-vllm-essential: $(STAMP) $(VLLM_STAMP) ## run the part of these that .ci/run includes (some 7 minutes)
+	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm -m essential $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP) ## run the tests against real SGLang servers on the CPU (4 GB in .venv-sglang)
 	@timeout --foreground --signal=INT --kill-after=60 $(SGLANG_SECONDS) $(BIN)/python -m pytest tests/sglang $(ARGS)
