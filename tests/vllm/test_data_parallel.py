@@ -1,4 +1,8 @@
-"""A server of two data-parallel engines behind one API takes versions as one."""
+"""A server of two data-parallel engines behind one API takes versions as one.
+
+Not with experts: on the CPU vLLM 0.32 cannot gather their inputs from engines (`all_gatherv` is not implemented there),
+and ends at the first request.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,9 @@ def everywhere(server: Server) -> list[list[int]]:
     return [server.complete(replica=replica)[0] for replica in range(2)]
 
 
-def gone(daemon: Daemon) -> bool:
-    """Whether the daemon knows of no worker of the server. Until then a version that no other takes has failed."""
-    return not any(one["workers"] for one in daemon.status()["engines"] if one["engine"] == "twice")
+def gone(daemon: Daemon, server: Server) -> bool:
+    """Whether the daemon knows of no worker of a server. Until then a version that no other takes has failed."""
+    return not any(one["workers"] for one in daemon.status()["engines"] if one["engine"] == server.engine)
 
 
 def test_both_engines_of_a_server_take_a_version_in_one_round(
@@ -41,5 +45,5 @@ def test_both_engines_of_a_server_take_a_version_in_one_round(
         assert [worker["rank"] for worker in engine["workers"]] == [0, 1]
     finally:
         server.kill()
-    until(lambda: gone(daemon), "the daemon sees that the server has ended", LIVE_SECONDS)
+    until(lambda: gone(daemon, server), "the daemon sees that the server has ended", LIVE_SECONDS)
     trainer.publish(family[2])
