@@ -126,8 +126,10 @@ def kinds_of(needs: Needs, tensors: int) -> Sequence[int]:
     """By tensor, in the order of their names, of which kind it is; 0: it is needed whole.
 
     Raises:
-        MisuseError: it is not said of so many tensors, or there is no such kind.
+        MisuseError: it is not said of so many tensors, there is no such kind, or there are more than anybody would say.
     """
+    if len(needs.kinds) > _MOST_KINDS or any(len(spans) > _MOST_SPANS for spans in needs.kinds):
+        raise MisuseError(f"needs of {len(needs.kinds)} kinds, or of one with too many spans")
     try:
         unpacking = zlib.decompressobj()
         data = unpacking.decompress(needs.tensors, _COUNTED_BYTES * tensors + 1)

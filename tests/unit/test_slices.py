@@ -160,7 +160,9 @@ def broken(needs: Needs, numbers: Sequence[int]) -> Needs:
     return msgspec.structs.replace(needs, tensors=zlib.compress(array("H", numbers).tobytes()))
 
 
-@pytest.mark.parametrize("what", ["not packed", "too few", "too many", "no such kind", "outside", "negative"])
+@pytest.mark.parametrize(
+    "what", ["not packed", "too few", "too many", "no such kind", "outside", "negative", "many kinds", "many spans"]
+)
 def test_needs_that_make_no_sense_are_refused(what: str) -> None:
     needs = said({"a": (100, [Rectangle(0, 0, 50)]), "b": (100, None)})
     assert needs is not None
@@ -169,6 +171,8 @@ def test_needs_that_make_no_sense_are_refused(what: str) -> None:
         "too few": broken(needs, [1]),
         "too many": broken(needs, [1] * 10_000_000),
         "no such kind": broken(needs, [2, 0]),
+        "many kinds": msgspec.structs.replace(needs, kinds=[[Span(0, 50)]] * 10_000),
+        "many spans": msgspec.structs.replace(needs, kinds=[[Span(0, 50)] * 10]),
         "outside": msgspec.structs.replace(needs, kinds=[[Span(60, 50)]]),
         "negative": msgspec.structs.replace(needs, kinds=[[Span(-1, 50)]]),
     }
