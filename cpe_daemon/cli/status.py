@@ -54,7 +54,8 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
       engines    [engine, model, kind, state, ready, expected, url, content, world_size,
                  workers: [rank, pid, node, gpu, present], error, last_push_seconds,
                  loading: null, or tensors by how they are loaded: learned, unproven,
-                 kept (by the engine's loader): count by reason, digest]
+                 kept (by the engine's loader): count by reason, digest]; the
+                 column `learned` shows how many are, of all, and what keeps most others
       journal    path, error, written_at (Unix time), lost, not_resident: [model, run, number],
                  awaited: [engine]
       bootstrap  state, version, dir, message, percent
