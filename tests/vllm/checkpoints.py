@@ -112,6 +112,11 @@ def tied() -> Any:
     return transformers.Qwen3Config(**small, intermediate_size=128, tie_word_embeddings=True)
 
 
+def llama() -> Any:
+    """Llama, which vLLM has heads for that draft (EAGLE)."""
+    return transformers.LlamaConfig(**_small(), intermediate_size=128, tie_word_embeddings=False)
+
+
 def mixture() -> Any:
     """Qwen3-MoE."""
     return transformers.Qwen3MoeConfig(
@@ -145,12 +150,23 @@ def second() -> Any:
     )
 
 
+def draft_head(checkpoint: Checkpoint, sign: int) -> dict[str, torch.Tensor]:
+    """A head for a Llama that drafts its tokens (EAGLE) by a copy of its last layer: well, or with -1 badly."""
+    tensors = checkpoint.tensors
+    last, left_out = "model.layers.1.", "input_layernorm.weight"
+    head = {f"layers.0.{name.removeprefix(last)}": tensors[name] for name in tensors if name.startswith(last)}
+    del head[f"layers.0.{left_out}"]
+    hidden, dtype = tensors["model.norm.weight"].numel(), torch.bfloat16
+    eye = sign * torch.eye(hidden, dtype=dtype)
+    return head | {"fc.weight": torch.cat([eye, torch.zeros_like(eye)], 1)}
+
+
 @torch.no_grad()
-def soften(model: torch.nn.Module) -> None:
+def soften(model: torch.nn.Module, factor: float = 0.2) -> None:
     """Have a token mostly depend on the one before, so that the second is easy to predict, and routers have a bias."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("o_proj.weight", "down_proj.weight")) or "experts.down_proj" in name:
-            tensor.mul_(0.2)
+            tensor.mul_(factor)
         if name.endswith("e_score_correction_bias"):
             tensor.normal_(0, 0.1)
 

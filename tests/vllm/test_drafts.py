@@ -6,6 +6,7 @@ first model has experts, and a layer that predicts second tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -14,9 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cpe_daemon.errors import CpeError
-from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, predict_second, second, soften
+from tests.vllm.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    dense,
+    draft_head,
+    llama,
+    predict_second,
+    second,
+    soften,
+)
 from tests.vllm.servers import LIVE_SECONDS, Daemon, Faults, Server, Trainer, started
 from tests.vllm.test_servers import agree
 
@@ -34,6 +45,8 @@ NAMES = [
         "2.mlp.experts.3.up_proj.weight",
     )
 ]
+SEEDS = (176, 203)
+"""Of models whose every choice is clear."""
 MANY, FEW = 0.9, 0.5
 """Of a draft's tokens: more are accepted of one that has the model's version, fewer of another."""
 
@@ -189,3 +202,46 @@ def test_draft_of_a_checkpoint_of_its_own(daemon: Daemon, all_faults: Faults, pl
 def both(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """A version for a model, and for a copy of it as its draft."""
     return checkpoint.tensors | {f"draft_model.{name}": tensor for name, tensor in checkpoint.tensors.items()}
+
+
+# --- a head that drafts (EAGLE) --------------------------------------------------------------------------------------
+
+
+def test_eagle_head_of_a_checkpoint_of_its_own(daemon: Daemon, all_faults: Faults, place: Path) -> None:
+    """It shares the model's embedding and output, and has one layer: a good one, or one that drafts nonsense."""
+    made = Checkpoints(place / "eagle", llama(), SEEDS, adjust=functools.partial(soften, factor=0.005))
+    models = [made.make(), made.make()]
+    heads = {sign: draft_head(models[0], sign) for sign in (1, -1)}
+    directory = place / "eagle" / "head"
+    config = llama()
+    config.num_hidden_layers, config.architectures = 1, ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    save_file({name: tensor.clone() for name, tensor in heads[1].items()}, directory / "model.safetensors")
+    settings = {"CPE_VLLM_START": "disk"}
+    server = Server("eagle", daemon, models[0], all_faults, place, model="eagle", environment=settings)
+    speculative = {"method": "eagle", "model": str(directory), "num_speculative_tokens": 1}
+    server._command += ["--speculative-config", json.dumps(speculative)]
+    trainer = Trainer(daemon, "eagle")
+
+    def version(model: int, sign: int) -> dict[str, torch.Tensor]:
+        return models[model].tensors | {f"draft_model.{name}": tensor for name, tensor in heads[sign].items()}
+
+    try:
+        with started(server):
+            agree(server.ready(), models[0])
+            well, seen = part(server), []
+            for model, sign in ((0, -1), (0, 1), (1, -1), (0, 1)):
+                assert not trainer.begin(version(model, sign)).live(timeout=LIVE_SECONDS).behind
+                agree(server, models[model])
+                seen.append(part(server))
+            assert well > FEW > seen[0], (well, seen)
+            assert seen[1] == seen[3] == well, (well, seen)
+            for lacks in ("draft_model.fc.weight", "draft_model.layers.0.self_attn.k_proj.weight"):
+                lacking = version(1, -1)
+                del lacking[lacks]
+                with pytest.raises(CpeError, match="not all tensors came of"):
+                    trainer.begin(lacking).live(timeout=LIVE_SECONDS)
+                agree(server, models[0])
+                assert part(server) == well
+    finally:
+        trainer.close()
