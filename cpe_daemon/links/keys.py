@@ -198,7 +198,9 @@ def write_pair(directory: Path, name: str, pair: KeyPair) -> tuple[Path, Path]:
             secret_path.unlink()
             raise
     except FileExistsError as error:
-        raise ConfigError(f"{error.filename} is there already; choose another name, or remove it first") from None
+        raise ConfigError(
+            f"{error.filename} is there already; choose another name or directory, or remove it first"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or directory}: {error.strerror or error}") from None
     return secret_path, public_path

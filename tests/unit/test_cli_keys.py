@@ -79,7 +79,7 @@ def test_new_pair_of_the_daemon(tmp_path: Path) -> None:
     assert "ingest.listen" in made.stderr
     again = keys("new", "--daemon", "--dir", tmp_path)
     assert again.exit_code == 2
-    assert "daemon.key_secret is there already" in again.stderr
+    assert "daemon.key_secret is there already; choose another name or directory" in again.stderr
 
 
 @pytest.mark.parametrize(
