@@ -29,7 +29,7 @@ def completion_command(ctx: click.Context, shell: str) -> None:
     """Print what makes SHELL complete the commands of cpe.
 
     \b
-    Put it where your shell looks:
+    Put it where your shell looks (mkdir -p makes the directory), and begin a new shell:
       bash:  cpe completion bash > ~/.local/share/bash-completion/completions/cpe
       zsh:   cpe completion zsh > ~/.zfunc/_cpe        (with fpath+=~/.zfunc before compinit)
       fish:  cpe completion fish > ~/.config/fish/completions/cpe.fish
