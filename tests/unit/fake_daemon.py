@@ -94,6 +94,8 @@ class Script:
     ignore_seal: bool = False
     refuse_seal: CpeError | None = None
     """It does not: the answer to the seal of what it holds."""
+    before_refusal: Sequence[VersionStatus] = ()
+    """What it says before that."""
 
 
 class FakeDaemon:
@@ -365,6 +367,8 @@ class FakeDaemon:
         stream = received.opened.stream
         del self._streams[received.peer, stream]
         if (error := self.script.refuse_seal) is not None:
+            for status in self.script.before_refusal:
+                self._router.send(received.peer, status)
             self._router.send(received.peer, ErrorReply(ErrorInfo(error.code, error.message), stream))
             return
         report = _report(received) if self.script.held in ("live", "retained") else None

@@ -726,7 +726,8 @@ def test_news_of_the_version_that_is_held_are_not_believed_before_it_is_the_same
         first.staged(WAIT_SECONDS)
         daemon.script.held = "live"
         daemon.script.refuse_seal = VersionRefusedError("with other weights")
-        second = pub.publish(some(seed=7), 1, progress=lambda *_: daemon.say(VersionStatus(first.version, "live")))
+        daemon.script.before_refusal = [VersionStatus(first.version, "live")]
+        second = pub.publish(some(seed=7), 1)
         with pytest.raises(VersionRefusedError, match="with other weights"):
             second.live(WAIT_SECONDS)
         first.live(WAIT_SECONDS)

@@ -394,6 +394,7 @@ async def holding(content: VersionId, digest: bytes) -> AsyncIterator[tuple[Fake
     """A node where ONE is retained and TWO live, and an engine that is said to hold one of them, before a round."""
     async with FakeNode.running(automatic=False) as node:
         node.worker("a", content=content, digest=digest)
+        await node.idle()  # it is looked at before it could be given what is live
         for version in (ONE, TWO):
             record = node.stage(version, DIGEST)
             node.catalogue.begin_push(record)
