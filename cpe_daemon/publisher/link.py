@@ -61,7 +61,8 @@ class Link:
         self._send_timeout = send_timeout
         self._session: Session | None = None
         self._refusal: CpeError | None = None
-        self._refusals = 0
+        self._greeting = 0
+        self._refused = 0  # the greeting that was refused last
         self._away_since = time.monotonic()
         self._closing = threading.Event()
         self._greet_now = threading.Event()
@@ -76,15 +77,15 @@ class Link:
             CpeError: the daemon refuses this rank.
             PeerLostError: nobody answers there.
         """
-        self._greet_now.set()
         with self._bell.lock:
+            asked = self._greeting  # what is under way may be refused for what is mended by now
+            self._greet_now.set()
             now = time.monotonic()
             if self._session is not None and self._session.cut:
                 self._away_since = now  # the thread has not noticed yet
             deadline = max(self._away_since + connect_timeout, now + min(_GRACE_SECONDS, connect_timeout))
-            seen = self._refusals
             while self._session is None or self._session.cut:
-                if self._refusals > seen and self._refusal is not None:
+                if self._refused > asked and self._refusal is not None:
                     raise from_code(self._refusal.code, self._refusal.message)
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closing.is_set():
@@ -99,8 +100,8 @@ class Link:
     def close_soon(self) -> None:
         """Tell the thread to abandon what is not sealed, and to end."""
         self._closing.set()
-        self._greet_now.set()  # stays set: it is cleared only on the way to another greeting
         with self._bell.lock:
+            self._greet_now.set()  # stays set: it is cleared only on the way to another greeting
             session = self._session
             self._bell.ring()
         if session is not None:
@@ -116,7 +117,9 @@ class Link:
     def _run(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while not self._closing.is_set():
-            self._greet_now.clear()
+            with self._bell.lock:
+                self._greet_now.clear()
+                self._greeting += 1
             try:
                 session = self._greet()
             except PeerLostError as error:
@@ -195,7 +198,7 @@ class Link:
     def _refuse(self, error: CpeError) -> None:
         with self._bell.lock:
             self._refusal = from_code(error.code, error.message)
-            self._refusals += 1
+            self._refused = self._greeting
             self._bell.ring()
 
 
