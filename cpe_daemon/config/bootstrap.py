@@ -13,8 +13,7 @@ from cpe_daemon.config.section import Section
 class BootstrapConfig(Section):
     """A checkpoint for the start: published when this node has no version of the model, and its engines hold no other.
 
-    After a restart it brings the version that was live back to memory, if it is that one. What is newer it never
-    replaces.
+    After a restart it brings the version that was live back to memory, if it is that one. It never replaces newer ones.
     """
 
     dir: str = Field(

@@ -17,6 +17,7 @@ wants to can find other bytes with the same fold.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -68,6 +69,15 @@ def own_bytes(shard: Shard) -> int:
     if at % ROW_BYTES:
         return 0
     return nbytes if at + nbytes == shard.spec.nbytes else nbytes - nbytes % ROW_BYTES
+
+
+def covers(shards: Iterable[Shard]) -> bool:
+    """Whether every byte of what a rank brings is in a row of its own, and so in the fold of them.
+
+    Raises:
+        ManifestError: a shard's bytes are not contiguous in its tensor.
+    """
+    return all(own_bytes(shard) == shard.nbytes for shard in shards)
 
 
 def modulo(value: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
+from cpe_daemon.core.fold import covers
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.tally import Tally
@@ -165,6 +166,7 @@ class Ingest:
     async def _make_room(self, session: Session, stream: Stream) -> None:
         """Check the manifest and reserve the extent, waiting as long as some room is about to be released."""
         plan = await asyncio.to_thread(layout, stream.shards)
+        stream.covered = stream.folded and await asyncio.to_thread(covers, stream.shards)
         if plan.nbytes != stream.nbytes:
             raise ManifestError(f"the manifest takes {plan.nbytes} bytes, the trainer announced {stream.nbytes}")
         try:

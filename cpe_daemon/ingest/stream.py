@@ -28,6 +28,8 @@ class Stream:
         self.tensors = opened.tensors
         self.nbytes = opened.nbytes
         self.folded = opened.folded
+        self.covered = False
+        """Whether a fold of it is of every byte."""
         self.shards: list[Shard] = []
         self.contribution: Contribution | None = None
         self.writer: ExtentWriter | None = None
@@ -86,7 +88,8 @@ class Stream:
         """
         if not self.ready().all_accepted:
             raise ProtocolError(f"sealed before every byte of {self.version.id} was sent")
-        if len(seal.digests) != DIGEST_BYTES * self.tensors:
+        needless = self.folded and self.covered and not seal.digests
+        if not needless and len(seal.digests) != DIGEST_BYTES * self.tensors:
             raise ProtocolError(f"{len(seal.digests)} bytes of digests for {self.tensors} tensors")
         if self.folded and (seal.fold is None or not 0 <= seal.fold <= MAX_FOLD):
             raise ProtocolError(f"announced a fold, and sealed with {seal.fold}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from cpe_daemon.core.fold import covers
 from cpe_daemon.core.types import Shard
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import CpeError, DeadlineError, PublishError
@@ -158,7 +159,7 @@ def stream_into_rings(
     try:
         fold = folding() if folding is not None else None
         _await_opened(lanes, timeout, bell)
-        digests = _digests_of(contribution, lanes, pouring)
+        digests = _digests_of(contribution, lanes, pouring, folded=fold is not None)
         for lane in lanes:
             lane.seal(digests, fold)
         complete = True
@@ -170,18 +171,19 @@ def stream_into_rings(
                 lane.abandon(PublishError(f"{lane.delivery.version} was interrupted while its tensors were read"))
 
 
-def _digests_of(contribution: Contribution, lanes: Sequence[Lane], pouring: Pouring) -> bytes:
-    """Send the bytes to whom they are new, and return their digests.
+def _digests_of(contribution: Contribution, lanes: Sequence[Lane], pouring: Pouring, *, folded: bool) -> bytes:
+    """Send the bytes to whom they are new, and return their digests; none, if a fold is all that any daemon needs.
 
     Raises:
         NobodyLeftError: every daemon has failed.
     """
     new = [lane for lane in lanes if not lane.delivery.held and lane.delivery.error is None]
     held = [lane for lane in lanes if lane.delivery.comparing and lane.delivery.error is None]
+    needless = folded and not held and all(lane.session.welcome.folds for lane in new) and covers(contribution.shards)
     if new:
         sink = RingSink(new, pouring.threads)
         try:
-            return pour(contribution, sink, new[0].session.welcome.chunk_bytes, pouring)
+            return pour(contribution, sink, new[0].session.welcome.chunk_bytes, pouring, digested=not needless)
         except NobodyLeftError:
             if not held:
                 raise

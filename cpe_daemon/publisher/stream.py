@@ -25,7 +25,7 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from cpe_daemon.core.types import ALIGNMENT_BYTES
-from cpe_daemon.devices.digests import ChunkDigests, Digests, piece_bytes
+from cpe_daemon.devices.digests import ChunkDigests, Digests, NoDigests, piece_bytes
 from cpe_daemon.devices.memory import address_of, copy
 from cpe_daemon.publisher.gpus import Gpus
 from cpe_daemon.publisher.in_place import InPlace, find_in_place
@@ -91,7 +91,13 @@ class Pouring:
 
 
 def pour(
-    contribution: Contribution, sink: Sink, chunk_bytes: int, pouring: Pouring, leaving: Leaving | None = None
+    contribution: Contribution,
+    sink: Sink,
+    chunk_bytes: int,
+    pouring: Pouring,
+    leaving: Leaving | None = None,
+    *,
+    digested: bool = True,
 ) -> bytes:
     """Write a contribution into the windows of ``sink``, each of ``chunk_bytes`` but the last.
 
@@ -102,9 +108,10 @@ def pour(
         chunk_bytes: the size of a chunk.
         pouring: how.
         leaving: takes chunks, as far as it wants them, from where they lie.
+        digested: whether digests are wanted.
 
     Returns:
-        The digests of all shards, one after another, in order.
+        The digests of all shards, one after another, in order; or nothing.
 
     Raises:
         ResourceError: a GPU failed.
@@ -112,14 +119,15 @@ def pour(
     devices = {device for tensor in contribution.tensors if (device := pouring.gpus.device_of(tensor)) is not None}
     for device in devices:
         pouring.gpus.settle(device)
-    digests = Digests(contribution.layout, chunk_bytes, lasting=False)
+    layout = contribution.layout
+    digests = Digests(layout, chunk_bytes, lasting=False) if digested else NoDigests(layout, chunk_bytes)
     if pouring.threads == 1 and not devices:
         with Reader(pouring.gpus) as reader:
             filler = _Filler(contribution, sink, digests, reader, piece_bytes(1), leaving, all_here=True)
-            for chunk in range(-(-contribution.layout.nbytes // chunk_bytes)):
+            for chunk in range(-(-layout.nbytes // chunk_bytes)):
                 pouring.progress(filler.fill(chunk))
     else:
-        runs = cut_runs(contribution.layout, chunk_bytes, pouring.threads * _RUNS_A_THREAD)
+        runs = cut_runs(layout, chunk_bytes, pouring.threads * _RUNS_A_THREAD)
         if not sink.in_order:
             runs.sort(key=len, reverse=True)  # the longest last would keep one thread while all others are done
         _Crew(contribution, sink, digests, runs, pouring, leaving, all_here=not devices).work()

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.types import Shard
 from cpe_daemon.errors import CpeError, ProtocolError
+from cpe_daemon.wire.messages import Seal
 from tests.integration.harness import MODEL, Node, Trainer
 from tests.integration.raw import RawTrainer
 from tests.unit.test_fold import reference
@@ -66,7 +68,8 @@ def test_version_of_several_ranks_is_verified_whatever_its_tensors_and_chunks_ar
             assert worker.ask("forward") == trainers[0].ask("digests", rank=rank, world_size=2)
 
 
-def test_fold_that_comes_from_the_trainer_is_what_engines_are_held_to(node: Node) -> None:
+@pytest.mark.parametrize("digested", [True, False])
+def test_fold_that_comes_from_the_trainer_is_what_engines_are_held_to(node: Node, digested: bool) -> None:
     node.start_daemon(device__verify=True)
     (engine,) = node.engine(recipe=RECIPE)
     shards = [Shard(f"layers.{index}.weight", "float32", (512 << 8,)) for index in range(RECIPE["plain"])]
@@ -81,7 +84,10 @@ def test_fold_that_comes_from_the_trainer_is_what_engines_are_held_to(node: Node
             trainer.seal(stream, shards, data)
             with pytest.raises(ProtocolError, match="announced a fold, and sealed with None"):
                 trainer.await_state("staged")
-            trainer.seal(stream, shards, data, fold ^ wrong)
+            if digested:
+                trainer.seal(stream, shards, data, fold ^ wrong)
+            else:
+                trainer.send(Seal(stream, b"", fold ^ wrong))
             if wrong:
                 with pytest.raises(CpeError, match="came here with other bytes"):
                     trainer.await_state("live")
@@ -89,3 +95,25 @@ def test_fold_that_comes_from_the_trainer_is_what_engines_are_held_to(node: Node
                 trainer.await_state("live")
     engine.await_serving(1)
     assert node.daemon.engine("e")["content"] == f"{MODEL}@run-1#1"
+
+
+def test_what_a_fold_does_not_cover_cannot_be_sealed_without_digests(node: Node) -> None:
+    node.start_daemon(device__verify=True)
+    half = Shard("a", "uint8", (1000,), (0,), (500,))  # its last row is half another rank's
+    with RawTrainer(node.daemon.front, world_size=2) as trainer:
+        stream = trainer.open(1, [half], folded=True)
+        trainer.send_bytes(stream, bytes(layout([half]).nbytes))
+        trainer.send(Seal(stream, b"", 0))
+        with pytest.raises(ProtocolError, match="0 bytes of digests for 1 tensors"):
+            trainer.await_state("staged")
+
+
+def test_what_was_not_folded_cannot_be_sealed_without_digests(node: Node) -> None:
+    node.start_daemon(device__verify=True)
+    whole = Shard("a", "uint8", (1000,))
+    with RawTrainer(node.daemon.front) as trainer:
+        stream = trainer.open(1, [whole])
+        trainer.send_bytes(stream, bytes(layout([whole]).nbytes))
+        trainer.send(Seal(stream, b"", 0))
+        with pytest.raises(ProtocolError, match="0 bytes of digests for 1 tensors"):
+            trainer.await_state("staged")

@@ -380,7 +380,7 @@ class FakeDaemon:
         del self._streams[received.peer, received.opened.stream]
         found = b"".join(xxh3_128_digest(tensor) for tensor in received.tensors().values())
         version = received.opened.version
-        if found != received.digests:
+        if received.digests != (b"" if received.fold is not None and not received.digests else found):
             self._fail(received, DigestError("the bytes of some tensor differ"))
             return
         for state in self.script.after_seal:

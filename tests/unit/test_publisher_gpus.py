@@ -14,10 +14,11 @@ import torch
 import zmq
 from hypothesis import given, settings
 from torch import Tensor
+from xxhash import xxh3_128_digest
 
 from cpe_daemon.core.fold import modulo
 from cpe_daemon.core.manifest import layout, merge
-from cpe_daemon.core.types import VersionId
+from cpe_daemon.core.types import Shard, VersionId
 from cpe_daemon.devices.cuda.driver import CudaError
 from cpe_daemon.devices.cuda.fold import Stretch
 from cpe_daemon.devices.memory import SharedMemory, address_of
@@ -451,6 +452,34 @@ def test_fold_comes_with_the_seal_of_what_is_all_in_gpus(
         assert daemon.last.opened.folded
         assert daemon.last.fold == expected
         assert daemon.last.tensors() == {name: bytes_of(tensor) for name, tensor in tensors.items()}
+
+
+def test_what_is_folded_is_digested_only_for_daemons_that_need_it(
+    driver: TrainerDriver, make_daemon: MakeDaemon
+) -> None:
+    folding, holding = make_daemon("folding", folds=True), make_daemon("holding", folds=True)
+    tensors = {f"t{at}": driver.put(tensor_of("int16", 3000 + at, seed=at), at % 2) for at in range(9)}
+    with publisher(folding, holding) as pub:
+        pub.publish(tensors, 1).staged(WAIT_SECONDS)
+        assert (folding.last.digests, holding.last.digests) == (b"", b"")
+        holding.script.held = "staged"
+        pub.publish(tensors, 2).staged(WAIT_SECONDS)
+    expected = b"".join(xxh3_128_digest(bytes_of(tensor)) for tensor in tensors.values())
+    assert (folding.last.digests, holding.last.digests) == (expected, expected)
+    assert folding.last.fold == reference({name: bytes_of(tensor) for name, tensor in tensors.items()})
+
+
+def test_bytes_that_no_fold_of_the_rank_covers_are_digested(
+    driver: TrainerDriver, make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = make_daemon(folds=True)
+    half = driver.put(tensor_of("int16", 1000))
+    shards = [Shard("a", "int16", (2000,), (0,), (1000,))]  # its last row is half another rank's
+    monkeypatch.setattr(publisher_module, "open_source", lambda _: Contribution(shards, layout(shards), [half]))
+    with publisher(daemon) as pub:
+        pub.publish({"a": half}, 1).staged(WAIT_SECONDS)
+    assert daemon.last.opened.folded
+    assert daemon.last.digests == xxh3_128_digest(bytes_of(half))
 
 
 @pytest.mark.parametrize("why", ["nobody folds", "one is here", "one is turned", "one lies askew", "no kernel"])
