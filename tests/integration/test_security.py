@@ -127,7 +127,7 @@ def refused(act: Callable[[], object]) -> str:
     began = time.monotonic()
     with pytest.raises(AccessError) as caught:
         act()
-    assert time.monotonic() - began < 5, "the answer is known at once, or after a second"
+    assert time.monotonic() - began < 9, "the answer is known at once, or after a second, and not when time is up"
     return caught.value.message
 
 
@@ -474,8 +474,8 @@ def test_who_speaks_too_often_is_told_once_and_others_are_heard(node: Node) -> N
 def _answered(trainer: RawTrainer) -> bool:
     try:
         trainer.send(Ping())
-        trainer.expect(Pong, 1)
-    except BusyError:
+        trainer.expect(Pong, 2)
+    except (BusyError, pytest.fail.Exception):  # it is told once a second
         return False
     return True
 
