@@ -302,7 +302,7 @@ def test_daemon_that_ends_midway_fails_the_version_and_lets_the_tensors_go(
     make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     always(monkeypatch)
-    daemon = make_daemon(heartbeat_seconds=0.05)
+    daemon = make_daemon(heartbeat_seconds=0.5)
     daemon.script.keep_chunks = True
     tensors = some(50)
     alive = weakref.ref(tensors["b"])
@@ -326,7 +326,7 @@ def test_daemon_that_stalls_passes_the_deadline(make_daemon: MakeDaemon, monkeyp
     always(monkeypatch)
     daemon = make_daemon()
     daemon.script.keep_chunks = True
-    with publisher(daemon, send_timeout=0.3) as pub:
+    with publisher(daemon, send_timeout=2.0) as pub:
         handle = pub.publish(some(), 1)
         with pytest.raises(DeadlineError, match="acknowledged no bytes of m@r#1"):
             handle.staged(WAIT_SECONDS)
@@ -340,7 +340,7 @@ def test_one_of_several_daemons_that_ends_does_not_keep_the_others_waiting(
     make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     always(monkeypatch)
-    ending, other, tensors = make_daemon("ending", heartbeat_seconds=0.05), make_daemon("other"), some()
+    ending, other, tensors = make_daemon("ending", heartbeat_seconds=0.5), make_daemon("other"), some()
     ending.script.keep_chunks = True
     with publisher(ending, other) as pub:
         thread, handles = in_thread(lambda: pub.publish(tensors, 1))
