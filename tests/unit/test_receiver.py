@@ -49,7 +49,7 @@ from inference_plugins.testing.daemon import ScriptedDaemon
 
 STALE, FRESH = b"stale", b"fresh"
 SLOTS = SlotSet("shm", "shm-0", 2, 4096, [b"token"])
-_SECONDS = 10.0
+_SECONDS = 30.0
 
 
 class FakeTether:
@@ -271,7 +271,7 @@ def test_why_a_welcome_was_void_is_told(daemon: Daemon, receiver: Receiver) -> N
 
     def attach() -> None:
         try:
-            receiver.attach(0.3)
+            receiver.attach(2.0)
         except PeerLostError as error:
             outcome.append(error)
 
@@ -322,7 +322,7 @@ def test_refusal_is_raised(daemon: Daemon, receiver: Receiver) -> None:
 
     def attach() -> None:
         with pytest.raises(BusyError, match="taken"):
-            receiver.attach(0.3)
+            receiver.attach(2.0)
         refused.set()
 
     thread = threading.Thread(target=attach)
@@ -337,6 +337,7 @@ def test_goodbye_is_answered_before_the_slots_are_let_go(
     daemon: Daemon, receiver: Receiver, tethers: list[FakeTether], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = threading.Event()
+    monkeypatch.setattr(module, "_GOODBYE_SECONDS", _SECONDS)
     monkeypatch.setattr(FakeTether, "close", lambda self: closed.set())
 
     def attach_and_close() -> None:
@@ -401,7 +402,7 @@ def test_daemon_that_takes_no_workers_is_named_by_who_cannot_attach(daemon: Daem
 
     def attach() -> None:
         with pytest.raises(PeerLostError) as raised:
-            receiver.attach(0.3)
+            receiver.attach(2.0)
         refused.append(str(raised.value))
 
     thread = threading.Thread(target=attach)
