@@ -327,6 +327,7 @@ async def test_stuck_disk_costs_rounds_one_deadline_and_not_one_each(path: Path,
         deciding = asyncio.create_task(journal.decide(ROUND))
         await asyncio.sleep(0)
         assert deciding.done()
+        journal._seconds = SECONDS  # now it has to be written, however slow the disk is
         disk.holding.set()
         journal.note()
         await until(lambda: not journal.trouble)
@@ -353,14 +354,16 @@ async def test_journal_that_somebody_removed_is_written_anew(path: Path) -> None
 
 
 async def test_late_write_does_not_have_the_last_word(path: Path, disk: Disk) -> None:
-    async with running(path, SHORT_SECONDS) as journal:
+    async with running(path) as journal:
         journal.note()
         await until(lambda: journal.writes == 1)
+        journal._seconds = SHORT_SECONDS
         disk.holding = asyncio.Event()
         await journal.decide(ROUND)
         await until(lambda: journal.trouble)
         journal.over()  # what there is now is what was written before the disk got stuck
         await until(lambda: journal.failures == 2)
+        journal._seconds = SECONDS
         disk.holding.set()
         journal.note()
         await until(lambda: not journal.trouble)
