@@ -22,6 +22,7 @@ from cpe_daemon.links.keys import Credentials, KeyPair, new_pair, write_pair
 from cpe_daemon.links.router import Handler, Router
 from cpe_daemon.wire.messages import ErrorReply, FrontMessage, FrontReply, Message, Ping, Pong, StatusRequest
 
+WAIT_SECONDS = 20.0
 ANNE = new_pair()
 SERVER = new_pair()
 CREDENTIALS = Credentials(ANNE, SERVER.public)
@@ -67,17 +68,19 @@ class Door:
     def on_ping(self, peer: bytes, _message: object, _frames: object) -> None:
         self.router.send(peer, Pong("g"))
 
-    async def ask(self, *messages: Message, credentials: Credentials | None = CREDENTIALS) -> list[Message]:
+    async def ask(
+        self, *messages: Message, credentials: Credentials | None = CREDENTIALS, seconds: float = WAIT_SECONDS
+    ) -> list[Message]:
         """What is answered to messages over one connection."""
-        return await asyncio.to_thread(ask, self.endpoint, messages, credentials)
+        return await asyncio.to_thread(ask, self.endpoint, messages, credentials, seconds)
 
 
-def ask(endpoint: str, messages: tuple[Message, ...], credentials: Credentials | None) -> list[Message]:
+def ask(endpoint: str, messages: tuple[Message, ...], credentials: Credentials | None, seconds: float) -> list[Message]:
     dealer, answers = Dealer(endpoint, FrontReply, credentials), []
     try:
         for message in messages:
-            dealer.send(message, timeout=3)
-            received = dealer.receive(10)
+            dealer.send(message, timeout=seconds)
+            received = dealer.receive(WAIT_SECONDS)
             assert received is not None, "no answer came"
             answers.append(received[0])
     finally:
@@ -125,19 +128,20 @@ async def test_allowed_key_is_let_in(curve: Curve) -> None:
 async def test_nobody_is_let_in_while_nobody_answers(curve: Curve) -> None:
     async with opened(curve, answers=False) as door:
         with pytest.raises((AccessError, PeerLostError)):
-            await door.ask(Ping())
+            await door.ask(Ping(), seconds=3.0)
 
 
 async def test_other_keys_are_refused_counted_and_logged_in_bounds(keys_dir: Path, curve: Curve) -> None:
     refused: list[None] = []
     curve._on_refused = lambda: refused.append(None)
+    curve._refused = Rates(0.001, 20)  # however long it takes
     with capture_logs() as logs:
         async with opened(curve) as door:
             for _ in range(30):
                 with pytest.raises(AccessError, match="does not allow this key"):
                     await door.ask(Ping(), credentials=Credentials(new_pair(), SERVER.public))
     assert len(refused) == 30
-    assert 20 <= len([line for line in logs if line["event"] == "client.refused"]) < 30
+    assert len([line for line in logs if line["event"] == "client.refused"]) == 20
 
 
 async def test_role_is_asked_for_each_message(curve: Curve) -> None:
@@ -159,13 +163,13 @@ async def test_what_a_client_may_not_do_is_logged_by_its_name_in_bounds(keys_dir
         dealer = Dealer(door.endpoint, FrontReply, CREDENTIALS)
         try:
             await asyncio.to_thread(dealer.send, Ping())
-            await asyncio.to_thread(dealer.receive, 10)
+            await asyncio.to_thread(dealer.receive, WAIT_SECONDS)
             revoke(keys_dir / ALLOWED, "anne")
             await curve.look()
             door.router._warnings = Rates(1.0, 5)
             with capture_logs() as logs:
                 await asyncio.to_thread(dealer.send, Ping())
-                assert isinstance((await asyncio.to_thread(dealer.receive, 10) or [None])[0], ErrorReply)
+                assert isinstance((await asyncio.to_thread(dealer.receive, WAIT_SECONDS) or [None])[0], ErrorReply)
         finally:
             dealer.close()
     (line,) = [line for line in logs if line["event"] == "message.refused"]
@@ -178,13 +182,13 @@ async def test_revoked_key_is_refused_in_the_midst_of_a_connection(keys_dir: Pat
 
         async def ping() -> Message:
             dealer.send(Ping())
-            received = await asyncio.to_thread(dealer.receive, 10)
+            received = await asyncio.to_thread(dealer.receive, WAIT_SECONDS)
             assert received is not None
             return received[0]
 
         try:
             await asyncio.to_thread(dealer.send, Ping())
-            assert (await asyncio.to_thread(dealer.receive, 10) or [None])[0] == Pong("g")
+            assert (await asyncio.to_thread(dealer.receive, WAIT_SECONDS) or [None])[0] == Pong("g")
             revoke(keys_dir / ALLOWED, "anne")
             assert await curve.look()
             assert "any more" in refusal(await ping()).message
@@ -200,9 +204,10 @@ async def test_peer_is_told_once_a_second_that_it_speaks_too_often(curve: Curve)
         dealer = Dealer(door.endpoint, FrontReply, CREDENTIALS)
         try:
             door.expected = 47
+            door.router._tellings = Rates(0.001, 1)  # a second of a busy machine's may hold fewer than all of them
             for _ in range(50):
                 await asyncio.to_thread(dealer.send, Ping())
-            answers = [(await asyncio.to_thread(dealer.receive, 5) or [None])[0] for _ in range(4)]
+            answers = [(await asyncio.to_thread(dealer.receive, WAIT_SECONDS) or [None])[0] for _ in range(4)]
             assert answers[:3] == [Pong("g")] * 3
             assert isinstance(answers[3], ErrorReply)
             assert answers[3].error.code == "busy"
