@@ -209,9 +209,9 @@ def test_push_that_is_refused_keeps_the_daemon_s_code(endpoint: str) -> None:
 
 def test_push_that_takes_too_long_goes_on(endpoint: str) -> None:
     with pushing(endpoint, lambda _: None):
-        result = cpe("push", "--timeout", "0.3", "--to", endpoint)
+        result = cpe("push", "--timeout", "2", "--to", endpoint)
     assert result.exit_code == 5
-    assert "did not end within 0.3 s" in result.stderr
+    assert "did not end within 2 s" in result.stderr
     assert "goes on with it" in result.stderr
 
 
