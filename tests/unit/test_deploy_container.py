@@ -318,6 +318,16 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield shlex.split(matched[1])
 
 
+@pytest.mark.parametrize(
+    "document", [OPERATIONS, ROOT / "deploy" / "systemd" / "README.md"], ids=lambda path: path.name
+)
+def test_daemons_are_installed_without_the_gigabytes_of_cuda(document: Path) -> None:
+    installed = re.findall(r"(.*)\n *(/opt/\S+/bin/pip install .*)", document.read_text())
+    assert installed
+    for before, command in installed:
+        assert before == "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu \\", command
+
+
 @pytest.mark.parametrize("document", [OPERATIONS, FOLDER / "README.md"], ids=lambda path: path.name)
 def test_commands_that_a_document_shows_exist(document: Path) -> None:
     shown = list(commands(document.read_text()))
