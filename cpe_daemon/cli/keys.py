@@ -204,7 +204,8 @@ def list_command(as_json: bool, directory: Path | None, config: Path | None) -> 
         allowed = [{"name": c.name, "roles": sorted(c.roles), "key": c.public} for c in clients]
         click.echo(json.dumps({"daemon": own, "allowed": allowed}, indent=2))
         return
-    click.echo(f"daemon  {own or f'has no pair in {file.parent}; cpe keys new --daemon makes one'}")
+    missing = f"has no pair in {file.parent}; cpe keys new --daemon --dir {shlex.quote(str(file.parent))} makes one"
+    click.echo(f"daemon  {own or missing}")
     if not clients:
         click.echo(f"no key is allowed in {file}")
     width = max((len(client.name) for client in clients), default=0)

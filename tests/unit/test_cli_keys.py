@@ -169,7 +169,7 @@ def test_revoke_takes_a_name_and_a_key(tmp_path: Path) -> None:
 def test_list_shows_everything(tmp_path: Path) -> None:
     empty = keys("list", "--dir", tmp_path)
     assert empty.exit_code == 0
-    assert "cpe keys new --daemon makes one" in empty.output
+    assert f"cpe keys new --daemon --dir {tmp_path} makes one" in empty.output
     assert "no key is allowed" in empty.output
     keys("new", "--daemon", "--dir", tmp_path)
     own, public = load_public(tmp_path / "daemon.key"), new_pair().public
