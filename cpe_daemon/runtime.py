@@ -49,11 +49,18 @@ class RuntimeDirectory:
         Raises:
             ConfigError: it is another user's, others may write to it, or it is a link.
         """
-        found = os.lstat(self.path)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
-            raise ConfigError(
-                f"runtime directory {self.path} is not this user's alone; give one that is as runtime_dir"
-            )
+        found, user = os.lstat(self.path), os.getuid()
+        if not stat.S_ISDIR(found.st_mode):
+            why = "it is a link, or no directory"
+        elif found.st_uid != user:
+            why = f"it belongs to uid {found.st_uid}, and this daemon runs as uid {user}"
+        elif found.st_mode & stat.S_IWOTH:
+            why = f"everybody may write to it (mode {stat.S_IMODE(found.st_mode):04o})"
+        else:
+            return
+        raise ConfigError(
+            f"runtime directory {self.path} is not this user's alone: {why}; mend that, or give another as runtime_dir"
+        )
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
