@@ -24,7 +24,7 @@ from tests.unit.virtual_time import VirtualTimeLoop
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_LEAK_WAIT_SECONDS = 5.0
+_LEAK_WAIT_SECONDS = 30.0
 _EXIT_SECONDS = 60.0
 _ON_VIRTUAL_TIME = {"test_arrival.py", "test_deadlines.py", "test_retries.py"}
 _ON_UVLOOP = {"test_http.py"}

@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 """Small, and patient enough for a busy machine; a test that waits for a deadline to pass shortens that one."""
 
 _UNEXPECTED = ("Traceback", "was never retrieved", "was never awaited")
-_STOP_SECONDS = 15.0
+_STOP_SECONDS = 30.0
 
 
 def settings(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,13 +73,13 @@ class Daemon(Process):
         self._started = started
         self._dealer = Dealer(self.front, FrontReply)
 
-    def await_ready(self, seconds: float = 20.0) -> None:
+    def await_ready(self, seconds: float = 40.0) -> None:
         """Wait until it answers."""
         until(lambda: not self.alive or self._asked(0.5), f"{self.name} answers", seconds)
         if not self.alive:
             pytest.fail(f"{self.name} ended at its start; see {self.log.name}")
 
-    def status(self, seconds: float = 5.0) -> dict[str, Any]:
+    def status(self, seconds: float = 30.0) -> dict[str, Any]:
         """Its state, as it says."""
         answer = self._asked(seconds)
         if answer is None:
@@ -134,7 +134,11 @@ class Daemon(Process):
         except PeerLostError:
             return None
         received = self._dealer.receive(seconds)
-        return received[0].status if received is not None and isinstance(received[0], StatusReply) else None
+        if received is None:  # the answer may still come: nobody is to take it for that to the next question
+            self._dealer.close()
+            self._dealer = Dealer(self.front, FrontReply)
+            return None
+        return received[0].status if isinstance(received[0], StatusReply) else None
 
 
 class Trainer(Child):
@@ -155,7 +159,7 @@ class Worker(Child):
         answer: dict[str, Any] = self.ask("state")
         return answer
 
-    def await_serving(self, version: int | None, run: str = RUN, seconds: float = 15.0) -> None:
+    def await_serving(self, version: int | None, run: str = RUN, seconds: float = 30.0) -> None:
         """Wait until it serves that version, or what it started with."""
         wanted = None if version is None else f"{MODEL}@{run}#{version}"
         until(

@@ -28,7 +28,7 @@ class ChildError(Exception):
     """Something went wrong in a child that is no `CpeError`."""
 
 
-def until(look: Callable[[], T], what: str, seconds: float = 15.0) -> T:
+def until(look: Callable[[], T], what: str, seconds: float = 30.0) -> T:
     """Look again and again until what is seen is true, and return it; fail the test after ``seconds``."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
@@ -65,7 +65,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def wait(self, seconds: float = 15.0) -> None:
+    def wait(self, seconds: float = 30.0) -> None:
         """Wait for its end."""
         if not select.select([self._pidfd], [], [], seconds)[0]:
             pytest.fail(f"{self.name} did not end within {seconds:g} s")
@@ -114,7 +114,7 @@ class Child(Process):
             pytest.fail(f"{self.name} has ended; see {self.log.name}")
         return self._count
 
-    def result(self, number: int, seconds: float = 20.0) -> Any:
+    def result(self, number: int, seconds: float = 40.0) -> Any:
         """Await what was begun.
 
         Raises:
@@ -129,11 +129,11 @@ class Child(Process):
             raise ChildError(f"{self.name}: {error['message']}")
         raise from_code(error["code"], error["message"])
 
-    def ask(self, verb: str, seconds: float = 20.0, **arguments: Any) -> Any:
+    def ask(self, verb: str, seconds: float = 40.0, **arguments: Any) -> Any:
         """`begin` and `result` in one."""
         return self.result(self.begin(verb, **arguments), seconds)
 
-    def event(self, kind: str, seconds: float = 20.0) -> dict[str, Any]:
+    def event(self, kind: str, seconds: float = 40.0) -> dict[str, Any]:
         """Await an event that it tells of."""
         return self._await(lambda message: message.get("event") == kind, kind, seconds)
 

@@ -17,7 +17,7 @@ from tests.integration.processes import ROOT, until
 from tests.programs import program
 
 DEPLOY = ROOT / "deploy"
-_SECONDS = 10.0
+_SECONDS = 30.0
 
 
 class Prometheus:

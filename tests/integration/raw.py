@@ -34,7 +34,7 @@ from cpe_daemon.wire.messages import (
 from tests.integration.harness import MODEL, RUN
 
 M = TypeVar("M", bound=Message)
-_SECONDS = 15.0
+_SECONDS = 30.0
 
 
 class RawTrainer:
