@@ -18,7 +18,7 @@ TIED = {"plain": 0, "add": ["embed.weight", "head.weight", "scale"]}
 @pytest.fixture
 def trainer(node: Node) -> Trainer:
     """A trainer, and a daemon."""
-    node.start_daemon(deadlines__pause_seconds=2, deadlines__hello_seconds=0.5)
+    node.start_daemon(deadlines__hello_seconds=0.5)
     return node.trainer()
 
 
@@ -144,7 +144,7 @@ def test_version_that_is_staged_while_an_engine_is_brought_up_follows(node: Node
 
 
 def test_engine_that_was_silent_for_too_long_catches_up(node: Node) -> None:
-    daemon = node.start_daemon(deadlines__heartbeat_interval_seconds=0.2, deadlines__heartbeat_lost_seconds=1)
+    daemon = node.start_daemon(deadlines__heartbeat_interval_seconds=0.2, deadlines__heartbeat_lost_seconds=3)
     trainer = node.trainer()
     silent = node.engine("silent", recipe=RECIPE)[0]
     publish(trainer, 1)
@@ -244,7 +244,7 @@ def test_worker_that_does_not_belong_is_refused(
 ) -> None:
     first = node.worker(world_size=2, recipe=RECIPE)
     first.ask("attach")
-    stranger = node.worker(recipe=RECIPE, connect_timeout=1.5, **terms)
+    stranger = node.worker(recipe=RECIPE, connect_timeout=5.0, **terms)
     with pytest.raises(kind, match=reason):
         stranger.ask("attach")
     second = node.worker(rank=1, world_size=2, recipe=RECIPE)

@@ -139,7 +139,7 @@ def test_engine_in_quarantine_is_repaired_by_a_push(node: Node) -> None:
 
 
 def test_push_that_no_engine_takes_may_be_tried_again(node: Node) -> None:
-    node.start_daemon(push__automatic=False, deadlines__pause_seconds=1)
+    node.start_daemon(push__automatic=False, deadlines__pause_seconds=3)
     (busy,) = node.engine(recipe=RECIPE)
     trainer = node.trainer()
     before = stage(trainer, 1)
@@ -173,7 +173,7 @@ def test_engine_is_expected_after_a_restart_and_a_stranger_by_its_name_refused(n
     assert [worker["present"] for worker in engine["workers"]] == [False, False]
     assert not node.daemon.status()["readiness"]["ready"]
     with pytest.raises(MisuseError, match="'pair' is expected with world size 2 and has world size 1"):
-        node.worker("pair", recipe=RECIPE, connect_timeout=1.0).ask("attach")
+        node.worker("pair", recipe=RECIPE, connect_timeout=5.0).ask("attach")
     workers = node.engine("pair", world_size=2, recipe=RECIPE)
     assert node.daemon.engine("pair")["ready"]
     assert node.daemon.status()["readiness"]["ready"]
@@ -205,7 +205,7 @@ def test_engine_that_says_no_model_is_refused_where_two_are_live(node: Node) -> 
         build(trainer, 1)
         trainer.publish_live(1)
     with pytest.raises(MisuseError, match="'e' says no model, and this node serves other, policy: attach it with mod"):
-        node.worker(recipe=RECIPE, connect_timeout=1.0).ask("attach")
+        node.worker(recipe=RECIPE, connect_timeout=5.0).ask("attach")
     assert cpe(node, "engine", "add", "e", "--kind", "torch", "--model", "other").exit_code == 0
     (worker,) = node.engine(recipe=RECIPE)
     worker.ask("ready", timeout=15)

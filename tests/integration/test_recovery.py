@@ -195,7 +195,7 @@ def test_node_is_not_ready_before_engines_are_back_and_gives_up_those_that_are_g
     await_written(node, 1)
     node.daemon.kill()
     engine.kill()
-    daemon = node.start_daemon(deadlines__hello_seconds=2)
+    daemon = node.start_daemon(deadlines__hello_seconds=5)
     assert codes(daemon) == [("engine_awaited", "e")]
     await_ready(daemon)
     assert "engine.not_returned" in daemon.said
@@ -295,7 +295,7 @@ def test_bootstrap_gives_engines_a_version_and_again_after_a_kill(node: Node, ch
         "bootstrap__model": MODEL,
         "bootstrap__run": "base",
         "bootstrap__number": 3,
-        "deadlines__hello_seconds": 3,
+        "deadlines__hello_seconds": 5,
     }
     meant = weights.digests(weights.build(weights.specs(RECIPE), 5))
     daemon = node.start_daemon(**settings)
@@ -332,7 +332,7 @@ def test_bootstrap_does_not_take_the_place_of_what_a_trainer_sent(node: Node, ch
     meant = publish(node.trainer(), 1)
     node.daemon.kill()
     (node.runtime_dir / "state" / "journal.json").unlink()  # an older release wrote none
-    daemon = node.start_daemon(bootstrap__dir=str(checkpoint), bootstrap__model=MODEL, deadlines__hello_seconds=3)
+    daemon = node.start_daemon(bootstrap__dir=str(checkpoint), bootstrap__model=MODEL, deadlines__hello_seconds=8)
     until(lambda: daemon.status()["bootstrap"]["state"] == "skipped", "it is left alone")
     assert f"engines hold {MODEL}@{RUN}#1" in daemon.status()["bootstrap"]["message"]
     assert reads(engine) == meant

@@ -114,7 +114,7 @@ def test_ranks_do_not_undo_each_other_s_rollback(node: Node) -> None:
 
 
 def test_version_stays_live_if_no_engine_takes_the_one_before(node: Node) -> None:
-    node.start_daemon(deadlines__pause_seconds=1)
+    node.start_daemon(deadlines__pause_seconds=3)
     (worker,) = node.engine(recipe=RECIPE)
     trainer = node.trainer()
     first, second = two_live(trainer)
@@ -228,7 +228,7 @@ def test_wait_that_comes_to_nothing_says_how_far_the_version_is(node: Node) -> N
 
 
 def test_wait_for_a_version_that_fails_ends_at_once(node: Node) -> None:
-    node.start_daemon(deadlines__pause_seconds=1)
+    node.start_daemon(deadlines__pause_seconds=3)
     (worker,) = node.engine(recipe=RECIPE)
     trainer, other = node.trainer(), node.trainer(run="evaluation")
     build(trainer, 1)

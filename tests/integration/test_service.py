@@ -60,7 +60,7 @@ def events(daemon: Daemon, name: str) -> list[dict[str, Any]]:
 
 def ended(daemon: Daemon) -> dict[str, Any]:
     """Wait for its good end, and return what it said of the engines."""
-    daemon.wait(15)
+    daemon.wait()
     assert daemon.exit_status == 0
     (drained,) = events(daemon, "daemon.drained")
     return drained
@@ -74,7 +74,7 @@ def test_daemon_is_ready_once_all_its_doors_are_open(node: Node, manager: InitSy
     manager.hear("READY", "1")
     for name in SOCKETS:  # at once: who is started after this service may come now
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(5)
+            client.settimeout(20)
             client.connect(str(node.runtime_dir / name))
     assert manager.said("STATUS")[-1] == "serving 0 engines, nothing live"
     assert daemon.status()["arena"]["prefaulted"]
@@ -108,7 +108,7 @@ def test_starting_asks_for_time_as_long_as_memory_comes(node: Node, manager: Ini
     assert int(manager.hear("EXTEND_TIMEOUT_USEC")) == 60_000_000
     daemon.signal(signal.SIGTERM)  # most of it is still to come
     manager.hear("STOPPING", "1")
-    daemon.wait(5)
+    daemon.wait()
     assert daemon.exit_status == 0
     manager.hear_out()
     assert manager.said("READY") == []
@@ -253,7 +253,7 @@ def test_daemon_with_a_stuck_copy_ends_all_the_same(node: Node, tmp_path: Path) 
     live = trainer.begin("live", version=1, timeout=20)
     until(lambda: daemon.version(1).get("state") == "receiving", "it is being received")
     daemon.signal(signal.SIGTERM)
-    daemon.wait(15)
+    daemon.wait()
     (said,) = events(daemon, "daemon.stop_timed_out")
     assert said["level"] == "critical"
     assert said["copies"]["in"] > 0
@@ -271,7 +271,7 @@ def test_daemon_ends_though_a_thread_of_the_loop_s_own_pool_does_not(node: Node,
         deadlines__undo_seconds=0.1,
     )
     daemon.signal(number)
-    daemon.wait(20)
+    daemon.wait()
     assert events(daemon, "daemon.stopped")
     (said,) = events(daemon, "daemon.stop_timed_out")
     assert said["level"] == "critical"
@@ -338,7 +338,7 @@ def test_version_that_is_being_received_fails_and_says_why(node: Node) -> None:
 
 
 def test_while_a_push_ends_nothing_else_begins(node: Node, manager: InitSystem) -> None:
-    daemon = node.start_daemon(environment=manager.environment, retention__versions=2)
+    daemon = node.start_daemon(environment=manager.environment, retention__versions=2, deadlines__drain_seconds=60)
     trainer, other, waiting = node.trainer(), node.trainer(), node.trainer()
     gated = node.engine("gated", target="callback", recipe=RECIPE)[0]
     publish(trainer, 1)
@@ -347,14 +347,14 @@ def test_while_a_push_ends_nothing_else_begins(node: Node, manager: InitSystem) 
     waiting.ask("publish", version=3)
     waiting.ask("staged", version=3, timeout=15)
     daemon.signal(signal.SIGTERM)
-    manager.hear("STATUS", "stopping: waiting up to 10 s for the push in flight")
+    manager.hear("STATUS", "stopping: waiting up to 60 s for the push in flight")
     other.ask("build", recipe=RECIPE, seed=4)
     other.ask("publish", version=4)
     with pytest.raises(BusyError, match="the daemon stops, and takes no more versions"):
         other.ask("live", version=4, timeout=15)
     with pytest.raises(PeerLostError, match=f"the daemon stops, and did not push {MODEL}@{RUN}#3"):
         waiting.ask("live", version=3, timeout=15)
-    newcomer = node.worker("newcomer", recipe=RECIPE, connect_timeout=1.5)
+    newcomer = node.worker("newcomer", recipe=RECIPE, connect_timeout=5.0)
     with pytest.raises(PeerLostError, match="takes no workers: the daemon stops"):
         newcomer.ask("attach")
     expected = trainer.begin("digests")
@@ -369,9 +369,9 @@ def test_push_that_does_not_end_in_time_is_undone(node: Node, manager: InitSyste
     daemon = node.start_daemon(
         environment=manager.environment,
         deadlines__drain_seconds=0.3,
-        deadlines__abort_seconds=0.3,
-        deadlines__pause_seconds=0.3,
-        deadlines__undo_seconds=5,
+        deadlines__abort_seconds=1,
+        deadlines__pause_seconds=2,
+        deadlines__undo_seconds=10,
     )
     trainer = node.trainer()
     hung, well = (node.engine(name, target="callback", recipe=RECIPE)[0] for name in ("hung", "well"))
@@ -386,7 +386,7 @@ def test_push_that_does_not_end_in_time_is_undone(node: Node, manager: InitSyste
     assert list(drained["in_doubt"]) == ["hung"]
     assert "the daemon stops" in drained["in_doubt"]["hung"]
     manager.hear_out()
-    assert "stopping: undoing the push in flight, for up to 5 s" in manager.said("STATUS")
+    assert "stopping: undoing the push in flight, for up to 10 s" in manager.said("STATUS")
     assert manager.said("STATUS")[-1] == f"stopped: well holds {FIRST}; hung IS IN DOUBT"
     assert well.ask("forward") == held
 

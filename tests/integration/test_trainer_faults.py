@@ -31,7 +31,7 @@ def worker(node: Node) -> Worker:
     node.start_daemon(
         arena__size_bytes="16MiB",
         deadlines__heartbeat_interval_seconds=0.2,
-        deadlines__heartbeat_lost_seconds=2,
+        deadlines__heartbeat_lost_seconds=3,
         deadlines__receive_idle_seconds=3,
     )
     return node.engine(recipe=RECIPE)[0]
