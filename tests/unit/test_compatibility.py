@@ -115,12 +115,13 @@ async def test_engines_that_cannot_be_asked_have_no_say(node: FakeNode, compatib
     refuse(node.worker("a"))
     busy, asleep = node.worker("busy"), node.worker("asleep")
     busy.hang("pause")
-    waiting = asyncio.create_task(node.engine("busy").driver.pause(1, 0.2))
+    waiting = asyncio.create_task(node.engine("busy").driver.pause(1, 60.0))
     asleep.sleep()
     others = [busy, asleep, node.worker("half", world_size=2), node.worker("other", model="another")]
     await node.until(lambda: node.engine("busy").workers[0].busy)
     assert isinstance(await compatibility.refusal(ONE, SHARDS), ManifestError)
     assert [asked(worker) for worker in others] == [[], [], [], []]
+    waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
 
 

@@ -314,13 +314,17 @@ async def test_client_that_sends_byte_by_byte_is_cut(monkeypatch: pytest.MonkeyP
 async def test_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
     monkeypatch.setattr(http, "CONNECTION_SECONDS", 0.3)
 
+    asked = asyncio.Event()
+
     async def large(_: str) -> Answer:
+        asked.set()
         return Answer(bytes(64 << 20), "application/octet-stream")
 
     async with serving({"/large": large}) as served:
         with socket.create_connection(("127.0.0.1", served.port)) as client:
             client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-            await until(lambda: len(served.listener._connections) == 1)
+            async with asyncio.timeout(WAIT_SECONDS):
+                await asked.wait()
             await until(lambda: not served.listener._connections)
 
 

@@ -456,7 +456,7 @@ async def test_key_is_asked_for_and_sent(serve: Serve, monkeypatch: pytest.Monke
 async def test_server_that_hangs_costs_a_deadline(serve: Serve, name: str) -> None:
     async with serve() as (driver, server, _):
         server.hangs = name
-        seconds = 1.0 if name == "pause" else SHORT  # another call comes before it, and has as long
+        seconds = 1.0  # other calls come before it, and have as long
         with pytest.raises(DeadlineError, match=rf"engine 'v': /{name} took longer than {seconds:g} s"):
             await {
                 "is_paused": lambda: driver.check(1, seconds),
