@@ -70,7 +70,15 @@ def test_sandbox_leaves_little_open(unit: Path) -> None:
 
 @pytest.mark.parametrize(
     "breaking",
-    ["PrivateDevices", "MemoryDenyWriteExecute", "PrivateIPC", "PrivateUsers", "PrivateNetwork", "ProcSubset"],
+    [
+        "PrivateDevices",
+        "MemoryDenyWriteExecute",
+        "PrivateIPC",
+        "PrivateUsers",
+        "PrivateNetwork",
+        "ProcSubset",
+        "RemoveIPC",
+    ],
 )
 def test_sandbox_keeps_gpus_rdma_and_shared_memory(breaking: str) -> None:
     assert breaking not in directives()
