@@ -155,7 +155,7 @@ def nothing_changes(daemon: Daemon) -> Iterator[None]:
     assert state_of(daemon) == before
     until(lambda: daemon.usage()["fds"] <= usage["fds"], "what was connected is closed")
     after = daemon.usage()
-    assert after["threads"] <= usage["threads"]
+    assert after["threads"] <= usage["threads"] + 4  # pools start their threads as they need them
     assert after["rss_bytes"] < usage["rss_bytes"] + GROWTH_BYTES
     print(f"resident: {usage['rss_bytes']} -> {after['rss_bytes']}")
 

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.integration.harness import Daemon, Node, Trainer, Worker
+from tests.integration.processes import until
 
 ZOO = {"zoo": 300}
 """Tensors of every dtype, of no dimension and of no element, strided, and one that is larger than three slots."""
@@ -70,10 +71,12 @@ def test_nothing_grows_with_the_number_of_versions(node: Node) -> None:
     for name, was in before.items():
         is_now = after[name]
         print(name, was, "->", is_now)
-        assert is_now["fds"] == was["fds"], name
         assert is_now["threads"] <= was["threads"] + 4, name  # pools start their threads as they need them
         assert is_now["rss_bytes"] < was["rss_bytes"] + GROWTH_BYTES, name
     assert daemon.free_bytes == free
+    for process in (daemon, *trainers, *workers):  # the daemon may have a file of its state open for a moment
+        most, what = before[process.name]["fds"], f"{process.name} has closed what it opened"
+        until(lambda process=process, most=most: process.usage()["fds"] <= most, what)  # type: ignore[misc]
 
 
 def test_trainer_cannot_change_what_is_staged(node: Node) -> None:
