@@ -11,7 +11,19 @@ import pytest
 
 from cpe_daemon.cli import main
 from cpe_daemon.config.model import IngestConfig, settings
-from cpe_daemon.wire.messages import MOST_CHUNK_FRAMES
+from cpe_daemon.core.roles import Role
+from cpe_daemon.links.access import ROLES
+from cpe_daemon.wire.messages import (
+    MOST_CHUNK_FRAMES,
+    EngineAdd,
+    EngineRemove,
+    EvictRequest,
+    Message,
+    PushRequest,
+    RollbackRequest,
+    StatusRequest,
+    WaitRequest,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
@@ -89,6 +101,22 @@ def test_security_states_the_limits_that_hold() -> None:
     assert f"bounded by their credits, {ingest.credits * ingest.chunk_bytes >> 20} MiB by default" in text
     assert f"| messages of a client in a second | {ingest.messages_per_second:,};" in text
     assert f"tensors of a rank | {ingest.max_trainers}, 4, {ingest.max_tensors:,} |" in text
+
+
+def test_security_says_all_that_an_operator_may() -> None:
+    words: dict[type[Message], str] = {
+        StatusRequest: "read the status",
+        PushRequest: "push versions",
+        RollbackRequest: "roll back",
+        WaitRequest: "wait for versions",
+        EvictRequest: "let go of versions",
+        EngineAdd: "expect and",
+        EngineRemove: "forget engines",
+    }
+    assert words.keys() == {message for message, roles in ROLES.items() if Role.OPERATOR in roles}
+    text = (ROOT / "docs" / "SECURITY.md").read_text()
+    (may,) = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `operator` |")]
+    assert [said for said in words.values() if said not in may] == []
 
 
 def test_operations_states_what_rings_and_chunks_take() -> None:
