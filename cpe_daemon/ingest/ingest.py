@@ -166,7 +166,8 @@ class Ingest:
     async def _make_room(self, session: Session, stream: Stream) -> None:
         """Check the manifest and reserve the extent, waiting as long as some room is about to be released."""
         plan = await asyncio.to_thread(layout, stream.shards)
-        stream.covered = stream.folded and await asyncio.to_thread(covers, stream.shards)
+        verified = self._config.device.verifies and stream.folded
+        stream.covered = verified and await asyncio.to_thread(covers, stream.shards)
         if plan.nbytes != stream.nbytes:
             raise ManifestError(f"the manifest takes {plan.nbytes} bytes, the trainer announced {stream.nbytes}")
         try:

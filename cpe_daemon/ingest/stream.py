@@ -29,7 +29,7 @@ class Stream:
         self.nbytes = opened.nbytes
         self.folded = opened.folded
         self.covered = False
-        """Whether a fold of it is of every byte."""
+        """Whether a fold that engines are held to is of every byte of it."""
         self.shards: list[Shard] = []
         self.contribution: Contribution | None = None
         self.writer: ExtentWriter | None = None

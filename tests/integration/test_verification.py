@@ -108,11 +108,12 @@ def test_what_a_fold_does_not_cover_cannot_be_sealed_without_digests(node: Node)
             trainer.await_state("staged")
 
 
-def test_what_was_not_folded_cannot_be_sealed_without_digests(node: Node) -> None:
-    node.start_daemon(device__verify=True)
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_no_engine_is_held_to_a_fold_of_cannot_be_sealed_without_digests(node: Node, folded: bool) -> None:
+    node.start_daemon(device__verify=not folded)
     whole = Shard("a", "uint8", (1000,))
     with RawTrainer(node.daemon.front) as trainer:
-        stream = trainer.open(1, [whole])
+        stream = trainer.open(1, [whole], folded=folded)
         trainer.send_bytes(stream, bytes(layout([whole]).nbytes))
         trainer.send(Seal(stream, b"", 0))
         with pytest.raises(ProtocolError, match="0 bytes of digests for 1 tensors"):
