@@ -70,7 +70,7 @@ def judge(
     """Decide.
 
     An engine that is being updated is no reason against readiness: that is what the node is for. One that is expected
-    and has not come is: whoever sends it requests gets errors.
+    and has not come is, and so is one that starts, and may wait for a version: whoever sends it requests gets errors.
 
     Args:
         starting: what the start still waits for, or "".
@@ -107,4 +107,6 @@ def _against(engine: Engine) -> Reason | None:
         return Reason("engine_quarantined", f"engine {name!r} stays paused{why}", name)
     if engine.state is EngineState.UNKNOWN:
         return Reason("engine_unknown", f"what engine {name!r} holds is not known{why}", name)
+    if engine.starting:
+        return Reason("engine_starting", f"engine {name!r} starts, and serves nothing yet{why}", name)
     return None

@@ -14,7 +14,7 @@ from cpe_daemon.core.lifecycle import EngineState, VersionState
 from cpe_daemon.core.tally import Tally
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.device import Device
-from cpe_daemon.engines.engine import ASLEEP, Engine
+from cpe_daemon.engines.engine import ASLEEP, STARTING, Engine
 from cpe_daemon.engines.registry import Registry
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.observe.labels import COPIES
@@ -105,7 +105,7 @@ def _lag(held: VersionId | None, newest: VersionId) -> int:
 def read_engines(readings: Readings, registry: Registry, counts: Mapping[str, int]) -> None:
     """The engines by state, and those that lack workers."""
     engines = list(registry)
-    for state in (*(state.value for state in EngineState), ASLEEP):
+    for state in (*(state.value for state in EngineState), ASLEEP, STARTING):
         readings.add("cpe_engines", counts.get(state, 0), state)
         for engine in engines[:MAX_ENGINES]:
             readings.add("cpe_engine_state", engine.condition == state, engine.name, state)

@@ -129,7 +129,7 @@ def _engine_status(engine: Engine, spec: EngineSpec | None) -> dict[str, Any]:
         "model": engine.serves,
         "kind": engine.kind,
         "state": engine.condition,
-        "ready": engine.ready,
+        "ready": engine.serving,
         "expected": spec is not None,
         "url": spec.url if spec is not None else "",
         "content": str(engine.content) if engine.content else None,

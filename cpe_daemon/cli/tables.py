@@ -23,6 +23,7 @@ _COLOURS: Final[Mapping[str, str]] = {
     "yes": "green",
     "pushing": "cyan",
     "updating": "cyan",
+    "starting": "cyan",
     "receiving": "cyan",
     "failed": "red",
     "quarantined": "red",

@@ -80,7 +80,7 @@ class Supervision:
 def state_line(catalogue: Catalogue, registry: Registry) -> str:
     """What is served, in a line: "serving 2 engines, policy@run-7#12 live"."""
     engines = [engine for engine in registry if engine.workers]
-    ready = sum(engine.ready for engine in engines)
+    ready = sum(engine.serving for engine in engines)
     count = str(ready) if ready == len(engines) else f"{ready} of {len(engines)}"
     live = [f"{version.id} live" for version in catalogue if version.state is VersionState.LIVE]
     before = registry.adoption.before

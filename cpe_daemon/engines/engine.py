@@ -34,6 +34,7 @@ from cpe_daemon.wire.reports import LoadingReport
 log = structlog.get_logger(__name__)
 
 ASLEEP: Final = "asleep"
+STARTING: Final = "starting"
 _ANSWER_SECONDS: Final = 0.5
 
 
@@ -87,8 +88,18 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether it serves a version whole (or, before the first, what it started with)."""
+        """Whether it may serve a version whole (or, before the first, what it started with)."""
         return self.complete and self.state is EngineState.CURRENT and not self.asleep
+
+    @property
+    def starting(self) -> bool:
+        """Whether any of its workers has not served yet: it may serve nobody before it was given a version."""
+        return any(worker.starting for worker in self.workers.values())
+
+    @property
+    def serving(self) -> bool:
+        """Whether it is ready, and has started: what people are told."""
+        return self.ready and not self.starting
 
     @property
     def asleep(self) -> bool:
@@ -97,8 +108,10 @@ class Engine:
 
     @property
     def condition(self) -> str:
-        """What people are told of it: its state, or that it is asleep."""
-        return ASLEEP if self.asleep else self.state.value
+        """What people are told of it: its state, or that it is asleep, or starts."""
+        if self.asleep:
+            return ASLEEP
+        return STARTING if self.starting and self.state is EngineState.CURRENT else self.state.value
 
     @property
     def idle(self) -> bool:
@@ -185,7 +198,7 @@ class EngineWorkers:
     @property
     def starting(self) -> bool:
         """Whether any of its workers has not served yet."""
-        return any(worker.starting for worker in self._engine.workers.values())
+        return self._engine.starting
 
     async def check(self, round: int, seconds: float) -> None:
         """Say whether what was announced fits."""

@@ -320,11 +320,16 @@ class Pusher:
             self._retries.look(await self._repair.restore(failed))
 
     async def _let_serve(self, engine: Engine) -> None:
-        """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round."""
+        """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round.
+
+        One that starts says no if it is to wait for a version.
+        """
         seconds = self._config.deadlines.resume_seconds
         number, content = self._rounds.number, engine.content
         error = await drive(engine, "resume", lambda: engine.driver.resume(number, content, seconds), seconds)
-        if error is not None:
+        if engine.starting and isinstance(error, EngineError):
+            log.info("engine.waits", engine=engine.name, why=error.message)
+        elif error is not None:
             log.warning("engine.resume_failed", engine=engine.name, error=error.message)
 
 

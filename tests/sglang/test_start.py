@@ -45,11 +45,19 @@ def test_server_with_dummy_weights_is_not_there_before_a_version_is(
         with pytest.raises(OSError, match="refused"):
             server.generate(seconds=5)
         assert not server.ended
+        until(lambda: told_of("early", daemon) == ("starting", False), "the daemon does not call it ready either")
         trainer.publish(family[1])
         agree(server.ready(), family[1])
+        assert told_of("early", daemon) == ("current", True)
     finally:
         trainer.close()
         server.kill()
+
+
+def told_of(name: str, daemon: Daemon) -> tuple[str, bool]:
+    """Which state `cpe status` gives an engine, and whether it calls it ready."""
+    found = [engine for engine in daemon.status()["engines"] if engine["engine"] == name]
+    return (found[0]["state"], found[0]["ready"]) if found else ("absent", False)
 
 
 def test_tied_embedding_and_padded_vocabulary_and_a_start_from_disk_and_keys(

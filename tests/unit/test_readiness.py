@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from cpe_daemon.core.lifecycle import EngineEvent
+from cpe_daemon.daemon.supervision import state_line
 from cpe_daemon.engines.engine import Engine
 from cpe_daemon.errors import EngineError, PeerLostError
 from cpe_daemon.observe.metrics import MAX_MODELS, Readings
 from cpe_daemon.observe.pages import OPENMETRICS, make_pages
 from cpe_daemon.readiness import Readiness, Reason, judge
 from cpe_daemon.readings import read_arena, read_engines, read_push, read_versions
-from cpe_daemon.status import states
-from tests.unit.fake_node import TENSOR_BYTES, TENSORS, FakeNode, number
+from cpe_daemon.status import engines_status, states
+from tests.unit.fake_node import TENSOR_BYTES, TENSORS, FakeNode, FakeWorker, number
 
 
 def codes(verdict: Readiness) -> list[tuple[str, str]]:
@@ -79,6 +80,33 @@ async def test_engines_by_what_is_known_of_them() -> None:
             "engine 'quarantined' stays paused: no such layer",
             "what engine 'unknown' holds is not known",
         ]
+
+
+async def test_server_that_waits_for_a_version_is_not_reported_ready() -> None:
+    """It may have dummy weights, and nobody can reach it."""
+    async with FakeNode.running() as node:
+        late = FakeWorker(node, "late", starting=True)
+        late.fail("resume", "it starts, and waits for a version")
+        late.attach()
+        await node.idle()
+        assert "resume" in late.steps
+        assert codes(judge(engines=node.registry)) == [("engine_starting", "late")]
+        (status,) = engines_status(node.registry)
+        assert (status["state"], status["ready"]) == ("starting", False)
+        assert state_line(node.catalogue, node.registry).startswith("serving 0 of 1 engines")
+        assert states(node.registry)["starting"] == 1
+        del late.script["resume"]
+        await node.publish(number(1))
+        assert judge(engines=node.registry).ready
+        (status,) = engines_status(node.registry)
+        assert (status["state"], status["ready"], status["content"]) == ("current", True, "m@r#1")
+
+
+async def test_server_that_may_start_with_what_it_has_is_ready_when_it_was_let_go() -> None:
+    async with FakeNode.running() as node:
+        node.worker("disk", starting=True)
+        await node.idle()
+        assert judge(engines=node.registry).ready
 
 
 async def test_engine_that_lacks_many_ranks_does_not_name_them_all() -> None:
@@ -169,6 +197,7 @@ async def test_engines_are_counted_by_state_and_by_what_they_lack() -> None:
             ("updating",): 0,
             ("quarantined",): 0,
             ("asleep",): 0,
+            ("starting",): 0,
         }
         assert values["cpe_engine_missing_workers"] == {("a",): 0, ("b",): 2}
         assert values["cpe_workers"] == {(): 2}
