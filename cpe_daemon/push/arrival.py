@@ -42,7 +42,12 @@ class Arrivals:
         self._version: VersionId | None = None
         """That waits, or waited last."""
         self._until = 0.0
+        self._tasks: asyncio.TaskGroup | None = None
         self._looking: asyncio.Task[None] | None = None
+
+    def look_in(self, tasks: asyncio.TaskGroup) -> None:
+        """Have ``tasks`` own what looks at servers: before the first version is due."""
+        self._tasks = tasks
 
     def waits(self, version: VersionId) -> bool:
         """Whether a version that is due waits now."""
@@ -55,8 +60,8 @@ class Arrivals:
             self._version, self._until = version, now + self._deadlines.arrive_seconds
         if now >= self._until:
             return False
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look(late, 0.0 if first else _LOOK_AGAIN_SECONDS))
+        if self._looking is None and self._tasks is not None:
+            self._looking = self._tasks.create_task(self._look(late, 0.0 if first else _LOOK_AGAIN_SECONDS))
         return True
 
     def close(self) -> None:

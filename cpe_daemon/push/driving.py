@@ -37,3 +37,15 @@ async def drive(engine: Engine, what: str, work: Callable[[], Awaitable[object]]
         log.exception("engine.driver_failed", engine=engine.name, phase=what)
         return EngineError(f"engine {engine.name!r} could not {what}: {type(error).__name__}: {error}")
     return None
+
+
+async def let_serve(engine: Engine, round: int, seconds: float) -> None:
+    """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round.
+
+    One that starts says no if it is to wait for a version.
+    """
+    error = await drive(engine, "resume", lambda: engine.driver.resume(round, engine.content, seconds), seconds)
+    if engine.starting and isinstance(error, EngineError):
+        log.info("engine.waits", engine=engine.name, why=error.message)
+    elif error is not None:
+        log.warning("engine.resume_failed", engine=engine.name, error=error.message)

@@ -22,7 +22,7 @@ from cpe_daemon.errors import BusyError, CpeError, EngineError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.arrival import Arrivals
 from cpe_daemon.push.compatibility import Compatibility
-from cpe_daemon.push.driving import drive
+from cpe_daemon.push.driving import let_serve
 from cpe_daemon.push.participant import Participant
 from cpe_daemon.push.repair import Repair
 from cpe_daemon.push.request import Request, choose_version, only_model
@@ -90,22 +90,28 @@ class Pusher:
 
     async def run(self) -> None:
         """Carry out what is due, until cancelled."""
-        while True:
-            await self._woken()
-            self._wake.clear()
-            while (self._is_due() or self._asked or self._joined) and not self._draining:
-                self._idle.clear()
-                if self._asked and self._asked[0].urgent:
-                    await self._serve(self._asked.popleft())
-                elif self._is_due():
-                    version = self._due.popleft()
-                    if version.state is VersionState.STAGED:  # it may have been superseded while it waited
-                        await self._push(version, self._targets(version))
-                elif self._asked:
-                    await self._serve(self._asked.popleft())
-                elif self._joined:
-                    await self._bring_up(self._joined.popleft())
-                self._idle.set()
+        async with asyncio.TaskGroup() as tasks:
+            self._arrivals.look_in(tasks)
+            while True:
+                await self._woken()
+                self._wake.clear()
+                await self._carry_out()
+
+    async def _carry_out(self) -> None:
+        """Do one after the other what is due by now, until nothing is."""
+        while (self._is_due() or self._asked or self._joined) and not self._draining:
+            self._idle.clear()
+            if self._asked and self._asked[0].urgent:
+                await self._serve(self._asked.popleft())
+            elif self._is_due():
+                version = self._due.popleft()
+                if version.state is VersionState.STAGED:  # it may have been superseded while it waited
+                    await self._push(version, self._targets(version))
+            elif self._asked:
+                await self._serve(self._asked.popleft())
+            elif self._joined:
+                await self._bring_up(self._joined.popleft())
+            self._idle.set()
 
     def _is_due(self) -> bool:
         """Whether a version is to be pushed now: there is one, and it does not wait for a server that starts."""
@@ -312,25 +318,12 @@ class Pusher:
         await self._rounds.slots.provide(engine.workers.values(), 0)  # now, for a push would have to wait for them
         live = self._catalogue.live(engine.serves)
         if engine.ready and (live is None or engine.holds(live.id, live.digest)):
-            await self._let_serve(engine)
+            await let_serve(engine, self._rounds.number, self._config.deadlines.resume_seconds)
         elif live is not None and engine.complete:
             participants = await self._rounds.run(live, [engine])
             self._retries.look(participants)
             failed = [participant for participant in participants if not participant.alive]
             self._retries.look(await self._repair.restore(failed))
-
-    async def _let_serve(self, engine: Engine) -> None:
-        """Resume an engine that holds what it should: a worker of it may have been left paused by a lost round.
-
-        One that starts says no if it is to wait for a version.
-        """
-        seconds = self._config.deadlines.resume_seconds
-        number, content = self._rounds.number, engine.content
-        error = await drive(engine, "resume", lambda: engine.driver.resume(number, content, seconds), seconds)
-        if engine.starting and isinstance(error, EngineError):
-            log.info("engine.waits", engine=engine.name, why=error.message)
-        elif error is not None:
-            log.warning("engine.resume_failed", engine=engine.name, error=error.message)
 
 
 def _failures(report: VersionReport) -> str:
