@@ -26,9 +26,14 @@ class Rows(NamedTuple):
     tails: torch.Tensor
 
     @property
+    def starts(self) -> torch.Tensor:
+        """The first row of each part, and behind them the number of rows; int64 ``[parts + 1]``."""
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0)])
+
+    @property
     def begins(self) -> torch.Tensor:
         """The first row of each part."""
-        return self.counts.cumsum(0) - self.counts
+        return self.starts[:-1]
 
     @classmethod
     def of(cls, names: Sequence[str], first_rows: Sequence[int], sizes: Sequence[int]) -> Rows:

@@ -88,7 +88,7 @@ class Stream:
         """
         if not self.ready().all_accepted:
             raise ProtocolError(f"sealed before every byte of {self.version.id} was sent")
-        needless = self.folded and self.covered and not seal.digests
+        needless = self.covered and not seal.digests
         if not needless and len(seal.digests) != DIGEST_BYTES * self.tensors:
             raise ProtocolError(f"{len(seal.digests)} bytes of digests for {self.tensors} tensors")
         if self.folded and (seal.fold is None or not 0 <= seal.fold <= MAX_FOLD):

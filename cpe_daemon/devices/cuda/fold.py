@@ -133,9 +133,7 @@ class KernelSum:
         """Move what describes the bucket to the GPU."""
         if not rows.total:
             return _Bucket(None, ())
-        zero = torch.zeros(1, dtype=torch.int64)
-        described = torch.cat([zero, rows.counts.cumsum(0)]), rows.keys, rows.tails
-        tensors = tuple(tensor.to(self._device) for tensor in described)
+        tensors = tuple(tensor.to(self._device) for tensor in (rows.starts, rows.keys, rows.tails))
         pointers = [tensor.data_ptr() for tensor in tensors]
         return _Bucket(Arguments([0, *pointers, len(rows.counts), rows.total, self._total.data_ptr()]), tensors)
 
@@ -214,6 +212,5 @@ class ScatteredSum:
         names, first_rows, addresses, sizes = zip(*stretches, strict=True) if stretches else ((), (), (), ())
         rows = Rows.of(names, first_rows, sizes)
         origins = torch.tensor([signed(address) for address in addresses], dtype=torch.int64) - rows.begins * ROW_BYTES
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), rows.counts.cumsum(0)])
-        self._tensors = tuple(tensor.to(self._device) for tensor in (origins, starts, rows.keys, rows.tails))
+        self._tensors = tuple(tensor.to(self._device) for tensor in (origins, rows.starts, rows.keys, rows.tails))
         self._rows, self._known = rows.total, list(stretches)
