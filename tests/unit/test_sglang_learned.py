@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,19 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.devices.rows import copying
-from cpe_daemon.errors import EngineError, ManifestError
-from inference_plugins.assembly import Place
+from cpe_daemon.errors import ManifestError
 from inference_plugins.gate import Gate
 from inference_plugins.learned import LearnedLoading, tensors_of
-from inference_plugins.learned.loading import spec_of
 from inference_plugins.sglang.loader import SglangLoader
 from inference_plugins.sglang.reload import Reload, load_marked
+from tests.unit.gated_worker import CPU, GatedWorker
 
-CPU = torch.device("cpu")
-LONG = 20.0
 HIDDEN = 8
 ROWS = {"embed": 12, "q": 8, "k": 4, "v": 4, "w0": 6, "w1": 6, "norm": 1}
 PARTS = {"q": ("qkv", 0), "k": ("qkv", 8), "v": ("qkv", 12), "w0": ("experts", 0), "w1": ("experts", 6)}
@@ -79,7 +74,7 @@ class Runner:
             self.model.experts.weight.copy_(self.model.experts.weight.roll(1, 0))
 
 
-class Worker:
+class Worker(GatedWorker):
     """With SGLang's own thread in the gate; its model was loaded from disk."""
 
     def __init__(self, threads: ThreadPoolExecutor, *, learns: bool = True) -> None:
@@ -88,44 +83,9 @@ class Worker:
         load_marked(lambda model: model.load_weights(list(checkpoint(0).items())), self.model)
         self.learned = LearnedLoading(lambda: tensors_of(self.model), on=learns)
         reload = Reload(self.runner, lambda: self.learned.modules)
-        self.gate = Gate("SGLang")
-        self.loader = SglangLoader(lambda: [reload], CPU, self.gate, needs_version=False, learned=self.learned)
-        self._threads = threads
-        self.given: list[str] = []
-        self.failure = ""
-
-    def push(self, number: int, tensors: Mapping[str, Tensor], *, fails_at: str = "", announced: bool = True) -> bool:
-        """Tensor by tensor, as if each were a bucket; False if the round was given up."""
-        version, self.given = VersionId("m", "r", number), []
-        specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
-        if announced:
-            self.loader.expect(specs)
-        held = self._threads.submit(self.gate.hold, LONG)
-        try:
-            self.loader.begin()
-            for spec in specs:
-                self._bring(spec.name, tensors[spec.name].clone(), fails=spec.name == fails_at)
-            self.loader.finish(version)
-        except (EngineError, ValueError) as error:
-            self.failure = str(error)
-            self.loader.abandon(str(error))
-            return False
-        finally:
-            held.result(LONG)
-        self.loader.resume()
-        return True
-
-    def _bring(self, name: str, slot: Tensor, *, fails: bool) -> None:
-        (place,) = self.loader.place([spec_of(name, slot)], CPU)
-        if fails:
-            raise ValueError("given up")
-        if place is None:
-            self.given.append(name)
-            self.loader.load([(name, slot)])
-        else:
-            rectangles = [Rectangle(place.address, place.start, place.nbytes)] if isinstance(place, Place) else place
-            copying(rectangles)(slot.data_ptr())
-        slot.fill_(-1.0)
+        gate = Gate("SGLang")
+        loader = SglangLoader(lambda: [reload], CPU, gate, needs_version=False, learned=self.learned)
+        super().__init__(loader, gate, threads)
 
 
 def checkpoint(number: int) -> dict[str, Tensor]:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import VersionId
-from cpe_daemon.devices.rows import copying
 from cpe_daemon.errors import EngineError, ManifestError
-from inference_plugins.assembly import Place
 from inference_plugins.gate import Gate
 from inference_plugins.learned import LearnedLoading, tensors_of
 from inference_plugins.learned.loading import spec_of
 from inference_plugins.vllm.loader import VllmLoader
 from inference_plugins.vllm.reload import Reload
 from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Model
-
-CPU = torch.device("cpu")
-LONG = 20.0
+from tests.unit.gated_worker import CPU, LONG, GatedWorker
 
 
 class Padless(Model):
@@ -40,7 +35,7 @@ def checkpoint(number: int) -> dict[str, Tensor]:
     return {name: torch.randn(count, HIDDEN, generator=generator) for name, count in rows.items()}
 
 
-class Worker:
+class Worker(GatedWorker):
     """With vLLM's own thread in the gate."""
 
     def __init__(self, threads: ThreadPoolExecutor, *, learns: bool = True) -> None:
@@ -49,42 +44,9 @@ class Worker:
         self.learned = LearnedLoading(lambda: tensors_of(self.model), on=learns)
         spared = lambda: self.learned.modules  # noqa: E731  # as the worker has it
         self.reload = Reload(self.model, "config", self.layerwise.functions, spared=spared)
-        self.gate = Gate("vLLM")
-        self.loader = VllmLoader(lambda: [self.reload], CPU, self.gate, needs_version=False, learned=self.learned)
-        self._threads = threads
-        self.given: list[str] = []
-
-    def push(self, number: int, tensors: Mapping[str, Tensor], *, fails_at: str = "") -> bool:
-        """Tensor by tensor, as if each were a bucket; False if the round was given up."""
-        version, self.given = VersionId("m", "r", number), []
-        specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
-        self.loader.expect(specs)
-        held = self._threads.submit(self.gate.hold, LONG)
-        try:
-            self.loader.begin()
-            for spec in specs:
-                self._bring(spec.name, tensors[spec.name].clone(), fails=spec.name == fails_at)
-            self.loader.finish(version)
-        except (EngineError, ValueError) as error:
-            self.loader.abandon(str(error))
-            return False
-        finally:
-            held.result(LONG)
-        self.loader.resume()
-        return True
-
-    def _bring(self, name: str, slot: Tensor, *, fails: bool) -> None:
-        (place,) = self.loader.place([spec_of(name, slot)], CPU)
-        if fails:
-            raise ValueError("given up")
-        if place is None:
-            self.given.append(name)
-            self.loader.load([(name, slot)])
-        elif isinstance(place, Place):
-            copying([Rectangle(place.address, place.start, place.nbytes)])(slot.data_ptr())
-        else:
-            copying(place)(slot.data_ptr())
-        slot.fill_(-1.0)
+        gate = Gate("vLLM")
+        loader = VllmLoader(lambda: [self.reload], CPU, gate, needs_version=False, learned=self.learned)
+        super().__init__(loader, gate, threads)
 
 
 @pytest.fixture
