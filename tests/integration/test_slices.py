@@ -45,47 +45,41 @@ def all_learned(workers: list[Worker]) -> bool:
     return all(loading["learned"] > 6 and not loading["unproven"] for loading in said)
 
 
-def test_ranks_are_sent_fewer_bytes_once_it_is_known_which_they_need(node: Node) -> None:
-    daemon = node.start_daemon(device__gpus=2)
-    trainer = node.trainer()
-    workers = node.engine("tp", world_size=2, target="learned", recipe=RECIPE, slicing=True)
-    moved = [0.0]
-    for number in range(1, 6):
+def moved_while_learning(
+    node: Node, versions: int, learner: list[Worker], *others: list[Worker]
+) -> tuple[float, float]:
+    """Publish so many versions, after which all is learned, and return the bytes that the first and the last took."""
+    trainer, moved = node.trainer(), [0.0]
+    for number in range(1, versions + 1):
         publish(node, trainer, number)
-        check(trainer, workers, number)
-        moved.append(moved_bytes(daemon))
-    assert all_learned(workers)
-    first, last = moved[1] - moved[0], moved[-1] - moved[-2]
+        for workers in (learner, *others):
+            check(trainer, workers, number)
+        moved.append(moved_bytes(node.daemon))
+    assert all_learned(learner)
+    return moved[1] - moved[0], moved[-1] - moved[-2]
+
+
+def test_ranks_are_sent_fewer_bytes_once_it_is_known_which_they_need(node: Node) -> None:
+    node.start_daemon(device__gpus=2)
+    workers = node.engine("tp", world_size=2, target="learned", recipe=RECIPE, slicing=True)
+    first, last = moved_while_learning(node, 5, workers)
     print(f"{first:.0f} bytes for the first version, {last:.0f} for the last one")
     assert 0 < last < 0.85 * first
 
 
 def test_engine_beside_it_that_needs_everything_gets_everything(node: Node) -> None:
-    daemon = node.start_daemon(device__gpus=2)
-    trainer = node.trainer()
+    node.start_daemon(device__gpus=2)
     workers = node.engine("tp", world_size=2, target="learned", recipe=RECIPE, slicing=True)
     others = node.engine("other", world_size=2, recipe=RECIPE, slicing=True)
-    moved = [0.0]
-    for number in range(1, 5):
-        publish(node, trainer, number)
-        check(trainer, workers, number)
-        check(trainer, others, number)
-        moved.append(moved_bytes(daemon))
-    assert all_learned(workers)
-    assert moved[-1] - moved[-2] == moved[1] - moved[0]
+    first, last = moved_while_learning(node, 4, workers, others)
+    assert last == first
 
 
 def test_workers_that_verify_are_sent_everything(node: Node) -> None:
-    daemon = node.start_daemon(device__gpus=2, device__verify=True)
-    trainer = node.trainer()
+    node.start_daemon(device__gpus=2, device__verify=True)
     workers = node.engine("tp", world_size=2, target="learned", recipe=RECIPE, slicing=True)
-    moved = [0.0]
-    for number in range(1, 5):
-        publish(node, trainer, number)
-        check(trainer, workers, number)
-        moved.append(moved_bytes(daemon))
-    assert all_learned(workers)
-    assert moved[-1] - moved[-2] == moved[1] - moved[0]
+    first, last = moved_while_learning(node, 4, workers)
+    assert last == first
 
 
 @pytest.mark.timeout(300)

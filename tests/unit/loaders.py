@@ -108,6 +108,13 @@ class Engine:
         else:
             self.parameters[name].copy_(tensor)
 
+    def move(self, name: str) -> None:
+        """Give a parameter, and those that are tied to it, other memory."""
+        old = self.parameters[name]
+        new = old.clone()
+        for tied in [other for other, tensor in self.parameters.items() if tensor is old]:
+            self.parameters[tied] = new
+
     def _mine(self, tensor: Tensor, dim: int) -> Tensor:
         size = tensor.shape[dim] // self.world_size
         return tensor.narrow(dim, self.rank * size, size)

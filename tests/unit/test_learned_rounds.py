@@ -148,11 +148,7 @@ def test_twenty_versions_with_faults_are_what_the_loader_makes_of_them(model: st
             fault = rng.choice(["", "", "", "engine", "given up", "moved", "relearn"])
             worker.failing_in = rng.randrange(1, 12) if fault == "engine" else -1
             if fault == "moved":
-                name = rng.choice([*worker.engine.parameters])
-                old = worker.engine.parameters[name]
-                new = old.clone()
-                for tied in [other for other, tensor in worker.engine.parameters.items() if tensor is old]:
-                    worker.engine.parameters[tied] = new
+                worker.engine.move(rng.choice([*worker.engine.parameters]))
             if fault == "relearn":
                 worker.target.learned.forget("a fault")
             worker.engine.loaded.clear()

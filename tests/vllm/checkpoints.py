@@ -117,13 +117,13 @@ def llama() -> Any:
     return transformers.LlamaConfig(**_small(), intermediate_size=128, tie_word_embeddings=False)
 
 
-def mixture() -> Any:
+def mixture(*, layers: int = 2, experts: int = 4) -> Any:
     """Qwen3-MoE."""
     return transformers.Qwen3MoeConfig(
-        **_small(),
+        **_small() | {"num_hidden_layers": layers},
         intermediate_size=128,
         moe_intermediate_size=64,
-        num_experts=4,
+        num_experts=experts,
         num_experts_per_tok=2,
         decoder_sparse_step=1,
         norm_topk_prob=True,
