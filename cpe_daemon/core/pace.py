@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-_FILLED_MEANWHILE: Final = 2
+_FILLED_MEANWHILE: Final = 2.0
 """Slots that fill while an engine stops, where nobody knows better."""
+
+
+class Prefill(NamedTuple):
+    """When engines are asked to pause: so many seconds after so many slots were full."""
+
+    slots: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +23,7 @@ class Pace:
 
     Attributes:
         starved: whether it waited for buckets, mostly; what is supposed before the first round.
-        stop_seconds: from the request to pause until it could be given its first bucket; 0.0: not known.
+        stop_seconds: from the request to pause until it had loaded its first bucket; 0.0: not known.
         fill_seconds: from one slot that was filled to the next, while slots were free; 0.0: not known.
     """
 
@@ -25,23 +32,24 @@ class Pace:
     fill_seconds: float = 0.0
 
     @property
-    def filled_meanwhile(self) -> int:
-        """Slots that are filled while the engine stops."""
+    def filled_meanwhile(self) -> float:
+        """How many slots could be filled while the engine stops."""
         if not (self.stop_seconds and self.fill_seconds):
             return _FILLED_MEANWHILE
-        return math.ceil(self.stop_seconds / self.fill_seconds)
+        return self.stop_seconds / self.fill_seconds
 
-    def prefill(self, slots: int, buckets: int) -> int:
-        """How many slots are to be full when the engine is asked to pause.
+    def prefill(self, slots: int, buckets: int) -> Prefill:
+        """How full the slots are to be when the engine is asked to pause.
 
         All that shorten the pause: it is shorter only for engines that load faster than slots fill. But while an engine
-        stops the links have to have something to do, so those that fill meanwhile are not waited for, unless all the
-        version is in slots before.
+        stops the links have to have something to do, so what fills meanwhile is not waited for, unless all the version
+        is in slots before: the last slot is to be full when the first one is free again.
         """
         if self.starved and slots >= buckets:
-            return buckets
+            return Prefill(buckets)
         wanted = slots if self.starved else 1
-        return max(0, wanted - self.filled_meanwhile)
+        more, full = math.modf(max(0.0, wanted - self.filled_meanwhile))
+        return Prefill(int(full), more * self.fill_seconds)
 
 
 def slowest(paces: list[Pace]) -> Pace:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeAlias
 
+from cpe_daemon.core.pace import Prefill
 from cpe_daemon.core.plan import Bucket, PeerCopy, Transfers
 from cpe_daemon.devices.device import Device
 from cpe_daemon.push.traffic import Traffic
@@ -31,7 +32,7 @@ class Pipeline:
         buckets: the plan's.
         deliver: stage 3.
         traffic: is told what each stage moves; None if nobody wants to know.
-        prefill: slots to fill before the engines pause; None: all.
+        prefill: how full slots are to be before the engines pause; None: as full as can be.
         clock: seconds, monotonic.
     """
 
@@ -42,7 +43,7 @@ class Pipeline:
         buckets: Sequence[Bucket],
         deliver: Deliver,
         traffic: Traffic | None = None,
-        prefill: int | None = None,
+        prefill: Prefill | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
@@ -54,16 +55,17 @@ class Pipeline:
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(device.slot_count):
             self._free.put_nowait(slot)
-        self._prefill = min(device.slot_count if prefill is None else prefill, device.slot_count, len(buckets))
+        wanted, self._prefill_seconds = prefill or Prefill(device.slot_count)
+        self._prefill = min(wanted, device.slot_count, len(buckets))
         self._filled = 0
         self._filled_at: list[float] = []
         """When the first buckets were in slots, as many as there are slots."""
         self._loading = 0
         self._hungry = 0
         """Buckets that came when the engines had nothing left to load, the first ones aside."""
+        self.first_load_seconds = 0.0
+        """From the first bucket's being sent to the engines until all had loaded it."""
         self._primed = asyncio.Event()
-        if not self._prefill:
-            self._primed.set()
         self._opened = asyncio.Event()
         self._whole = False
         """Whether every slot has to hold all of a bucket, and not what is needed there."""
@@ -98,6 +100,8 @@ class Pipeline:
 
     async def run(self) -> None:
         """Carry every bucket; returns when the last has been loaded everywhere."""
+        if not self._prefill:
+            self._prime()
         async with asyncio.TaskGroup() as tasks:
             for bucket in self._buckets:
                 slot = await self._free.get()
@@ -117,8 +121,11 @@ class Pipeline:
             self._loading += 1
             self._turn += 1
             self._next_turn.notify_all()
+        sent = self._clock()
         with self._traffic.load.moving(0):
             await loaded
+        if not bucket.index:
+            self.first_load_seconds = self._clock() - sent
         self._loading -= 1
         self._free.put_nowait(slot)
 
@@ -156,4 +163,11 @@ class Pipeline:
         if self._filled <= self._device.slot_count:
             self._filled_at.append(self._clock())
         if self._filled == self._prefill:
+            self._prime()
+
+    def _prime(self) -> None:
+        """As many slots are full as are to be, but for what fills meanwhile."""
+        if self._prefill_seconds:
+            asyncio.get_running_loop().call_later(self._prefill_seconds, self._primed.set)
+        else:
             self._primed.set()

@@ -238,6 +238,7 @@ class Round:
         """What this round showed of an engine, now that everything was delivered."""
         before, starved = participant.engine.pace, self._pipeline.starved
         stop = participant.phases.get("pause", 0.0) + participant.phases.get("begin", 0.0)
+        stop += self._pipeline.first_load_seconds
         return Pace(before.starved if starved is None else starved, stop, self._pipeline.fill_seconds)
 
     def _check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Final
 
 import torch
@@ -52,6 +52,8 @@ class TorchLoader:
         self._target = target
         self._lock = lock
         self._changed = changed
+        self._resting: Set[torch.device] = frozenset()
+        """GPUs that have come to rest since the lock was shut."""
         self._trouble: str | None = None
         """Why the last update failed, for whoever waits for the lock."""
 
@@ -76,7 +78,8 @@ class TorchLoader:
         was_open = self._lock.shut_because is None
         self._lock.shut(self._reason(), seconds, None if self.touched else passes)
         try:
-            come_to_rest(self._target.gpus(), deadline - time.monotonic())
+            self._resting = self._target.gpus()
+            come_to_rest(self._resting, deadline - time.monotonic())
         except CpeError:
             if was_open:
                 self._lock.open()  # as a lock that could not be shut is left
@@ -94,7 +97,7 @@ class TorchLoader:
         self._lock.recount()  # all workers of the engine have come to rest at the same forward pass
         with self._explaining():
             self._target.begin()
-            come_to_rest(self._target.gpus(), _REST_SECONDS)
+            come_to_rest(self._target.gpus() - self._resting, _REST_SECONDS)
 
     def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """Say where they go; from now on the weights may be a mixture."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpe_daemon.core.pace import Pace, slowest
+from cpe_daemon.core.pace import Pace, Prefill, slowest
 
 
 @pytest.mark.parametrize(
@@ -14,20 +14,25 @@ from cpe_daemon.core.pace import Pace, slowest
 def test_two_slots_are_left_to_be_filled_where_nobody_knows_better(
     slots: int, buckets: int, starved: bool, full: int
 ) -> None:
-    assert Pace(starved).prefill(slots, buckets) == full
+    assert Pace(starved).prefill(slots, buckets) == Prefill(full)
 
 
 @pytest.mark.parametrize(
-    ("stop", "fill", "full"), [(0.004, 0.002, 6), (0.0041, 0.002, 5), (0.5, 0.002, 0), (0.0001, 0.002, 7)]
+    ("stop", "fill", "full", "more"),
+    [(0.5, 0.25, 6, 0.0), (0.625, 0.25, 5, 0.125), (128.0, 0.25, 0, 0.0), (0.0625, 0.25, 7, 0.1875), (2.0, 0.25, 0, 0)],
 )
-def test_slots_that_fill_while_an_engine_stops_are_not_waited_for(stop: float, fill: float, full: int) -> None:
-    assert Pace(True, stop, fill).prefill(8, 100) == full
-    assert Pace(True, stop, fill).prefill(8, 8) == 8
-    assert Pace(False, stop, fill).prefill(8, 100) == 0
+def test_what_fills_while_an_engine_stops_is_not_waited_for(stop: float, fill: float, full: int, more: float) -> None:
+    assert Pace(True, stop, fill).prefill(8, 100) == Prefill(full, more)
+    assert Pace(True, stop, fill).prefill(8, 8) == Prefill(8)
+
+
+def test_a_slow_engine_is_asked_so_early_that_it_can_load_the_first_bucket_when_that_is_there() -> None:
+    assert Pace(False, 1.0, 0.25).prefill(8, 100) == Prefill(0)
+    assert Pace(False, 0.0625, 0.25).prefill(8, 100) == Prefill(0, 0.1875)
 
 
 def test_nothing_is_to_be_full_where_there_is_nothing() -> None:
-    assert Pace().prefill(3, 0) == 0
+    assert Pace().prefill(3, 0) == Prefill(0)
 
 
 def test_several_engines_are_as_slow_as_the_slowest() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpe_daemon.core.pace import Prefill
 from cpe_daemon.core.plan import HERE, Bucket, Copy, Gpu, PeerCopy, Topology, Transfers
 from cpe_daemon.errors import CpeError, EngineError, ResourceError
 from cpe_daemon.push.pipeline import Pipeline
@@ -159,7 +160,7 @@ def _done() -> asyncio.Future[None]:
 
 
 def pipeline_over(
-    device: FakeDevice, count: int, gpus: Sequence[int] | None = None, prefill: int | None = None
+    device: FakeDevice, count: int, gpus: Sequence[int] | None = None, prefill: Prefill | None = None
 ) -> Pipeline:
     taking = list(range(device.gpus)) if gpus is None else list(gpus)
     return Pipeline(device, taking, buckets_of(count, len(taking)), device.deliver, prefill=prefill)
@@ -309,7 +310,7 @@ async def test_primed_when_all_slots_are_full_or_hold_all_there_is(count: int, s
 async def test_primed_when_as_many_slots_are_full_as_were_asked_for(prefill: int, count: int, full: int) -> None:
     """The others fill while the engines pause."""
     device = FakeDevice(3, hold=lambda op: op[0] == "fetch" and op[1] >= full - 1)
-    pipeline = pipeline_over(device, count, prefill=prefill)
+    pipeline = pipeline_over(device, count, prefill=Prefill(prefill))
     running = asyncio.create_task(pipeline.run())
     waiting = asyncio.create_task(pipeline.primed())
     await device.until(lambda: ("fetch", full - 1) in device.running() and len(device.begun("fetch")) == min(3, count))
@@ -325,9 +326,28 @@ async def test_primed_when_as_many_slots_are_full_as_were_asked_for(prefill: int
     assert device.begun("load") == list(range(count))
 
 
+@pytest.mark.parametrize("full", [0, 1])
+async def test_primed_a_while_after_so_many_slots_are_full(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills while the engines pause is no whole number of slots."""
+    asked = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda *asked_for: asked.set_result(asked_for))
+    pipeline = pipeline_over(FakeDevice(3), 9, prefill=Prefill(full, 0.5))
+    running = asyncio.create_task(pipeline.run())
+    waiting = asyncio.create_task(pipeline.primed())
+    seconds, wake = await asked
+    assert seconds == 0.5
+    assert not waiting.done()
+    wake()
+    await finished(waiting)
+    pipeline.open()
+    await finished(running)
+
+
 async def test_nothing_to_carry_is_primed_at_once() -> None:
     pipeline = pipeline_over(FakeDevice(), 0)
+    running = asyncio.create_task(pipeline.run())
     await finished(pipeline.primed())
+    await finished(running)
     await finished(pipeline.run())
 
 

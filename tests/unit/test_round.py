@@ -244,7 +244,7 @@ async def test_round_notes_how_long_an_engine_took_to_stop_and_a_slot_to_fill(
     made = make_round(node, "a")
     assert await run(made) == {"a": None}
     pace, phases = node.engine("a").pace, made.participants[0].phases
-    assert pace.stop_seconds == phases["pause"] + phases["begin"] > 0
+    assert pace.stop_seconds > phases["pause"] + phases["begin"] > 0  # it has loaded a bucket by then
     assert pace.fill_seconds > 0
 
 
