@@ -1,10 +1,11 @@
-"""What `benchmarks.vllm_pause` puts into a vLLM server: a clock around its pauses, and the floor, measured in a worker.
+"""What benchmarks put into a vLLM server, as a plugin of vLLM's and as a middleware of its API.
 
-It is copied to where the server finds it, as a plugin of vLLM's and as a middleware of its API.
+A clock around its pauses; and in its workers vLLM's own reload of the model, and a digest of what the model is then.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,10 +18,10 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[N
 
 
 def register() -> None:
-    """Add a method to workers, which `/collective_rpc` calls."""
+    """Add methods to workers, which `/collective_rpc` calls."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    Worker.cpe_floor = floor
+    Worker.cpe_floor, Worker.cpe_load, Worker.cpe_digest = floor, load, digest
 
 
 def floor(worker: Any, path: str, runs: int) -> list[float]:
@@ -34,22 +35,57 @@ def floor(worker: Any, path: str, runs: int) -> list[float]:
     Returns:
         The seconds of each.
     """
-    import torch
     from safetensors.torch import load_file
+
+    tensors = list(load_file(path).items())
+    return [_reload(worker, tensors) for _ in range(runs)]
+
+
+def load(worker: Any, model: str, version: int) -> float:
+    """Reload a worker's model from a version's tensors (`benchmarks.gpu.contents`) on its device; return the seconds.
+
+    Args:
+        worker: vLLM's.
+        model: one of `benchmarks.models`.
+        version: which contents.
+    """
+    from benchmarks.gpu.contents import Weights
+    from benchmarks.models import MODELS
+
+    made = Weights(MODELS[model], worker.device)
+    seconds = _reload(worker, list(made.version(version).items()))
+    del made
+    return seconds
+
+
+def digest(worker: Any) -> str:
+    """Digest all parameters and buffers of a worker's model."""
+    import torch
+
+    from inference_plugins.learned.proof import Witness, look_at
+
+    model, witness, made = worker.model_runner.get_model(), Witness(), hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        memory = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        made.update(repr((name, [int(seen) for seen in look_at(witness, memory, 0, memory.numel())])).encode())
+    return made.hexdigest()
+
+
+def _reload(worker: Any, tensors: list[tuple[str, Any]]) -> float:
+    """Have vLLM reload a worker's model, from start to finish; return the seconds."""
+    import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     model, config = worker.model_runner.get_model(), worker.model_runner.model_config
-    tensors = list(load_file(path).items())
-    seconds = []
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
-        for _ in range(runs):
-            began = time.perf_counter()
-            initialize_layerwise_reload(model)
-            model.load_weights(tensors)
-            finalize_layerwise_reload(model, config)
-            seconds.append(time.perf_counter() - began)
-    return seconds
+        began = time.perf_counter()
+        initialize_layerwise_reload(model)
+        model.load_weights(tensors)
+        finalize_layerwise_reload(model, config)
+        if worker.device.type == "cuda":
+            torch.cuda.synchronize(worker.device)
+        return time.perf_counter() - began
 
 
 class Clock:

@@ -11,35 +11,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import transformers
 
 from benchmarks.arguments import positive
 from benchmarks.report import compared, finish, show, spread
+from benchmarks.vllm_server import ENGINE, MODEL, ROOT, call_workers, pauses, server
 from cpe_daemon.publisher import Publisher
 
-ROOT: Final = Path(__file__).parent.parent
-START_SECONDS: Final = 400.0
 LIVE_SECONDS: Final = 60.0
 ALLOWED_RATIO: Final = 1.5
 ALLOWED_MORE_SECONDS: Final = 0.02
-_PLUGIN: Final = "cpe_meter"
+_ON_CPU: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -51,15 +43,23 @@ def main() -> None:
         nbytes = sum(path.stat().st_size for path in checkpoints[0].glob("*.safetensors"))
         with _daemon(directory, options.slot_bytes, 4 * nbytes), _publisher(directory) as publisher:
             publisher.publish(checkpoints[0], version=1).live(LIVE_SECONDS)
-            with _server(directory, checkpoints[0], options) as url:
+            arguments = ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "128", "--max-num-seqs", "4"]
+            with server(
+                directory,
+                checkpoints[0],
+                arguments,
+                python=options.python,
+                ranks=options.ranks,
+                developer_routes=options.developer_routes,
+                settings=_ON_CPU,
+            ) as url:
                 _measure(publisher, url, checkpoints, 2, options.warm, {})
-                (directory / "pauses").write_text("")
                 phases: dict[str, list[float]] = {}
                 floors = _measure(publisher, url, checkpoints, 2 + options.warm, options.updates, phases)
-        pauses = [float(line) for line in (directory / "pauses").read_text().splitlines()]
+        paused = pauses(directory)[-options.updates :]
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    _report(options, pauses, floors, phases, nbytes)
+    _report(options, paused, floors, phases, nbytes)
 
 
 def _options() -> argparse.Namespace:
@@ -118,23 +118,15 @@ def _measure(
         report = publisher.publish(checkpoint, version=number).live(LIVE_SECONDS)
         if report.behind:
             sys.exit(f"the server did not take an update:\n{report}")
-        for name, seconds in report.engines["vllm"].phases.items():
+        for name, seconds in report.engines[ENGINE].phases.items():
             phases.setdefault(name, []).append(seconds)
         path = str(checkpoint / "model.safetensors")
-        ranks = _call(url, "/collective_rpc", {"method": "cpe_floor", "args": [path, 1]})["results"]
-        floors.append(max(rank[0] for rank in ranks))
+        floors.append(max(rank[0] for rank in call_workers(url, "cpe_floor", path, 1)))
     return floors
 
 
-def _call(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=LIVE_SECONDS) as reply:
-        return json.loads(reply.read() or b"null")
-
-
 def _publisher(directory: Path) -> Publisher:
-    return Publisher(f"ipc://{directory}/front.sock", model="policy", run="run", connect_timeout=LIVE_SECONDS)
+    return Publisher(f"ipc://{directory}/front.sock", model=MODEL, run="run", connect_timeout=LIVE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -153,64 +145,6 @@ def _daemon(directory: Path, slot_bytes: str, version_bytes: int) -> Iterator[No
             sys.stderr.write((directory / "daemon.log").read_text(errors="replace")[-2000:])
         process.terminate()
         process.wait(60)
-
-
-@contextlib.contextmanager
-def _server(directory: Path, checkpoint: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Run a server; gives its URL when it takes requests."""
-    info = directory / "plugin" / f"{_PLUGIN}-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{_PLUGIN} = {_PLUGIN}:register\n")
-    (info.parent / f"{_PLUGIN}.py").write_text((ROOT / "benchmarks/vllm_meter.py").read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "CPE_", "PYTHON"))}
-    environment = inherited | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(info.parent),
-        "CPE_METER": str(directory / "pauses"),
-        "CPE_ENGINES_SOCKET": str(directory / "engines.sock"),
-        "CPE_ENGINE": "vllm",
-        "CPE_ENGINE_URL": url,
-        "CPE_MODEL": "policy",
-    }
-    if not options.developer_routes:
-        environment["VLLM_PLUGINS"] = f"cpe,{_PLUGIN}"
-    command = [str(options.python), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += ["--model", str(checkpoint), "--skip-tokenizer-init", "--max-model-len", "128", "--dtype", "bfloat16"]
-    command += ["--max-num-seqs", "4", "--host", "127.0.0.1", "--port", str(port), "--middleware", f"{_PLUGIN}.Clock"]
-    command += ["--tensor-parallel-size", str(options.ranks), "--weight-transfer-config", '{"backend": "cpe"}']
-    log = directory / "server.log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, env=environment, cwd=directory, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        _await(url, process, log)
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(20)
-
-
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline, pause = time.monotonic() + START_SECONDS, threading.Event()
-    while True:
-        with contextlib.suppress(OSError):
-            _call(url, "/health")
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
-            sys.exit(f"the server did not start: {log.read_text(errors='replace')[-4000:]}")
-        pause.wait(0.5)
 
 
 def _report(

@@ -19,6 +19,8 @@ _GRAIN_BYTES: Final = 512
 _WORD_BYTES: Final = 8
 _BLOCK_WORDS: Final = 1 << 21
 _LEAST_ROOM_BYTES: Final = 1 << 20
+_LARGEST: Final = 0.06
+"""Weight."""
 _FACTORS: Final = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 """Odd, and without pattern: those of SplitMix64, as torch's signed integers."""
 
@@ -34,7 +36,10 @@ class Contents:
     def __init__(self, architecture: Architecture, device: str | torch.device = "cpu") -> None:
         self.architecture = architecture
         largest = architecture.largest_nbytes
-        self._pool = random_bytes(largest + max(largest // 4, _LEAST_ROOM_BYTES), device)
+        self._pool = self._made(largest + max(largest // 4, _LEAST_ROOM_BYTES), device)
+
+    def _made(self, nbytes: int, device: str | torch.device) -> torch.Tensor:
+        return random_bytes(nbytes, device)
 
     def tensor(self, spec: TensorSpec, version: int) -> torch.Tensor:
         """Return a tensor of a version; a view, not to be written to."""
@@ -46,6 +51,17 @@ class Contents:
     def version(self, version: int) -> dict[str, torch.Tensor]:
         """Return all tensors of a version by their names."""
         return {spec.name: self.tensor(spec, version) for spec in self.architecture.specs()}
+
+
+class Weights(Contents):
+    """As that, but such numbers as a model may consist of, in bfloat16: tokens can be made with them."""
+
+    def _made(self, nbytes: int, device: str | torch.device) -> torch.Tensor:
+        numbers = random_bytes(nbytes, device).view(torch.int16)
+        for start in range(0, numbers.numel(), _BLOCK_WORDS):
+            block = numbers[start : start + _BLOCK_WORDS]
+            block.view(torch.bfloat16).copy_(block.to(torch.float32) * (_LARGEST / (1 << 15)))
+        return numbers.view(torch.uint8)
 
 
 def random_bytes(nbytes: int, device: str | torch.device = "cpu") -> torch.Tensor:

@@ -10,13 +10,13 @@ import torch
 
 from benchmarks import churn, issue, push
 from benchmarks.gpu.census import Counter, grown
-from benchmarks.gpu.contents import Contents, poison, random_bytes, same
+from benchmarks.gpu.contents import Contents, Weights, poison, random_bytes, same
 from benchmarks.gpu.engine import Rank
 from benchmarks.gpu.floor import Floor, chunks
 from benchmarks.gpu.node import Setting, check_answer, engine_each, one_engine
 from benchmarks.gpu.push import Row, Update, plain
 from benchmarks.gpu.scrape import Readings
-from benchmarks.models import MODELS, QWEN3_8B, QWEN3_32B
+from benchmarks.models import MODELS, QWEN3_8B, QWEN3_32B, QWEN3_MOE
 from cpe_daemon.config import load_config
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.demo.architecture import SMALL
@@ -94,6 +94,25 @@ def test_models_have_the_sizes_that_are_spoken_of() -> None:
 
 
 # --- the floor -------------------------------------------------------------------------------------------------------
+
+
+def test_mixture_has_the_tensors_of_every_expert() -> None:
+    specs = {spec.name: spec.shape for spec in QWEN3_MOE.specs()}
+    assert len(specs) == 4719
+    assert 16.1e9 < QWEN3_MOE.nbytes < 16.3e9
+    assert specs["model.layers.11.mlp.gate.weight"] == (128, 2048)
+    assert specs["model.layers.11.mlp.experts.127.up_proj.weight"] == (768, 2048)
+    assert specs["model.layers.11.mlp.experts.127.down_proj.weight"] == (2048, 768)
+    assert not any(".mlp.up_proj" in name for name in specs)
+    assert QWEN3_MOE.config()["moe_intermediate_size"] == 768
+
+
+def test_weights_are_numbers_that_a_model_may_consist_of() -> None:
+    made = Weights(SMALL)
+    tensor = made.tensor(next(SMALL.specs()), 1).float()
+    assert 0.05 < float(tensor.abs().max()) < 0.0605
+    assert float(tensor.std()) > 0.03
+    assert torch.equal(tensor, Weights(SMALL).tensor(next(SMALL.specs()), 1).float())
 
 
 def test_floor_cuts_all_bytes_into_chunks_that_stay_inside() -> None:
