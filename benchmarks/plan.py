@@ -82,8 +82,7 @@ class Figures:
 def make_case(layers: int, ranks: int, spread: str, slot_bytes: int, numa_nodes: int) -> Case:
     """Have each rank contribute its tensors, and lay the extents out one after another."""
     contributions = kimi.SPREADS[spread](kimi.tensors(layers), ranks)
-    digests = [[b"\0" * 16] * len(shards) for shards in contributions]
-    manifest = merge(VersionId("kimi-k2", "bench", 1), contributions, digests)
+    manifest = merge(VersionId("kimi-k2", "bench", 1), contributions)
     bases: list[Base] = []
     end = 0
     for shards in contributions:

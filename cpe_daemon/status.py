@@ -51,7 +51,7 @@ def version_status(version: Version, now: float) -> dict[str, Any]:
         "state": str(version.state),
         "nbytes": version.nbytes,
         "tensors": len(version.manifest.tensors) if version.manifest else 0,
-        "ranks_sealed": sum(part.digests is not None for part in version.contributions.values()),
+        "ranks_sealed": sum(part.sealed for part in version.contributions.values()),
         "world_size": version.world_size,
         "age_seconds": now - version.opened_at,
         "stage_seconds": version.stage_seconds,

@@ -16,13 +16,15 @@ from cpe_daemon.wire.reports import VersionReport
 
 @dataclass(slots=True, eq=False)
 class Contribution:
-    """One rank's part of a version: its shards, where they lie, and, once sealed, their digests.
+    """One rank's part of a version: its shards, where they lie, and whether it has sent and ``sealed`` them all.
 
-    ``fold`` is of its bytes in the arena (`cpe_daemon.core.fold`), where workers are to verify what they load.
+    ``digests``, one a shard, are of its bytes in the arena; None: not known yet. ``fold`` is of the same bytes
+    (`cpe_daemon.core.fold`), where workers are to verify what they load.
     """
 
     shards: Sequence[Shard]
     extent: Extent
+    sealed: bool = False
     digests: Sequence[bytes] | None = None
     fold: int | None = None
 
@@ -65,9 +67,7 @@ class Version:
     @property
     def sealed(self) -> bool:
         """Whether every rank has sent everything and said so."""
-        return len(self.contributions) == self.world_size and all(
-            part.digests is not None for part in self.contributions.values()
-        )
+        return len(self.contributions) == self.world_size and all(part.sealed for part in self.contributions.values())
 
     @property
     def held(self) -> bool:

@@ -45,11 +45,10 @@ class Run(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tensor(msgspec.Struct, frozen=True, gc=False):
-    """A tensor of a manifest with the runs that make it up, in order, and each run's digest."""
+    """A tensor of a manifest with the runs that make it up, in order."""
 
     spec: TensorSpec
     runs: tuple[Run, ...]
-    digests: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,31 +104,23 @@ def checked_nbytes(shard: Shard) -> int:
     return math.prod(local) * size
 
 
-def merge(
-    version: VersionId,
-    contributions: Sequence[Sequence[Shard]],
-    digests: Sequence[Sequence[bytes]],
-) -> Manifest:
+def merge(version: VersionId, contributions: Sequence[Sequence[Shard]]) -> Manifest:
     """Join the ranks' shards into one manifest.
 
     Args:
         version: whose manifest it is.
         contributions: by rank, the shards in the rank's own order.
-        digests: by rank, a digest a shard.
 
     Raises:
-        ManifestError: a tensor is described differently by two ranks, or is not covered exactly once; or a rank's
-            shards and digests are not as many.
+        ManifestError: a tensor is described differently by two ranks, or is not covered exactly once.
     """
-    if [len(shards) for shards in contributions] != [len(rank_digests) for rank_digests in digests]:
-        raise ManifestError(f"{version}: not a digest for each shard of each rank")
     specs: dict[str, TensorSpec] = {}
-    pieces: dict[str, list[tuple[Run, bytes]]] = {}
-    for rank, (shards, rank_digests) in enumerate(zip(contributions, digests, strict=True)):
+    pieces: dict[str, list[Run]] = {}
+    for rank, shards in enumerate(contributions):
         plan = layout(shards)
-        for shard, offset, nbytes, digest in zip(shards, plan.offsets, plan.sizes, rank_digests, strict=True):
+        for shard, offset, nbytes in zip(shards, plan.offsets, plan.sizes, strict=True):
             name, spec = shard.name, shard.spec
-            piece = Run(tensor_offset(shard), nbytes, rank, offset), digest
+            piece = Run(tensor_offset(shard), nbytes, rank, offset)
             if name not in specs:
                 specs[name] = spec
                 pieces[name] = [piece]
@@ -141,22 +132,22 @@ def merge(
     return Manifest(version, tensors, sum([run.nbytes for tensor in tensors for run in tensor.runs]))
 
 
-def _whole(spec: TensorSpec, pieces: list[tuple[Run, bytes]]) -> Tensor:
+def _whole(spec: TensorSpec, runs: list[Run]) -> Tensor:
     """Order a tensor's runs, and refuse a gap or an overlap."""
-    if len(pieces) > 1:
-        pieces.sort(key=lambda piece: (piece[0].tensor_offset, piece[0].nbytes, piece[0].rank))
+    if len(runs) > 1:
+        runs.sort(key=lambda run: (run.tensor_offset, run.nbytes, run.rank))
     end, nbytes = 0, spec.nbytes
-    for position, (run, _) in enumerate(pieces):
+    for position, run in enumerate(runs):
         repeated = position > 0 and nbytes == 0
         if run.tensor_offset < end or repeated:
-            ranks = sorted({piece[0].rank for piece in pieces})
+            ranks = sorted({run.rank for run in runs})
             raise ManifestError(f"tensor {spec.name} is contributed more than once (by ranks {ranks})")
         if run.tensor_offset > end:
             break
         end += run.nbytes
     if end != nbytes:
         raise ManifestError(f"tensor {spec.name}: no rank contributes bytes {end} onwards of {nbytes}")
-    return Tensor(spec, tuple([run for run, _ in pieces]), tuple([digest for _, digest in pieces]))
+    return Tensor(spec, tuple(runs))
 
 
 def tensor_offset(shard: Shard) -> int:

@@ -253,6 +253,7 @@ class Ingest:
         try:
             stream.contribution.digests = stream.writer.check(stream.seal.digests)
             stream.contribution.fold = stream.fold if self._config.device.verifies else None
+            stream.contribution.sealed = True
         except CpeError as error:
             self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
             self._fail(stream.version, error)

@@ -26,6 +26,6 @@ def status_of(version: Version, stream: int = 0) -> VersionStatus:
 
 def missing(version: Version) -> str:
     """Which ranks have not done their part."""
-    sealed = {rank for rank, part in version.contributions.items() if part.digests is not None}
+    sealed = {rank for rank, part in version.contributions.items() if part.sealed}
     late = [rank for rank in range(version.world_size) if rank not in sealed]
     return f"ranks {late[:_NAMED]} of {version.world_size} have not sealed"

@@ -27,7 +27,7 @@ def join(version: Version, arena: memoryview) -> Whole:
     """
     parts = [version.contributions[rank] for rank in range(version.world_size)]
     shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
-    manifest = merge(version.id, shards, digests)
+    manifest = merge(version.id, shards)
     if not manifest.tensors:
         raise ManifestError(f"{version.id} has no tensors")
     return Whole(manifest, fold_of(manifest, parts, arena), content_digest(shards, digests))

@@ -15,7 +15,7 @@ ARENA = (Base(HERE, 0), Base(PEER, 0), Base(HERE, 1000), Base(HERE, 20_000))
 
 def in_runs(spec: TensorSpec, *runs: Run) -> Tensor:
     """A tensor in any runs."""
-    return Tensor(spec, runs, (b"",) * len(runs))
+    return Tensor(spec, runs)
 
 
 def whole(spec: TensorSpec, address: int) -> Tensor:

@@ -88,7 +88,7 @@ def add(fold: ExtentFold, offset: int, nbytes: int) -> None:
 def in_arena(ranks: Sequence[Sequence[tuple[Shard, bytes]]], step: int = 1 << 20) -> int:
     """Fold extents as they are staged, ``step`` bytes at a time, and what lies around seams at the end."""
     shards = [[shard for shard, _ in rank] for rank in ranks]
-    manifest: Manifest = merge(VersionId("m", "r", 1), shards, [[b""] * len(rank) for rank in ranks])
+    manifest: Manifest = merge(VersionId("m", "r", 1), shards)
     total, extents = 0, []
     for number, rank in enumerate(ranks):
         plan = layout(shards[number])
@@ -247,8 +247,8 @@ def test_version_has_a_fold_if_all_of_its_contributions_were_folded() -> None:
         extents.append(Extent(base, plan.nbytes))
         base += plan.nbytes + 512
     shards = [[shard for shard, _ in rank] for rank in ranks]
-    manifest = merge(VersionId("m", "r", 1), shards, [[b""] * len(rank) for rank in ranks])
-    parts = [Contribution(*part) for part in zip(shards, extents, [None, None], folds, strict=True)]
+    manifest = merge(VersionId("m", "r", 1), shards)
+    parts = [Contribution(some, extent, fold=fold) for some, extent, fold in zip(shards, extents, folds, strict=True)]
     assert fold_of(manifest, parts, memoryview(arena)) == reference(tensors)
     parts[1].fold = None
     assert fold_of(manifest, parts, memoryview(arena)) is None

@@ -32,12 +32,7 @@ shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 
 def joined(*contributions: list[Shard]) -> Manifest:
-    """Merge, with digests that name rank and position."""
-    return merge(
-        VERSION,
-        contributions,
-        [[f"{rank}.{at}".encode() for at in range(len(shards))] for rank, shards in enumerate(contributions)],
-    )
+    return merge(VERSION, contributions)
 
 
 def rows(name: str, shape: tuple[int, ...], first: int, count: int, dtype: str = "bfloat16") -> Shard:
@@ -190,7 +185,6 @@ def test_any_parting_over_ranks_joins_to_the_tensors_bytes(seed: int, world_size
     }
     assert found == whole
     assert manifest.nbytes == sum(map(len, whole.values()))
-    assert all(len(tensor.runs) == len(tensor.digests) for tensor in manifest.tensors)
 
 
 def test_tensors_come_in_the_order_of_their_first_rank() -> None:
@@ -199,7 +193,7 @@ def test_tensors_come_in_the_order_of_their_first_rank() -> None:
     assert manifest.version == VERSION
 
 
-def test_runs_carry_rank_place_and_digest() -> None:
+def test_runs_carry_rank_and_place() -> None:
     shape = (4, 100)
     manifest = joined(
         [Shard("x", "int8", (300,)), rows("w", shape, 2, 2, "int8")],
@@ -207,7 +201,6 @@ def test_runs_carry_rank_place_and_digest() -> None:
     )
     tensor = manifest.tensors[1]
     assert tensor.runs == (Run(0, 200, 1, 0), Run(200, 200, 0, 512))
-    assert tensor.digests == (b"1.0", b"0.1")
 
 
 def test_ranks_without_tensors_are_fine() -> None:
@@ -272,15 +265,6 @@ def test_parts_of_inner_dimensions_are_refused_with_what_is_supported(
 ) -> None:
     with pytest.raises(ManifestError, match=r"w: .* splits an inner dimension; only contiguous parts"):
         joined([Shard("w", "int8", (4, 4), start, local)])
-
-
-@pytest.mark.parametrize(
-    "digests", [[], [[b"1"]], [[b"1", b"2"], [b"3"], []], [[b"1", b"2"], []], [[b"1"], [b"2", b"3"]]]
-)
-def test_a_digest_is_due_for_each_shard(digests: list[list[bytes]]) -> None:
-    shards = [[Shard("a", "int8", (1,)), Shard("b", "int8", (1,))], [Shard("c", "int8", (1,))]]
-    with pytest.raises(ManifestError, match="model@run#7: not a digest for each shard"):
-        merge(VERSION, shards, digests)
 
 
 def test_a_manifest_does_not_change() -> None:

@@ -523,9 +523,7 @@ def test_what_ranks_fold_in_gpus_and_what_lies_around_seams_is_the_fold(
         folding = folding_of(Contribution(shards, plan, lie), gpus)
         assert folding is not None
         total += folding()
-    manifest = merge(
-        VersionId("m", "r", 1), [[shard for shard, _ in rank] for rank in ranks], [[b""] * len(rank) for rank in ranks]
-    )
+    manifest = merge(VersionId("m", "r", 1), [[shard for shard, _ in rank] for rank in ranks])
     assert modulo(total + fold_seams(manifest.tensors, extents)) == reference(tensors)
 
 

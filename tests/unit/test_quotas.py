@@ -26,7 +26,6 @@ from cpe_daemon.versions import Catalogue
 from cpe_daemon.wire.reports import VersionReport
 
 A = ALIGNMENT_BYTES
-DIGEST = bytes(16)
 
 
 class Shelf:
@@ -47,10 +46,8 @@ class Shelf:
 
     def live(self, model: str, *parts: int) -> Version:
         version = self.receive(model, *parts)
-        for part in version.contributions.values():
-            part.digests = [DIGEST]
         shards = [part.shards for part in version.contributions.values()]
-        self.catalogue.stage(version, merge(version.id, shards, [[DIGEST]] * len(shards)))
+        self.catalogue.stage(version, merge(version.id, shards))
         self.catalogue.begin_push(version)
         self.catalogue.go_live(version, VersionReport(version.id, version.nbytes, 1))
         return version
@@ -158,8 +155,7 @@ def test_retained_is_not_given_up_where_quota_allows_and_the_arena_does_not() ->
 
 def test_only_the_models_own_pushes_make_room_in_its_quota(shelf: Shelf) -> None:
     version = shelf.receive("small", A)
-    version.contributions[0].digests = [DIGEST]
-    shelf.catalogue.stage(version, merge(version.id, [version.contributions[0].shards], [[DIGEST]]))
+    shelf.catalogue.stage(version, merge(version.id, [version.contributions[0].shards]))
     assert shelf.catalogue.may_make_room()
     assert shelf.catalogue.may_make_room("small")
     assert not shelf.catalogue.may_make_room("big")

@@ -79,8 +79,9 @@ class Desk:
         """Stage a version behind the trainers' back."""
         record = self.catalogue.open(version, len(parts))
         for rank, shards in enumerate(parts):
-            self.catalogue.contribute(record, rank, shards, layout(shards).nbytes).digests = digests[rank]
-        self.catalogue.stage(record, merge(version, parts, digests), digest=content_digest(parts, digests))
+            part = self.catalogue.contribute(record, rank, shards, layout(shards).nbytes)
+            part.sealed, part.digests = True, digests[rank]
+        self.catalogue.stage(record, merge(version, parts), digest=content_digest(parts, digests))
         return record
 
     def bring(self, record: Version, state: str) -> None:

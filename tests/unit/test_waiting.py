@@ -185,7 +185,7 @@ async def test_deadline_tells_how_far_it_is(before: str, said: str, desk: Desk) 
     if before == "receiving":
         version = desk.node.catalogue.open(TWO, 3)
         for rank in (0, 1):
-            desk.node.catalogue.contribute(version, rank, [], 0).digests = [] if rank == 1 else None
+            desk.node.catalogue.contribute(version, rank, [], 0).sealed = rank == 1
     desk.say(WaitRequest(2, 0.0099998, "m", "r"))  # what is left of a client's time when it asks
     assert await desk.refused() == f"deadline: m@r#2 is not live after 0.01 s: {said}"
     assert len(desk.waiting) == 0
