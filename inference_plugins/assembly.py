@@ -138,6 +138,11 @@ class Assembly:
                 self._known[seq] = _Known(copier, parts, places, before, self._begun, self.placed, replay)
         return tensors
 
+    @property
+    def parted(self) -> bool:
+        """Whether a part of a tensor is still to come."""
+        return self._name is not None
+
     def clear(self) -> None:
         """Forget a tensor that is not whole, and let the buffer go."""
         self._name = self._place = self._buffer = None

@@ -133,14 +133,23 @@ class GatedLoader:
         self._learned.on = self._learned.on and len(self._models()) == 1
         self._learned.begin()
 
+    @torch.no_grad()
     def place(self, tensors: Sequence[TensorSpec], device: torch.device) -> Sequence[Placement | None]:
         """Those tensors have a place of which the engine's loader is known to do nothing but copy them there."""
+        if self._learned.modules:
+            self._check_held()
         places = self._learned.place(tensors, device)
         if any(places):
-            self._check_held()
             self.touched = True
             self._coming.update((spec.name, spec.shape) for spec in tensors)
         return places
+
+    @torch.no_grad()
+    def make_over(self) -> None:
+        """Have the engine make of what was copied what its kernels want, module by module."""
+        if self._learned.modules:
+            self._check_held()
+        self._learned.make_over()
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -163,6 +172,7 @@ class GatedLoader:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
         with self._here():
+            self._rest()
             self._learned.finish(self._complete)
         self._shapes.update(self._coming)
         self.content, self.touched, self._begun = version, False, False
@@ -176,6 +186,10 @@ class GatedLoader:
         """Complete the reload, if any module was not known to need none."""
         for model in self._models() if self._begun else ():
             model.finish()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Wait until a GPU has done what was issued: modules may be made over yet."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

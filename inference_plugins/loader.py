@@ -118,6 +118,19 @@ class Learning(Protocol):
 
 
 @runtime_checkable
+class MakingOver(Protocol):
+    """What a `Loader` has besides if its engine makes other tensors of some that were loaded."""
+
+    def make_over(self) -> None:
+        """Do so with what is whole, asked for after a bucket; what is left is for `finish` to do.
+
+        No tensor is left that `place` was asked for and of which a part is still to come. On a GPU their copies may be
+        under way: what is issued on torch's current stream is done after them.
+        """
+        ...
+
+
+@runtime_checkable
 class Needing(Protocol):
     """What a `Loader` has besides if it can say which bytes it reads: the daemon may send it no others then."""
 

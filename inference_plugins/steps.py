@@ -37,7 +37,7 @@ from cpe_daemon.wire.messages import (
 from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
 from inference_plugins.assembly import Assembly
 from inference_plugins.fold import Folder
-from inference_plugins.loader import Learning, Loader, Needing
+from inference_plugins.loader import Learning, Loader, MakingOver, Needing
 
 log: Final = logging.getLogger(__name__)
 
@@ -301,7 +301,10 @@ class Steps:
             tensors = self._assembly.take(load.parts, slots.slot(load.slot), places, slots, load.seq)
             if tensors:
                 self._loader.load(tensors)
-            return _Loading(load, began, self._assembly.placed + len(tensors), slots.mark())
+            loading = _Loading(load, began, self._assembly.placed + len(tensors), slots.mark())
+            if isinstance(self._loader, MakingOver) and not self._assembly.parted:
+                self._loader.make_over()
+            return loading
 
     def _check_whole(self, names: Sequence[str]) -> None:
         """Raise if a tensor is about to be given to the engine of which only a part was sent."""

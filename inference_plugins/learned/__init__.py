@@ -2,7 +2,8 @@
 
 An engine's Python takes some hundred microseconds for each tensor; most of what it does is to copy slices of tensors to
 slices of parameters. `LearnedLoading` watches it do so (`watch`), compares the bytes that arrived with those that were
-sent (`proof`), and from then on says where each tensor's bytes belong, so that the receiver copies them itself.
+sent (`proof`), and from then on says where each tensor's bytes belong, so that the receiver copies them itself. Where
+an engine makes other tensors of what was loaded, they belong where it loads to before (`benches`).
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ class Learned(NamedTuple):
     spec: TensorSpec
     device: torch.device | None
     place: Placement
+    """If it is ``benched``, only whence bytes are copied counts: each round has other benches."""
+    benched: bool = False
 
 
 def needed(all_specs: Iterable[TensorSpec], learned: Mapping[str, Learned], device: torch.device) -> Needed | None:

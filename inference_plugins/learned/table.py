@@ -12,8 +12,9 @@ from cpe_daemon.core.rectangles import Rectangle, overlap
 from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.wire.reports import LoadingReport
 from inference_plugins.assembly import Place, Placement
+from inference_plugins.learned.benches import Form
 from inference_plugins.learned.provenance import Span
-from inference_plugins.learned.watch import Move
+from inference_plugins.learned.record import Move
 
 OTHER_BYTES: Final = "other bytes"
 """The reason of what looked like a copy and was none."""
@@ -49,6 +50,11 @@ class Entry:
     digest: int | None = None
     """Of the bytes that came last, as far as they were looked at."""
 
+    @property
+    def benched(self) -> bool:
+        """Whether any of its bytes go to a bench."""
+        return any(move.bench for move in self.moves)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -60,6 +66,8 @@ class Report:
     kept: Mapping[str, int] = field(default_factory=dict)
     """Left to the engine's loader: how many, by reason."""
     digest: str = ""
+    made_over: int = 0
+    """Those of the learned ones that are copied to benches, of which the engine then makes other tensors."""
 
     def as_message(self) -> LoadingReport:
         """The same, for the daemon: with the most frequent reasons only."""
@@ -68,7 +76,8 @@ class Report:
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count} {reason}" for reason, count in sorted(self.kept.items()))
-        return f"{self.learned} learned, {self.unproven} unproven, {sum(self.kept.values())} kept" + (
+        made_over = f" ({self.made_over} to be made over)" if self.made_over else ""
+        return f"{self.learned} learned{made_over}, {self.unproven} unproven, {sum(self.kept.values())} kept" + (
             f" ({kept})" if kept else ""
         )
 
@@ -88,6 +97,9 @@ class Table:
         """All bytes of parameters that were not seen to be written, but of those that are spoilt."""
         self.together: list[set[str]] = []
         """Tensors that have to be loaded together."""
+        self.benches: dict[str, Mapping[str, Form]] = {}
+        """By module whose tensors are made over from a bench: those of that bench."""
+        self._on_bench: dict[str, dict[str, None]] = {}
         self._module_of = module_of
 
     def fits(self, specs: Collection[TensorSpec]) -> bool:
@@ -97,6 +109,11 @@ class Table:
             (entry := entries.get(spec.name)) is not None and entry.spec == spec for spec in specs
         )
 
+    def on_bench(self, module: str) -> list[Entry]:
+        """Tensors that go to a module's bench of which that is still to be proven."""
+        entries = [self.entries[name] for name in self._on_bench.get(module, ())]
+        return [entry for entry in entries if not entry.proven and not entry.reason]
+
     def close(self, parameters: Sequence[Span], unseen: Collection[str]) -> None:
         """All was seen: find the bytes that are written twice, and those that are not.
 
@@ -105,9 +122,13 @@ class Table:
             unseen: those that bytes came to nobody knows where from.
         """
         written: dict[str, list[Move]] = {}
-        for entry in self.entries.values():
+        self._on_bench = {}
+        for name, entry in self.entries.items():
             for move in entry.moves:
-                written.setdefault(move.parameter, []).append(move)
+                if move.bench:
+                    self._on_bench.setdefault(self._module_of(move.parameter), {})[name] = None
+                else:
+                    written.setdefault(move.parameter, []).append(move)
         self.around = []
         for begin, end, name in parameters:
             moves = written.get(name, [])
@@ -115,6 +136,8 @@ class Table:
                 self.spoilt.setdefault(name, "written twice")
             elif sum(move.rectangle.rows for move in moves) > _MOST_ROWS and not _fill(moves, end - begin):
                 self.spoilt.setdefault(name, "in too many pieces")
+            if self._module_of(name) in self.benches:
+                continue  # the engine's own work
             if name in unseen:
                 self.around.append(Run(name, 0, end - begin))
             elif name not in self.spoilt and not _fill(moves, end - begin):
@@ -152,7 +175,8 @@ class Table:
                 waiting += 1
             else:
                 used.append(entry)
-        return used, Report(len(used), waiting, dict(kept), _digest(used))
+        made_over = sum(entry.benched for entry in used)
+        return used, Report(len(used), waiting, dict(kept), _digest(used), made_over)
 
 
 def _fill(moves: Sequence[Move], nbytes: int) -> bool:
@@ -164,7 +188,7 @@ def _between(moves: Sequence[Move], nbytes: int) -> Iterator[tuple[int, int]]:
     """What moves leave out: where it begins, and its size."""
     rows = sorted(
         (rectangle.destination + row * rectangle.destination_pitch, rectangle.nbytes)
-        for _, rectangle in moves
+        for _, rectangle, _ in moves
         for row in range(rectangle.rows)
     )
     at = 0
@@ -195,7 +219,7 @@ def _digest(entries: Iterable[Entry]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for entry in sorted(entries, key=lambda entry: entry.spec.name):
         spec = entry.spec
-        digest.update(repr((spec.name, spec.dtype, spec.shape, [(p, tuple(r)) for p, r in entry.moves])).encode())
+        digest.update(repr((spec.name, spec.dtype, spec.shape, [(p, tuple(r), b) for p, r, b in entry.moves])).encode())
     return digest.hexdigest()
 
 

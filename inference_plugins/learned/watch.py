@@ -1,23 +1,24 @@
 """Watches a loader at work: which bytes of the tensors that it is given it copies where, and what else it does.
 
-Every operation on tensors passes by here, seen from below (`TorchDispatchMode`), where slices, views and copies of any
-spelling have become memory and strides. What only reads bytes out of torch's sight is seen from above.
+Every operation on tensors passes by here (`modes`), where slices, views and copies of any spelling have become memory
+and strides. Where an engine makes a module's tensors over (`benches`), what it does then is looked at by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpe_daemon.core.rectangles import Rectangle, strided
+from cpe_daemon.core.rectangles import strided
 from cpe_daemon.errors import MisuseError
-from inference_plugins.learned.aside import is_unwatched
+from inference_plugins.learned.benches import Form, form_of, module_of
+from inference_plugins.learned.modes import has_tensors, looking_on, shares_memory, tensors_in, written_by
 from inference_plugins.learned.provenance import Piece, Scratch, Span, Spans, extent, layout_of, span_of
+from inference_plugins.learned.record import Making, Move, Record
 
 log: Final = logging.getLogger(__name__)
 
@@ -33,18 +34,9 @@ _BLIND: Final = frozenset(
 )
 """Operations that look at no values."""
 _FROM_PARAMETER: Final = "copied from a parameter"
-_ESCAPES: Final = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
-"""Methods that let others have the values. Who only asks for an address is found out by what changes unseen."""
 
 Owner = Span | Scratch
 """Whose a tensor's memory is: a parameter's, a tensor's that was given, or what the loader made of it."""
-
-
-class Move(NamedTuple):
-    """Bytes of a tensor and where they belong: ``rectangle``'s destination counts from the parameter's beginning."""
-
-    parameter: str
-    rectangle: Rectangle
 
 
 class Watch:
@@ -52,21 +44,16 @@ class Watch:
 
     Args:
         parameters: what the loader may write to.
+        module_of: which module a parameter is of.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        self.moves: dict[str, list[Move]] = {}
-        """By tensor: where its bytes were copied to."""
-        self.trouble: dict[str, str] = {}
-        """By tensor: what else than copies became of it."""
-        self.spoilt: dict[str, str] = {}
-        """By parameter: what else than copies was done to it."""
-        self.reached: dict[str, set[str]] = {}
-        """By tensor: the parameters that it had a part in."""
+    def __init__(self, parameters: Mapping[str, torch.Tensor], module_of: Callable[[str], str] = module_of) -> None:
+        self.record = Record()
+        """All of it; while a module is made over, what comes of that."""
+        self.benches: dict[str, Mapping[str, Form]] = {}
+        """By module: the tensors that the loader put its bytes in, before the engine made others of them."""
         self.looked_at = set[str]()
         """Tensors that were read at all."""
-        self.unseen = set[str]()
-        """Parameters that bytes were copied to of which it was not seen how they came about."""
         self.together: list[set[str]] = []
         """Tensors that were copied only when others came, with these."""
         self.parameters = Spans(span_of(name, tensor) for name, tensor in parameters.items())
@@ -75,6 +62,9 @@ class Watch:
         self._escaped = set[str]()
         """Tensors of those that are given whose bytes somebody has."""
         self._scratch: dict[int, Scratch] = {}
+        self._module_of = module_of
+        self._making = False
+        """Whether a module is being made over."""
 
     def run(self, tensors: Sequence[tuple[str, torch.Tensor]], load: Callable[[], object]) -> None:
         """Have ``load`` do with tensors what it does, and look on.
@@ -87,7 +77,7 @@ class Watch:
         self._given_names = {name for name, _ in tensors}
         self._escaped.clear()
         try:
-            with _Above(self), _Below(self):
+            with looking_on(self):
                 load()
         finally:
             self._given = Spans([])
@@ -103,6 +93,54 @@ class Watch:
         for scratch in self._scratch.values():
             if not scratch.freed:
                 self._trouble(scratch.names, "kept in other memory")
+
+    # --- benches ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def making_over(self, module: str) -> Iterator[Callable[[Mapping[str, torch.Tensor]], None]]:
+        """In it, a module's tensors are made over: from when what this returns was told of its bench, which is filled.
+
+        If that is more than to copy them, and of nothing but them, they are taken for tensors that go to the bench.
+        """
+        whole, making = self.record, list[Making]()
+
+        def filled(bench: Mapping[str, torch.Tensor]) -> None:
+            making.append(self._lay_out(module, bench))
+            self.record, self._making = making[0].record, True
+
+        try:
+            yield filled
+        finally:
+            self.record, self._making = whole, False
+        if making:
+            self._made_over(making[0])
+
+    def _lay_out(self, module: str, bench: Mapping[str, torch.Tensor]) -> Making:
+        """What came to a bench."""
+        making = Making(module, forms={name: form_of(tensor) for name, tensor in bench.items()})
+        for name, tensor in bench.items():
+            scratch = self._scratch.get(tensor.untyped_storage().data_ptr())
+            if scratch is None or scratch.freed or tensor.data_ptr() != scratch.begin:
+                making.reason = making.reason or "not whole"
+                continue
+            making.scratch.append(scratch)
+            making.add(name, scratch, tensor.nbytes if extent(tensor) == tensor.nbytes else -1)
+        making.before = list(self._scratch.values())
+        return making
+
+    def _made_over(self, making: Making) -> None:
+        """See what came of a module's tensors: copies, or what has to be made of a bench each time."""
+        if making.copied:
+            self.record.take(making.record)
+            return
+        if making.reason or making.reaches_beyond(self._module_of):
+            self.record.take(making.record)
+            self.record.take(Record(reached=making.loaded.reached))
+            return
+        self.record.take(making.loaded)
+        self.benches[making.module] = making.forms
+        left = {id(scratch) for scratch in making.before} - {id(scratch) for scratch in making.scratch}
+        self._scratch = {at: scratch for at, scratch in self._scratch.items() if id(scratch) in left}
 
     # --- what was done ------------------------------------------------------------------------------------------------
 
@@ -141,7 +179,7 @@ class Watch:
         if read is not None:
             self.looked_at.update(self._names(read))
             if isinstance(read, Span) and not self._is_given(read):  # what is made of it has to be made again
-                self.spoilt.setdefault(read.name, _FROM_PARAMETER)
+                self.record.spoilt.setdefault(read.name, _FROM_PARAMETER)
         if written is None:
             written = self._made(destination)
         try:
@@ -154,11 +192,11 @@ class Watch:
         elif self._is_given(written):
             self._spoil(written, "overwritten", ())
         else:
-            if late := {piece.tensor for piece in pieces} - self._given_names:
+            if not self._making and (late := {piece.tensor for piece in pieces} - self._given_names):
                 self.together.append(late | self._given_names)
             for tensor, rectangle in pieces:
-                self.moves.setdefault(tensor, []).append(Move(written.name, rectangle))
-                self.reached.setdefault(tensor, set()).add(written.name)
+                self.record.moves.setdefault(tensor, []).append(Move(written.name, rectangle))
+                self.record.reached.setdefault(tensor, set()).add(written.name)
 
     def _pieces(
         self, destination: torch.Tensor, written: Owner, source: torch.Tensor, read: Owner | None
@@ -170,7 +208,7 @@ class Watch:
         """
         if read is None:
             if isinstance(written, Span) and not self._escaped:
-                self.unseen.add(written.name)
+                self.record.unseen.add(written.name)
             raise MisuseError("filled from other memory")
         if isinstance(read, Scratch) and read.spoilt:
             raise MisuseError(read.spoilt)
@@ -196,10 +234,10 @@ class Watch:
     def _used(self, operation: Any, inputs: Sequence[Any], named: Mapping[str, Any], outcome: Any) -> None:
         """Something else than a copy: whatever it reads is no plain copy any more, nor is what it writes."""
         name = operation._schema.name.rpartition("::")[2]
-        written = list(_written(operation, inputs, named))
-        given = list(_tensors([inputs, named]))
-        made = [tensor for tensor in _tensors([outcome]) if not _shares(tensor, given)]
-        if not written and not made and _has_tensors(outcome):
+        written = list(written_by(operation, inputs, named))
+        given = list(tensors_in([inputs, named]))
+        made = [tensor for tensor in tensors_in([outcome]) if not shares_memory(tensor, given)]
+        if not written and not made and has_tensors(outcome):
             return  # a view
         names = set[str]()
         for tensor in given:
@@ -219,7 +257,7 @@ class Watch:
             return
         self.looked_at.update(self._names(owner))
         if isinstance(owner, Span) and not self._is_given(owner):
-            self.spoilt.setdefault(owner.name, reason)
+            self.record.spoilt.setdefault(owner.name, reason)
         else:
             self._trouble(self._names(owner), reason)
 
@@ -232,13 +270,13 @@ class Watch:
         elif self._is_given(owner):
             self._trouble([owner.name], reason)
         else:
-            self.spoilt.setdefault(owner.name, reason)
+            self.record.spoilt.setdefault(owner.name, reason)
             for name in names:
-                self.reached.setdefault(name, set()).add(owner.name)
+                self.record.reached.setdefault(name, set()).add(owner.name)
 
     def _trouble(self, names: Iterable[str], reason: str) -> None:
         for name in names:
-            self.trouble.setdefault(name, reason)
+            self.record.trouble.setdefault(name, reason)
 
     # --- whose memory -------------------------------------------------------------------------------------------------
 
@@ -274,72 +312,3 @@ def warm_up() -> None:
     """Take all steps once: torch imports more of itself when it is first watched."""
     parameter, tensor = torch.zeros(1), torch.ones(1)
     Watch({"": parameter}).run([("", tensor)], lambda: parameter.copy_(tensor))
-
-
-class _Below(TorchDispatchMode):
-    """Sees what operations come to."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler, which takes seconds, to keep it from compiling what is here."""
-        return False
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outcome = func(*args, **(kwargs or {}))
-        if is_unwatched():
-            return outcome
-        try:
-            self._watch.done(func, args, kwargs or {}, outcome)
-        except Exception as error:  # task boundary: a load does not fail for being watched
-            self._watch.puzzled(func, error)
-        return outcome
-
-
-class _Above(TorchFunctionMode):
-    """Sees the methods by which bytes leave torch."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _ESCAPES and args and isinstance(args[0], torch.Tensor):
-            self._watch.escaped(args[0], func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-
-
-def _has_tensors(value: Any) -> bool:
-    return next(_tensors([value]), None) is not None
-
-
-def _written(operation: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """The arguments that an operation writes to."""
-    for at, argument in enumerate(operation._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = inputs[at] if at < len(inputs) else named.get(argument.name)
-            yield from _tensors([value])
-
-
-def _shares(tensor: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
-    """Whether a tensor has the memory of one of others."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    storage = tensor.untyped_storage().data_ptr()
-    return any(
-        other.layout is torch.strided and not other.is_meta and other.untyped_storage().data_ptr() == storage
-        for other in others
-    )

@@ -17,7 +17,8 @@ MLA on the CPU                    there is none                                 
 `WeightTransferEngine`            `trainer_send_weights` is abstract            it has none
 `Worker.start_weight_update`      the same: `_weight_update_active`, `weight_transfer_engine`, `get_draft_model`
 `reload.layerwise`                the same: `initialize_layerwise_reload`, `finalize_layerwise_reload`,
-                                  `get_layerwise_info`, `_place_kernel_tensors`, `LayerReloadingInfo`
+                                  `get_layerwise_info`, `_place_kernel_tensors`, `_layerwise_process`,
+                                  `materialize_layer`, `LayerReloadingInfo`
 ================================  ============================================  ======================================
 """
 
@@ -131,6 +132,9 @@ def draft_of(worker: Any) -> tuple[torch.nn.Module, Any] | None:
     return None if model is None or config is None else (model, config)
 
 
+Process = Callable[[torch.nn.Module, Any], None]
+"""Completes a module, with its reload info."""
+
 Refilled = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
 
 
@@ -150,6 +154,10 @@ class Layerwise:
         refill: gives weights room again that vLLM let go once it had made others of them; returns what was there
             instead: the module, the weight's name, and an empty parameter.
         load_default: writes a tensor to a parameter that has no loader of its own.
+        processor: what makes the tensors of a module's kernels of its loaded ones; None: they are the loaded ones.
+        materialize: gives the parameters of a module memory that were taken away.
+        process: completes a module: has what came of it loaded and processed, and copied to its kernels' tensors.
+        processing_by: in it, vLLM completes modules by the function that it is given.
         uncounted: names of tensors that no count of elements has.
     """
 
@@ -163,6 +171,10 @@ class Layerwise:
     prepare: Callable[[torch.nn.Module], None]
     refill: Callable[[torch.nn.Module], Refilled]
     load_default: Callable[..., Any]
+    processor: Callable[[torch.nn.Module], Any]
+    materialize: Callable[[torch.nn.Module, Any], None]
+    process: Process
+    processing_by: Callable[[Process], contextlib.AbstractContextManager[None]]
     uncounted: frozenset[str] = frozenset()
 
     def end(self, model: torch.nn.Module) -> None:
@@ -193,10 +205,29 @@ def layerwise() -> Layerwise:
             prepare=_prepare,
             refill=lambda model: _refill(model, module.get_layerwise_info),
             load_default=default_weight_loader,
+            processor=lambda layer: _processor(layer, module.QuantizeMethodBase),
+            materialize=module.materialize_layer,
+            process=module._layerwise_process,
+            processing_by=lambda process: _processing_by(module, process),
             uncounted=frozenset(getattr(meta, "SKIP_LOAD_TENSORS", None) or meta.SKIP_TENSORS),
         )
     except (ImportError, AttributeError) as error:
         raise EngineError(f"vLLM {vllm_version()} reloads weights in another way: {error}") from None
+
+
+def _processor(layer: torch.nn.Module, kind: type) -> Any:
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, kind) else None
+
+
+@contextlib.contextmanager
+def _processing_by(module: Any, process: Process) -> Iterator[None]:
+    genuine = module._layerwise_process
+    module._layerwise_process = process
+    try:
+        yield
+    finally:
+        module._layerwise_process = genuine
 
 
 def _is_deferred(module: Any) -> Callable[[torch.nn.Module], bool]:

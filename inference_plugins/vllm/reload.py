@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from cpe_daemon.errors import EngineError
+from inference_plugins.vllm.benches import ModelBenches
 from inference_plugins.vllm.compat import Layerwise, Refilled
 from inference_plugins.vllm.watch import Watch, sparing
 
@@ -28,6 +29,7 @@ class Reload:
         layerwise: vLLM's functions.
         others: modules that may be in it, but are another model's, which is reloaded first: that one's tensors count.
         spared: returns the names of modules that are not reloaded in this update: others write to their parameters.
+        benches: of those of these that are made over; None: there are none.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Reload:
         layerwise: Layerwise,
         others: Set[torch.nn.Module] = frozenset(),
         spared: Callable[[], Set[str]] = frozenset,
+        benches: ModelBenches | None = None,
     ) -> None:
         self._model = model
         self._model_config = model_config
         self._layerwise = layerwise
         self._others = others
         self._spared = spared
+        self._benches = benches or ModelBenches(model, layerwise)
         self._pending: list[tuple[str, torch.nn.Module, Any]] = []
         """The modules that were not complete when last looked at: their name, and their reload info."""
         self._begun = 0
@@ -56,18 +60,19 @@ class Reload:
         return set(self._model.modules())
 
     def begin(self) -> None:
-        """Take the parameters of all modules away, until they have been loaded."""
-        self.undo()
+        """Take the parameters of all modules away, until they have been loaded; but of those that are on benches."""
+        self._undo(self._benches.laid_out)
         self._refilled = self._layerwise.refill(self._model)
         self._layerwise.initialize(self._model)
         spared = self._spared()
         for name, module in self._model.named_modules() if spared else ():
             info = self._layerwise.info(module)
-            if name in spared and info.can_load():
+            if name in spared and info.can_load() and module not in self._benches.laid_out:
                 self._layerwise.put_back(module, info)
                 info.reset()
         infos = ((name, module, self._layerwise.info(module)) for name, module in self._model.named_modules())
-        self._pending = [entry for entry in infos if entry[1] not in self._others and entry[2].can_load()]
+        apart = self._others | self._benches.laid_out
+        self._pending = [entry for entry in infos if entry[1] not in apart and entry[2].can_load()]
         self._begun = len(self._pending)
         theirs = {id(one) for module in self._others for one in module.parameters(recurse=False)}
         for name, parameter in self._model.named_parameters():
@@ -118,11 +123,15 @@ class Reload:
 
         Modules that were complete keep what was loaded. Does nothing if nothing was begun.
         """
+        self._undo(frozenset())
+        self._benches.clear()
+
+    def _undo(self, but: Set[torch.nn.Module]) -> None:
         self._watch.clear()
         undone = set[torch.nn.Module]()
         for module in self._model.modules():
             info = self._layerwise.info(module)
-            if module not in self._others and info.can_load():
+            if module not in self._others and module not in but and info.can_load():
                 if info.kernel_tensors is not None:
                     self._layerwise.put_back(module, info)
                 info.reset()

@@ -28,6 +28,7 @@ from inference_plugins.gated import Reloading
 from inference_plugins.introduction import introduce
 from inference_plugins.learned import LearnedLoading, switched_on, tensors_of
 from inference_plugins.receiver import Receiver
+from inference_plugins.vllm.benches import ModelBenches
 from inference_plugins.vllm.compat import (
     check_version,
     draft_model,
@@ -83,8 +84,10 @@ class CpeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # ty
         self._settings = Settings.read()
         let_sessions_lapse(CpeWeightTransferEngine)
         self._layerwise = layerwise()
-        self._learned = LearnedLoading(lambda: tensors_of(model), on=switched_on())
-        self._target = Reload(model, vllm_config.model_config, self._layerwise, spared=lambda: self._learned.modules)
+        benches = ModelBenches(model, self._layerwise)
+        self._learned = LearnedLoading(lambda: tensors_of(model), on=switched_on(), benches=benches)
+        spared = lambda: self._learned.modules  # noqa: E731  # asked for in each round
+        self._target = Reload(model, vllm_config.model_config, self._layerwise, spared=spared, benches=benches)
         self._models: list[Reloading] = [Target(self._target)]
         self._shapes = shapes(vllm_config.model_config, vllm_config.load_config)
         self._add(model)

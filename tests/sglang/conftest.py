@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.checkpoints import vary
 from tests.sglang.servers import ADMIN_KEY, PYTHON, Server, SglangFaults
-from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied
+from tests.vllm.checkpoints import Checkpoint, Checkpoints, dense, tied, vary
 from tests.vllm.servers import Daemon, Faults, Trainer
 
 HERE = Path(__file__).parent

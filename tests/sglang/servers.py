@@ -39,14 +39,6 @@ class SglangFaults(Faults):
         super().__init__(directory, _PLUGIN, "sglang.srt.plugins", Path(__file__).parent / "faults.py")
 
 
-class RoomyDaemon(Daemon):
-    """A daemon with room for a larger model, and slots that take a layer of it."""
-
-    def __init__(self, runtime_dir: Path, state_dir: Path) -> None:
-        super().__init__(runtime_dir, state_dir)
-        self._command += ["--set", "arena.size_bytes=128MiB", "--set", "device.slot_bytes=4MiB"]
-
-
 class Server:
     """An SGLang server on the CPU, as the README has it, but small.
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.checkpoints import many, vary
-from tests.sglang.servers import RoomyDaemon, Server
+from tests.sglang.servers import Server
 from tests.sglang.test_servers import engine_of
-from tests.vllm.checkpoints import Checkpoint, Checkpoints
-from tests.vllm.servers import Daemon, Faults, Trainer
+from tests.vllm.checkpoints import Checkpoint, Checkpoints, many, vary
+from tests.vllm.servers import Daemon, Faults, RoomyDaemon, Trainer
 
 TENSORS = 1968
 VERSIONS = 6

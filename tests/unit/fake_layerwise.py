@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inference_plugins.vllm.compat import Layerwise
+from inference_plugins.vllm.compat import Layerwise, Process
 
 HIDDEN = 4
 PADDING = 2 * HIDDEN
@@ -111,11 +111,19 @@ def tensors(value: float) -> dict[str, Tensor]:
 def load(parameter: Tensor, loaded_weight: Tensor, shard: int | None = None) -> None:
     """Write to a parameter, or to a third of it."""
     if shard is None and len(parameter) * HIDDEN == loaded_weight.numel() + PADDING:
+        parameter[len(loaded_weight) :].fill_(0)
         parameter = parameter[: len(loaded_weight)]
     place = parameter if shard is None else parameter[shard * HIDDEN : (shard + 1) * HIDDEN]
     if place.shape != loaded_weight.shape:
         raise ValueError(f"{tuple(loaded_weight.shape)} into {tuple(place.shape)}")
     place.copy_(loaded_weight)
+
+
+class Packing:
+    """What packs a module's weight for its kernels, as vLLM's quantisation methods do."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.weight = nn.Parameter(layer.weight.flip(0) + 1, requires_grad=False)
 
 
 class FakeLayerwise:
@@ -127,6 +135,9 @@ class FakeLayerwise:
         self.prepared: list[nn.Module] = []
         self.emptied: list[nn.Module] = []
         """Modules whose weight was let go once kernels had what they need."""
+        self._recorded: dict[tuple[nn.Module, str], torch.Size] = {}
+        """Shapes that parameters have in checkpoints, where they are not those that kernels use."""
+        self._completes: Process = lambda module, info: self.process(module, info)
         self.functions = Layerwise(
             initialize=self.initialize,
             finalize=self.finalize,
@@ -138,6 +149,10 @@ class FakeLayerwise:
             prepare=self.prepared.append,
             refill=self.refill,
             load_default=load,
+            processor=lambda module: getattr(module, "quant_method", None),
+            materialize=self.materialize,
+            process=lambda module, info: self.process(module, info),
+            processing_by=self.processing_by,
             uncounted=UNCOUNTED,
         )
 
@@ -153,6 +168,14 @@ class FakeLayerwise:
     def info(self, module: nn.Module) -> Info:
         return self.infos.setdefault(module, Info())
 
+    def record(self, model: nn.Module) -> None:
+        """Remember the parameters that a model has now, before it is processed for the first time."""
+        self._recorded = {
+            (module, name): parameter.shape
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
     def initialize(self, model: nn.Module) -> None:
         owner: Any = model
         owner._original_do_torchao_reload = getattr(owner, "_do_torchao_reload", False)
@@ -165,10 +188,15 @@ class FakeLayerwise:
             info.kernel_tensors = parameters, buffers  # type: ignore[assignment]
             info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
             counted = {name: t for name, t in [*parameters.items(), *buffers.items()] if name not in UNCOUNTED}
-            info.load_numel_total = sum(tensor.numel() for tensor in counted.values() if tensor is not None)
+            info.load_numel_total = sum(
+                self._recorded.get((module, name), tensor.shape).numel()
+                for name, tensor in counted.items()
+                if tensor is not None
+            )
             for name, parameter in parameters.items():
                 if parameter is not None and name not in UNCOUNTED:
-                    empty: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                    shape = self._recorded.get((module, name), parameter.shape)
+                    empty: Any = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
                     empty.weight_loader = self._collecting(module, name)
                     module._parameters[name] = empty
 
@@ -182,18 +210,38 @@ class FakeLayerwise:
             info.loaded_weights.append((name, bound))
             info.load_numel += bound.arguments["loaded_weight"].numel()
             if not isinstance(module, Attention) and info.load_numel >= (info.load_numel_total or 0):
-                self._process(module, info)
+                self._complete(module, info)
 
         return collect
 
-    def _process(self, module: nn.Module, info: Info) -> None:
+    def _complete(self, module: nn.Module, info: Info) -> None:
+        self._completes(module, info)
+
+    @contextlib.contextmanager
+    def processing_by(self, process: Process) -> Iterator[None]:
+        before, self._completes = self._completes, process
+        try:
+            yield
+        finally:
+            self._completes = before
+
+    def materialize(self, module: nn.Module, info: Any) -> None:
+        """With whatever was in memory before."""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.full_like(parameter, 77.0, device="cpu")
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+
+    def process(self, module: nn.Module, info: Any) -> None:
         kernel, _ = info.kernel_tensors or ({}, {})
-        kernel = {name: tensor for name, tensor in kernel.items() if name not in UNCOUNTED}
-        made = {name: torch.zeros_like(tensor) for name, tensor in kernel.items()}
+        self.materialize(module, info)
         for name, bound in info.loaded_weights:
-            load(made[name], *bound.args[1:])
+            load(module.get_parameter(name), *bound.args[1:])
+        if (method := getattr(module, "quant_method", None)) is not None:
+            method.process_weights_after_loading(module)
         for name, tensor in kernel.items():
-            tensor.copy_(made[name])
+            if name not in UNCOUNTED:
+                tensor.copy_(module.get_parameter(name))
         self.put_back(module, info)
         info.reset()
 
@@ -207,7 +255,7 @@ class FakeLayerwise:
             info = self.info(module)
             if info.can_load():
                 if info.loaded_weights:
-                    self._process(module, info)
+                    self._complete(module, info)
                 else:
                     self.put_back(module, info)
                 info.reset()

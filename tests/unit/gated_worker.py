@@ -64,4 +64,5 @@ class GatedWorker:
         else:
             rectangles = [Rectangle(place.address, place.start, place.nbytes)] if isinstance(place, Place) else place
             copying(rectangles)(slot.data_ptr())
+        self.loader.make_over()
         slot.fill_(-1.0)

@@ -67,7 +67,7 @@ NO_WAITS = {
     "cpe_daemon.push.driving.MARGIN_SECONDS",
     "cpe_daemon.wire.operator.WAIT_AGAIN_SECONDS",
     "inference_plugins.errands._MARGIN_SECONDS",
-    "inference_plugins.learned.loading._LOOKING_SECONDS",
+    "inference_plugins.learned.comparison._LOOKING_SECONDS",
     "inference_plugins.learned.loading._WATCHING_SECONDS",
     "inference_plugins.receiver._GOODBYE_SECONDS",
     "inference_plugins.steps._PAUSE_AGAIN_SECONDS",

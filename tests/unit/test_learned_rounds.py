@@ -201,7 +201,7 @@ def test_function_that_is_not_to_be_learned_is_always_called(monkeypatch: pytest
 
 def test_update_does_not_fail_where_nothing_can_be_learned_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(engine_of(MODELS["qwen3"]))
-    monkeypatch.setattr(worker.target.learned, "_judge", lambda: 1 / 0)
+    monkeypatch.setattr(worker.target.learned._comparison, "judge", lambda *_: 1 / 0)
     for number in range(1, 4):
         worker.engine.loaded.clear()
         version = checkpoint(MODELS["qwen3"], number)

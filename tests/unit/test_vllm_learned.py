@@ -8,45 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
 
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import EngineError, ManifestError
-from inference_plugins.gate import Gate
-from inference_plugins.learned import LearnedLoading, tensors_of
 from inference_plugins.learned.loading import spec_of
-from inference_plugins.vllm.loader import VllmLoader
 from inference_plugins.vllm.reload import Reload
-from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Model
-from tests.unit.gated_worker import CPU, LONG, GatedWorker
-
-
-class Padless(Model):
-    """Its embedding has as many rows as the checkpoint's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed.weight = torch.nn.Parameter(torch.zeros(2, HIDDEN), requires_grad=False)
-
-
-def checkpoint(number: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(number)
-    rows = {"embed": 2, "q": HIDDEN, "k": HIDDEN, "v": HIDDEN, "norm": 1}
-    return {name: torch.randn(count, HIDDEN, generator=generator) for name, count in rows.items()}
-
-
-class Worker(GatedWorker):
-    """With vLLM's own thread in the gate."""
-
-    def __init__(self, threads: ThreadPoolExecutor, *, learns: bool = True) -> None:
-        self.model = Padless()
-        self.layerwise = FakeLayerwise()
-        self.learned = LearnedLoading(lambda: tensors_of(self.model), on=learns)
-        spared = lambda: self.learned.modules  # noqa: E731  # as the worker has it
-        self.reload = Reload(self.model, "config", self.layerwise.functions, spared=spared)
-        gate = Gate("vLLM")
-        loader = VllmLoader(lambda: [self.reload], CPU, gate, needs_version=False, learned=self.learned)
-        super().__init__(loader, gate, threads)
+from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise
+from tests.unit.gated_worker import LONG
+from tests.unit.vllm_worker import Padless, Worker, checkpoint
 
 
 @pytest.fixture
@@ -74,7 +43,7 @@ def test_modules_that_are_more_than_copied_to_are_reloaded_beside_the_others(
 ) -> None:
     workers = Worker(threads), Worker(threads, learns=False)
     for worker in workers:
-        plain = worker.layerwise._process
+        plain = worker.layerwise.process
 
         def process(module, info, plain=plain, norm=worker.model.norm):  # type: ignore[no-untyped-def]
             kernel = info.kernel_tensors[0]
@@ -82,7 +51,7 @@ def test_modules_that_are_more_than_copied_to_are_reloaded_beside_the_others(
             if module is norm:
                 kernel["weight"].mul_(3)
 
-        worker.layerwise._process = process  # type: ignore[method-assign]  # a kernel that wants it so
+        worker.layerwise.process = process  # type: ignore[method-assign]  # a kernel that wants it so
     for number in range(1, 6):
         assert all(worker.push(number, checkpoint(number)) for worker in workers)
         assert workers[0].model.values() == workers[1].model.values()

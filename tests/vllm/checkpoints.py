@@ -131,6 +131,11 @@ def mixture(*, layers: int = 2, experts: int = 4) -> Any:
     )
 
 
+def many() -> Any:
+    """Qwen3-MoE of 1,968 tensors, of a few KiB each."""
+    return mixture(layers=5, experts=128)
+
+
 def second() -> Any:
     """GLM-4 with experts, a shared one, and a layer that predicts the second token."""
     return transformers.Glm4MoeConfig(
@@ -159,6 +164,14 @@ def draft_head(checkpoint: Checkpoint, sign: int) -> dict[str, torch.Tensor]:
     hidden, dtype = tensors["model.norm.weight"].numel(), torch.bfloat16
     eye = sign * torch.eye(hidden, dtype=dtype)
     return head | {"fc.weight": torch.cat([eye, torch.zeros_like(eye)], 1)}
+
+
+@torch.no_grad()
+def vary(model: torch.nn.Module) -> None:
+    """Have norms be no constants, as in a trained model: of constants nobody can tell in which order they arrived."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 @torch.no_grad()

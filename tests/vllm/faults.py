@@ -24,7 +24,7 @@ def register() -> None:
         return
     vars_of: Any = VllmLoader
     vars_of.faults = True
-    for step in ("begin", "load", "finish"):
+    for step in ("begin", "load", "make_over", "finish"):
         setattr(VllmLoader, step, faulty(step, getattr(VllmLoader, step)))
 
 

@@ -90,6 +90,14 @@ class Daemon:
         return found
 
 
+class RoomyDaemon(Daemon):
+    """A daemon with room for a larger model, and slots that take a layer of it."""
+
+    def __init__(self, runtime_dir: Path, state_dir: Path) -> None:
+        super().__init__(runtime_dir, state_dir)
+        self._command += ["--set", "arena.size_bytes=128MiB", "--set", "device.slot_bytes=4MiB"]
+
+
 class Trainer:
     """Publishes versions of one model, each under the next number.
 
@@ -139,7 +147,7 @@ class Faults:
         (directory / f"{plugin}.py").write_text(source.read_text())
 
     def order(self, engine: str, rank: int, step: str, deed: str) -> None:
-        """Have one worker ``fail`` or ``hang`` at its next ``begin``, ``load`` or ``finish``."""
+        """Have one worker ``fail`` or ``hang`` at its next ``begin``, ``load``, ``make_over`` or ``finish``."""
         self._order.with_suffix(".new").write_text(json.dumps([engine, rank, step, deed]))
         self._order.with_suffix(".new").rename(self._order)
 
