@@ -86,10 +86,27 @@ QWEN3_MOE: Final = Mixture(
     num_experts=128,
     num_experts_per_tok=8,
 )
+SMALL_MOE: Final = Mixture(
+    num_hidden_layers=2,
+    hidden_size=256,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=4096,
+    num_experts=32,
+    num_experts_per_tok=4,
+)
 
 DENSE: Final[dict[str, Architecture]] = {"0.6b": QWEN3_600M, "small": SMALL}
 """Dense models in bfloat16: Qwen3-0.6B's, and one of some megabytes that is built in the same way."""
 
-MODELS: Final[dict[str, Architecture]] = {**DENSE, "8b": QWEN3_8B, "32b": QWEN3_32B, "moe": QWEN3_MOE}
+MODELS: Final[dict[str, Architecture]] = {
+    **DENSE,
+    "8b": QWEN3_8B,
+    "32b": QWEN3_32B,
+    "moe": QWEN3_MOE,
+    "small-moe": SMALL_MOE,
+}
 """Those, and such as need a GPU: Qwen3-8B's 16.4 GB, Qwen3-32B's 65.5 GB, and 12 of Qwen3-30B-A3B's layers, which are
-16.2 GB in 4,719 tensors."""
+16.2 GB in 4,719 tensors; and a mixture of experts of some megabytes."""

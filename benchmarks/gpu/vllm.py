@@ -28,13 +28,14 @@ import transformers
 from benchmarks.arguments import positive
 from benchmarks.gpu.contents import Weights
 from benchmarks.gpu.node import Setting, one_engine
-from benchmarks.gpu.push import FloorProcess, gpus_of
+from benchmarks.gpu.push import FloorProcess, Tell, gpus_of, progress
 from benchmarks.host import SERVE, DaemonProcess
 from benchmarks.models import MODELS
 from benchmarks.report import compared, finish, ratio, rounded, show, spread
 from benchmarks.vllm_server import ENGINE, MODEL, ROOT, call, call_workers, pauses, server
 from cpe_daemon.cli.conversation import DaemonAddress, ask_status
 from cpe_daemon.demo.processes import await_daemon
+from cpe_daemon.demo.signals import Interruption
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.publisher import Publisher
 
@@ -53,7 +54,9 @@ _ON_GPU: Final = (
     ),
 )
 """CUDA graphs, and no compiler, whose start takes minutes."""
-_ON_CPU: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+_GPU_SETTINGS: Final = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""That one would be compiled at the start, for a minute and a half."""
+_CPU_SETTINGS: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 _EPILOG: Final = """\
 examples:
@@ -106,13 +109,15 @@ class Bench:
         directory: for sockets and logs; its path has to be short.
         url: of the server.
         gpus: that it runs on.
+        tell: called after each step.
     """
 
-    def __init__(self, options: argparse.Namespace, directory: Path, url: str, gpus: Sequence[str]) -> None:
+    def __init__(self, options: argparse.Namespace, directory: Path, url: str, gpus: Sequence[str], tell: Tell) -> None:
         self._options = options
         self._directory = directory
         self._url = url
         self._gpus = gpus
+        self._tell = tell
         self._contents = Weights(MODELS[options.model])
         self._known: list[Known] = []
 
@@ -122,6 +127,7 @@ class Bench:
             answers = call_workers(self._url, "cpe_load", self._options.model, number)
             seconds = max(float(answer) for answer in answers)  # vLLM writes what is no list as text
             self._known.append(Known(self._digests(), self._tokens(), seconds))
+            self._tell()
         if len({tuple(known.digests) for known in self._known}) < CONTENTS:
             raise EngineError("different contents lead to the same parameters")
         return [known.seconds for known in self._known]
@@ -132,6 +138,7 @@ class Bench:
         with self._daemon(slots) as publisher:
             for number in range(1, self._options.warm + self._options.updates + 1):
                 took = self._update(publisher, number)
+                self._tell()
                 if number <= self._options.warm:
                     continue
                 row.floor_seconds.append(floor.run())
@@ -224,14 +231,16 @@ def run(options: argparse.Namespace, directory: Path) -> None:
         "--no-enable-prefix-caching",
     ]
     arguments += _ON_GPU if options.device == "cuda" else ["--enforce-eager"]
-    settings = {"CPE_VLLM_START": "any", **(_ON_CPU if options.device == "shm" else {})}
+    settings = {"CPE_VLLM_START": "any", **(_GPU_SETTINGS if options.device == "cuda" else _CPU_SETTINGS)}
+    steps = CONTENTS + len(options.slots) * (options.warm + options.updates)
     began = time.monotonic()
     with (
         FloorProcess(setting, directory) as floor,
         server(directory, model, arguments, python=options.python, ranks=len(gpus), settings=settings) as url,
+        progress(f"vLLM, {options.model}, {len(gpus)} GPUs", steps) as tell,
     ):
         started = time.monotonic() - began
-        bench = Bench(options, directory, url, gpus)
+        bench = Bench(options, directory, url, gpus, tell)
         loader = bench.look_up()
         rows = [bench.measure(slots, floor) for slots in options.slots]
     _report(options, rows, loader, started)
@@ -298,12 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", type=Path, default=python, help="that has vLLM")
     options = parser.parse_args(arguments)
     options.slots = options.slots or [3]
-    try:
-        with tempfile.TemporaryDirectory(prefix="cpe-", dir="/tmp") as directory:
+    with Interruption() as interruption, tempfile.TemporaryDirectory(prefix="cpe-", dir="/tmp") as directory:
+        interruption.arm()
+        try:
             run(options, Path(directory))
-    except CpeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        except CpeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
