@@ -1,14 +1,15 @@
 """Plans rounds, and remembers how the tensors of each model were cut: most versions have those of the one before.
 
-What workers need of the tensors is remembered with the cut, bucket by bucket, for as long as they need the same.
+What workers need of the tensors is remembered with the cut, bucket by bucket, for as long as they need the same; and,
+where that is little, the last plans: versions come to the same places of the arena again and again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -22,6 +23,27 @@ log = structlog.get_logger(__name__)
 
 _REMEMBERED: Final = 8
 """Models: their names are trainers' to choose, and the tensors of a large one take tens of megabytes."""
+_PLANS: Final = 4
+"""Of a model; as many as it may have versions here, as a rule."""
+_FEW_TENSORS: Final = 1000
+"""Such plans take a megabyte or less."""
+
+
+class _Made(NamedTuple):
+    """A plan, and all that it follows from."""
+
+    tensors: Sequence[Tensor]
+    bases: Sequence[Base]
+    topology: Topology
+    wants: Wants | None
+    plan: Plan
+
+    def follows_from(
+        self, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology, wants: Wants | None
+    ) -> bool:
+        """Whether these would lead to it again."""
+        known = (self.bases, self.topology, self.tensors)
+        return self.wants is wants and known == (bases, topology, tensors)
 
 
 @dataclass
@@ -36,6 +58,8 @@ class _Known:
     wants: Wants | None = None
     wanted: object = None
     """Which needs, of workers of how many GPUs, these are."""
+    made: list[_Made] = field(default_factory=list)
+    """The last plans."""
 
     def sort(self) -> list[int]:
         """Say the tensors' order, and their digest with it."""
@@ -89,8 +113,24 @@ class Planner:
         while len(self._cuts) > _REMEMBERED:
             self._cuts.popitem(last=False)
         wants = self._want(known, needs, topology.costs)
-        plan = assign(known.cut, tensors, bases, topology, wants)
+        plan = self._assign(known, tensors, bases, topology, wants)
         return known.specs, plan, known.schema if wants is not None else ""
+
+    def _assign(
+        self,
+        known: _Known,
+        tensors: Sequence[Tensor],
+        bases: Sequence[Base],
+        topology: Topology,
+        wants: Wants | None,
+    ) -> Plan:
+        for made in known.made:
+            if made.follows_from(tensors, bases, topology, wants):
+                return made.plan
+        plan = assign(known.cut, tensors, bases, topology, wants)
+        if len(tensors) <= _FEW_TENSORS:
+            known.made = [*known.made[1 - _PLANS :], _Made(tensors, bases, topology, wants, plan)]
+        return plan
 
     def _want(self, known: _Known, needs: Sequence[Sequence[Needs | None]], costs: Costs) -> Wants | None:
         """What is needed of a model's buckets; None if that is everything."""

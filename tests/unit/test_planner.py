@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from msgspec import structs
 
-from cpe_daemon.core.manifest import Manifest, layout, merge
+from cpe_daemon.core.manifest import Manifest, Tensor, layout, merge
 from cpe_daemon.core.needs import Needs, Span, describe
-from cpe_daemon.core.plan import HERE, Base, Costs, Cut, Gpu, Topology, Wants, cut
+from cpe_daemon.core.plan import HERE, Base, Costs, Cut, Gpu, Plan, Topology, Wants, assign, cut
 from cpe_daemon.core.rectangles import Rectangle
 from cpe_daemon.core.types import Shard, TensorSpec, VersionId
 from cpe_daemon.push import planner
@@ -48,6 +48,35 @@ def test_same_tensors_are_cut_once_for_each_model(cuts: list[int]) -> None:
     assert specs(made, "m", "abc") is not first
     assert specs(made, "n", "abc") == specs(made, "m", "abc")
     assert len(cuts) == 3
+
+
+def test_version_at_a_place_that_was_planned_for_needs_no_other_plan() -> None:
+    made, tensors = Planner(1024), manifest().tensors
+
+    def planned(start: int, topology: Topology = TOPOLOGY, tensors: Sequence[Tensor] = tensors) -> Plan:
+        return made.plan("m", tensors, [Base(HERE, start)], topology)[1]
+
+    first, second = planned(0), planned(4096)
+    assert first != second
+    assert planned(0) is first
+    assert planned(4096, tensors=manifest().tensors) is second
+    assert planned(0, Topology((Gpu("gpu-0"), Gpu("gpu-1")), peer_access=True)) != first
+    split = [Shard(name, "uint8", (512,), (at,), (256,)) for name in "ab" for at in (0, 256)]
+    by_two = merge(VersionId("m", "r", 1), [split[::2], split[1::2]]).tensors
+    bases = [Base(HERE, 0), Base(HERE, 4096)]
+    assert made.plan("m", by_two, bases, TOPOLOGY)[1] == assign(
+        cut([t.spec for t in by_two], 1024), by_two, bases, TOPOLOGY
+    )
+
+
+def test_plans_of_long_ago_are_forgotten() -> None:
+    made, tensors = Planner(1024), manifest().tensors
+    first = made.plan("m", tensors, [Base(HERE, 0)], TOPOLOGY)[1]
+    for number in range(1, 5):
+        made.plan("m", tensors, [Base(HERE, number * 4096)], TOPOLOGY)
+    again = made.plan("m", tensors, [Base(HERE, 0)], TOPOLOGY)[1]
+    assert again == first
+    assert again is not first
 
 
 def test_models_planned_long_ago_are_forgotten(cuts: list[int]) -> None:
