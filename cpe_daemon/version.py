@@ -18,14 +18,16 @@ from cpe_daemon.wire.reports import VersionReport
 class Contribution:
     """One rank's part of a version: its shards, where they lie, and whether it has sent and ``sealed`` them all.
 
-    ``digests``, one a shard, are of its bytes in the arena; None: not known yet. ``fold`` is of the same bytes
-    (`cpe_daemon.core.fold`), where workers are to verify what they load.
+    ``digests``, one a shard, are of its bytes in the arena; None: not known yet. ``claimed`` is what its rank says they
+    are, 16 bytes each, where that was not compared. ``fold`` is of the same bytes (`cpe_daemon.core.fold`), where
+    workers are to verify what they load.
     """
 
     shards: Sequence[Shard]
     extent: Extent
     sealed: bool = False
     digests: Sequence[bytes] | None = None
+    claimed: bytes = b""
     fold: int | None = None
 
 
@@ -44,7 +46,7 @@ class Version:
     fold: int | None = None
     """Of all its bytes (`cpe_daemon.core.fold`), once staged; None if workers shall not verify what they load."""
     digest: bytes = b""
-    """Of what it consists of (`cpe_daemon.core.identity`), once staged."""
+    """Of what it consists of (`cpe_daemon.core.identity`), once staged; ``b""``: nobody knows it yet."""
     error: CpeError | None = None
     report: VersionReport | None = None
     staged_at: float = 0.0

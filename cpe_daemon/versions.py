@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from cpe_daemon.arena import Arena
-from cpe_daemon.core.admission import Numbers
+from cpe_daemon.core.admission import Numbers, brief
 from cpe_daemon.core.extents import Extent
 from cpe_daemon.core.keeping import Keeping
 from cpe_daemon.core.lifecycle import VERSION_TABLE, VersionEvent, VersionState, advance
@@ -66,10 +66,15 @@ class Catalogue:
         self.numbers = Numbers()
         """Which numbers and runs are used up; at the start it may be told what was before."""
         self._watchers: list[Callable[[Version], None]] = []
+        self._learners: list[Callable[[Version], None]] = []
 
     def watch(self, watcher: Callable[[Version], None]) -> None:
         """Call ``watcher`` with every version whose state changed, or whose bytes were released, after the change."""
         self._watchers.append(watcher)
+
+    def on_digest(self, learner: Callable[[Version], None]) -> None:
+        """Call ``learner`` with every version whose digest became known after it was staged."""
+        self._learners.append(learner)
 
     def __iter__(self) -> Iterator[Version]:
         """All versions known, those without bytes included, oldest first."""
@@ -123,9 +128,9 @@ class Catalogue:
                 raise VersionRefusedError(f"{version} {how} from {known.world_size} ranks; this one says {world_size}")
             known.forced |= force
             return known
-        again = self.numbers.admit(version, force=force)
-        if known is not None:
+        if known is not None:  # before it is asked for its digest, which may be made of those bytes
             raise VersionRefusedError(f"{version} {known.state}: its last bytes are still being let go; try again")
+        again = self.numbers.admit(version, force=force)
         fresh = self._versions[version] = Version(version, world_size, self._clock(), forced=force)
         log.info("version.receiving", version=str(version), world_size=world_size, again=again is not None)
         self._tell(fresh)
@@ -145,6 +150,12 @@ class Catalogue:
         contribution = Contribution(shards, self._room(version.id, nbytes))
         version.contributions[rank] = contribution
         return contribution
+
+    @property
+    def moving(self) -> bool:
+        """Whether a version is being received, or is being pushed, or is about to be."""
+        moving = {VersionState.RECEIVING, VersionState.PUSHING, *([VersionState.STAGED] if self._automatic else [])}
+        return any(version.state in moving for version in self._versions.values())
 
     def may_make_room(self, model: str = "") -> bool:
         """Whether bytes will be released by themselves, of ``model`` if one is named.
@@ -198,7 +209,7 @@ class Catalogue:
     # --- the life of a version ---------------------------------------------------------------------------------------
 
     def stage(self, version: Version, manifest: Manifest, fold: int | None = None, digest: bytes = b"") -> None:
-        """Every rank has sealed, every digest holds, every tensor is covered once: the version is whole.
+        """Every rank has sealed, every digest that one said holds, every tensor is covered once: the version is whole.
 
         Raises:
             VersionRefusedError: a later number of its run was staged meanwhile, or its own with another digest before;
@@ -214,6 +225,14 @@ class Catalogue:
         if before.run != version.id.run:
             log.info("run.accepted", model=version.id.model, run=version.id.run, superseded=before.run)
         self._supersede_waiting(version.id.model)
+
+    def learn(self, version: Version, digest: bytes) -> None:
+        """The digest of a version is known that was staged without one."""
+        version.digest = digest
+        self.numbers.learn(version.id, digest)
+        log.info("version.digested", version=str(version.id), digest=brief(digest))
+        for learner in self._learners:
+            learner(version)
 
     def begin_push(self, version: Version) -> None:
         """A round for a staged version begins."""

@@ -81,6 +81,14 @@ WAITS: Final = (
         "tests/integration/test_daemon_faults.py::test_room_that_does_not_come_in_time_is_a_deadline",
     ),
     Wait(
+        "cpe_daemon.ingest.digesting._PATIENCE_SECONDS",
+        "nothing to be received or pushed, so that what was only copied can be digested",
+        "it is digested beside that",
+        _NONE,
+        _NONE,
+        "tests/unit/test_digesting.py::test_node_that_is_never_quiet_digests_in_the_end",
+    ),
+    Wait(
         "cpe_daemon.publisher.session._WELCOME_SECONDS",
         "a daemon's welcome",
         "hello is said again, until the publish's own deadline",

@@ -42,6 +42,16 @@ class History:
             return History(version.run, self.used)
         return History(version.run, {**self.used, version.run: Used(version.number, digest)})
 
+    def lacks_digest(self, version: VersionId) -> bool:
+        """Whether a version cannot come again for the sole reason that nobody knows its digest."""
+        return self.used.get(version.run) == Used(version.number)
+
+    def learned(self, version: VersionId, digest: bytes) -> History:
+        """The history once the digest of a version is known that was staged without one."""
+        if not self.lacks_digest(version):
+            return self
+        return History(self.run, {**self.used, version.run: Used(version.number, digest)})
+
 
 def admit(history: History, version: VersionId, *, force: bool = False) -> bytes | None:
     """Refuse a version whose number is used up, or whose run was superseded by another.
@@ -140,6 +150,14 @@ class Numbers:
                 or its run was superseded meanwhile.
         """
         check_same(version, self.admit(version, force=force), digest)
+
+    def lacks_digest(self, version: VersionId) -> bool:
+        """Whether a version could come again if its digest were known."""
+        return self._histories.get(version.model, History()).lacks_digest(version)
+
+    def learn(self, version: VersionId, digest: bytes) -> None:
+        """The digest of a version is known that was staged without one: its number may come again."""
+        self._histories[version.model] = self._histories.get(version.model, History()).learned(version, digest)
 
     def use(self, version: VersionId, digest: bytes) -> History:
         """A version is staged: its number is used up. Returns the history before that."""

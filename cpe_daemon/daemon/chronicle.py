@@ -59,6 +59,7 @@ class Chronicle:
             catalogue.numbers.remember(model, entry.history, live)
         journal.connect(self.look)
         catalogue.watch(self._on_version)
+        catalogue.on_digest(lambda _: journal.note())
         registry.changed = returning.changed = journal.note
 
     def look(self) -> State:

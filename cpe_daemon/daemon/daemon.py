@@ -219,6 +219,7 @@ class Daemon:
         self._front.start()
         self._engines.start()
         self._spawn(self.pusher.run())
+        self._spawn(self.ingest.digesting.run())
         self._spawn(self._watch_clock())
         self._spawn(self.accounts.watch_loop())
         self.recovery.begin(self._spawn)

@@ -6,6 +6,7 @@ Afterwards it is known, and said, what every engine of the node holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
@@ -117,6 +118,7 @@ class Drain:
         self._registry.turn_away(_REASON)
         if not await self._ends_by_itself(hurried):
             await self._undo()
+        await self._learn_digests(hurried, self._deadlines.drain_seconds - (time.monotonic() - began))
         self._say_what_engines_hold(time.monotonic() - began)
         self._journal.freeze()
         await self._take_leave()
@@ -144,6 +146,15 @@ class Drain:
                 await self._pusher.drain()
         except TimeoutError:
             log.error("daemon.undo_timed_out", seconds=seconds)
+
+    async def _learn_digests(self, hurried: asyncio.Event, seconds: float) -> None:
+        """Have versions digested that are not, for so long at most: the next daemon can only take those again."""
+        digesting = self._ingest.digesting
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await unless(hurried, digesting.finish())
+        if digesting.due:
+            log.warning("daemon.versions_not_digested", versions=[str(version) for version in digesting.due])
 
     def _say_what_engines_hold(self, seconds: float) -> None:
         held, doubtful = holdings(self._registry)

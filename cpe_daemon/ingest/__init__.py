@@ -1,6 +1,7 @@
 """The trainers' side of the daemon: links, credits, bytes into extents, digests, sealing.
 
-`trainers` keeps the links, `ingest` takes contributions to versions, `stream` is one rank's contribution on its way in,
-`writer` copies and digests it in threads, `session` is one link with its credits and its landing ring. What is held
-here already comes no second time: `repeats` compares it.
+`trainers` keeps the links, `session` is one of them with its credits and its landing ring. `ingest` takes contributions
+to versions, `stream` is one rank's on its way in: `room` finds its place, and `writer` copies and digests it there in
+threads. What was only copied `digesting` digests later. What is held here already comes no second time: `repeats`
+compares it.
 """

@@ -22,7 +22,6 @@ from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.digests import piece_bytes
 from cpe_daemon.errors import (
-    ArenaFullError,
     BusyError,
     CpeError,
     DeadlineError,
@@ -31,9 +30,11 @@ from cpe_daemon.errors import (
     ProtocolError,
 )
 from cpe_daemon.ingest.copier import Copier, Job
+from cpe_daemon.ingest.digesting import Digesting
 from cpe_daemon.ingest.folding import extent_fold
 from cpe_daemon.ingest.news import FINAL, missing, nobody_to_ask, status_of
 from cpe_daemon.ingest.repeats import Repeats
+from cpe_daemon.ingest.room import Room
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.ingest.stream import Stream
 from cpe_daemon.ingest.trainers import Trainers
@@ -41,7 +42,7 @@ from cpe_daemon.ingest.whole import join
 from cpe_daemon.ingest.writer import ExtentWriter
 from cpe_daemon.links.router import Handler
 from cpe_daemon.observe.metrics import Metrics
-from cpe_daemon.versions import Catalogue, Contribution, Version
+from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.messages import (
     Abandon,
     Chunk,
@@ -97,15 +98,16 @@ class Ingest:
         self._metrics = metrics
         self._clock = clock
         self.received = {transport: Tally(clock) for transport in ("landing", "inline")}
-        """Chunks copied into the arena and digested, by the way they came."""
-        self._repeats = Repeats(trainers, clock)
+        """Chunks copied into the arena, by the way they came."""
         self._progress: dict[VersionId, float] = {}
-        self._waiting: set[Stream] = set()
-        """Those that wait for room: nothing can come of them, and ``reserve_seconds`` ends that."""
-        self._changed = asyncio.Event()
+        self._room = Room(catalogue, arena, config.deadlines.reserve_seconds)
+        threads = max(1, config.ingest.copy_thread_count // 2)  # engines serve meanwhile, on the same processors
+        self.digesting = Digesting(catalogue, arena, pool, threads, clock, self._room.is_short)
+        self._repeats = Repeats(trainers, self.digesting, clock)
         self._stopped_because = ""
         self.examine: Callable[[Version], Awaitable[None]] = nobody_to_ask  # raises what a version has to fail with
         catalogue.watch(self._on_version)
+        catalogue.on_digest(self._repeats.settle)
         trainers.on_lost(self._on_lost)
 
     def handlers(self) -> Mapping[type[Message], Handler]:
@@ -164,27 +166,27 @@ class Ingest:
             self._spawn(stream.version, self._make_room(session, stream))
 
     async def _make_room(self, session: Session, stream: Stream) -> None:
-        """Check the manifest and reserve the extent, waiting as long as some room is about to be released."""
+        """Check the manifest, reserve the extent, and make ready to fill it."""
         plan = await asyncio.to_thread(layout, stream.shards)
         verified = self._config.device.verifies and stream.folded
         stream.covered = verified and await asyncio.to_thread(covers, stream.shards)
         if plan.nbytes != stream.nbytes:
             raise ManifestError(f"the manifest takes {plan.nbytes} bytes, the trainer announced {stream.nbytes}")
-        try:
-            self._waiting.add(stream)
-            async with asyncio.timeout(self._config.deadlines.reserve_seconds):
-                stream.contribution = await self._reserve(stream, plan.nbytes)
-        except TimeoutError:
-            raise DeadlineError(f"no room for {plan.nbytes} bytes of {stream.version.id} came free in time") from None
-        finally:
-            self._waiting.discard(stream)
+        stream.contribution = await self._room.reserve(stream, plan.nbytes)
         offset = stream.contribution.extent.offset
         view = self._arena.view[offset : offset + plan.nbytes]
         folds = self._config.device.verifies and not stream.folded
         fold = await asyncio.to_thread(extent_fold, view, stream.shards, plan) if folds else None
         threads = max(1, self._config.ingest.copy_thread_count * 3 // 4)  # the others are for the other ranks
         stream.writer = ExtentWriter(
-            self._arena.address + offset, view, stream.shards, plan, session.chunk_bytes, piece_bytes(threads), fold
+            self._arena.address + offset,
+            view,
+            stream.shards,
+            plan,
+            session.chunk_bytes,
+            piece_bytes(threads),
+            fold,
+            digested=not stream.covered,
         )
         copied = functools.partial(self._copied, session, stream)
         batch = max(1, session.credits // (_BATCHES * threads))
@@ -192,16 +194,6 @@ class Ingest:
         self._touch(stream.version)
         self._trainers.send(session, VersionOpened(stream.id))
         await self.examine(stream.version)
-
-    async def _reserve(self, stream: Stream, nbytes: int) -> Contribution:
-        while True:
-            self._changed.clear()
-            try:
-                return self._catalogue.contribute(stream.version, stream.rank, stream.shards, nbytes)
-            except ArenaFullError as error:
-                if nbytes > (error.quota_bytes or self._arena.nbytes) or not self._catalogue.may_make_room(error.model):
-                    raise
-            await self._changed.wait()
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
@@ -246,19 +238,15 @@ class Ingest:
 
     def _try_seal(self, session: Session, stream: Stream) -> None:
         """Verify a contribution whose last write has returned; stage the version if no other is missing."""
-        if stream.seal is None or not stream.drained or session.streams.get(stream.id) is not stream:
-            return
-        if stream.writer is None or stream.contribution is None:
+        if session.streams.get(stream.id) is not stream:
             return
         try:
-            stream.contribution.digests = stream.writer.check(stream.seal.digests)
-            stream.contribution.fold = stream.fold if self._config.device.verifies else None
-            stream.contribution.sealed = True
+            finished = stream.finish(verified=self._config.device.verifies)
         except CpeError as error:
             self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), stream.id))
             self._fail(stream.version, error)
             return
-        if stream.version.sealed:
+        if finished and stream.version.sealed:
             self._spawn(stream.version, self._stage(stream.version))
 
     async def _stage(self, version: Version) -> None:
@@ -266,9 +254,12 @@ class Ingest:
         if version.state is not VersionState.RECEIVING:  # it has failed since its last rank sealed
             return
         with self._catalogue.lease(version):
+            await self.digesting.before_staging(version, self._touch)
             whole = await asyncio.to_thread(join, version, self._arena.view)
             if version.state is VersionState.RECEIVING:
                 self._catalogue.stage(version, *whole)
+                if not version.digest:
+                    self.digesting.put(version)
                 self._metrics.observe_phases(version.id.model, "", {"stage": self._clock() - began})
 
     # --- the end of it -----------------------------------------------------------------------------------------------
@@ -315,15 +306,17 @@ class Ingest:
         self._tasks.create_task(guarded())
 
     def _on_version(self, version: Version) -> None:
-        """A version changed: tell whoever watches it; close the streams of one that is no longer received."""
-        self._changed.set()
+        """A version changed: tell whoever watches it; close the streams of one that is no longer received.
+
+        The end of one that is being digested is told when it is: it may be published again then.
+        """
         if version.state is not VersionState.RECEIVING:
             self._progress.pop(version.id, None)
         for session in self._trainers:
             if version.state is not VersionState.RECEIVING:
                 for stream in [s for s in session.streams.values() if s.version is version]:
                     del session.streams[stream.id]
-            if version.id in session.watching:
+            if version.id in session.watching and not (version.state in FINAL and version in self.digesting):
                 self._trainers.send(session, status_of(version))
                 if version.state in FINAL:
                     session.watching.discard(version.id)
@@ -338,7 +331,7 @@ class Ingest:
         """Fail every version that no rank has moved for too long, or that takes too long in all."""
         now, deadlines = self._clock(), self._config.deadlines
         self._repeats.drop_late(deadlines.receive_total_seconds)
-        for stream in self._waiting:
+        for stream in self._room.waiting:
             self._touch(stream.version)
         for version in [v for v in self._catalogue if v.state is VersionState.RECEIVING]:
             idle, total = now - self._progress.get(version.id, now), now - version.opened_at

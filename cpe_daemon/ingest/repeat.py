@@ -39,6 +39,7 @@ class Repeat:
         self._rank = rank
         self._held = version.contributions[rank]
         self._seen = 0
+        self._digests: bytes | None = None
         if opened.tensors != len(self._held.shards):
             raise self._refusal(f"{len(self._held.shards)} tensors, not {opened.tensors}")
 
@@ -64,18 +65,33 @@ class Repeat:
                 raise self._refusal(f"{mine.spec} where now {theirs.spec} comes, or another part of it")
         self._seen += len(ours)
 
-    def compare(self, digests: bytes) -> None:
-        """Compare the digests of all shards, 16 bytes each.
+    @property
+    def sealed(self) -> bool:
+        """Whether its digests have come."""
+        return self._digests is not None
+
+    def seal(self, digests: bytes) -> None:
+        """Take the digests of all shards, 16 bytes each.
 
         Raises:
-            ProtocolError: the manifest is not complete, or there is not one digest a shard.
+            ProtocolError: the manifest is not complete, or there is not one digest a shard; or they have come before.
+        """
+        if not self.manifest_complete or len(digests) != DIGEST_BYTES * self._seen or self.sealed:
+            raise ProtocolError(f"{len(digests)} bytes of digests for {self._seen} tensors")
+        self._digests = digests
+
+    def compare(self) -> bool:
+        """Compare the digests; False if those of what is held, or what comes again, are not known yet.
+
+        Raises:
             VersionRefusedError: the bytes of some differ.
         """
-        if not self.manifest_complete or len(digests) != DIGEST_BYTES * self._seen:
-            raise ProtocolError(f"{len(digests)} bytes of digests for {self._seen} tensors")
-        ours = b"".join(self._held.digests or ())
+        digests = self._digests
+        if digests is None or self._held.digests is None:
+            return False
+        ours = b"".join(self._held.digests)
         if digests == ours:
-            return
+            return True
         differing = [at for at in range(0, len(ours), DIGEST_BYTES) if ours[at : at + 16] != digests[at : at + 16]]
         named = [
             f"{self._held.shards[at // DIGEST_BYTES].name} ({brief(ours[at : at + DIGEST_BYTES])}, now"

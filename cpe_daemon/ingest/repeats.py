@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from cpe_daemon.errors import DeadlineError, VersionRefusedError
+from cpe_daemon.ingest.digesting import Digesting
 from cpe_daemon.ingest.news import FINAL, status_of
 from cpe_daemon.ingest.repeat import Repeat
 from cpe_daemon.ingest.session import Session
@@ -38,11 +39,13 @@ class Repeats:
 
     Args:
         trainers: the links that they come over.
+        digesting: makes the digests of what is held, if that was put off.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, trainers: Trainers, clock: Callable[[], float]) -> None:
+    def __init__(self, trainers: Trainers, digesting: Digesting, clock: Callable[[], float]) -> None:
         self._trainers = trainers
+        self._digesting = digesting
         self._clock = clock
 
     def open(self, session: Session, opened: OpenVersion, version: Version) -> None:
@@ -53,7 +56,18 @@ class Repeats:
         """
         repeat = Repeat(opened, version, session.hello.rank, self._clock())
         session.repeats[repeat.id] = repeat
+        self._digesting.want(version)
         self._accept(session, repeat)
+
+    def settle(self, version: Version) -> None:
+        """The digests of a version are known: answer those that waited for them."""
+        for session in self._trainers:
+            for repeat in [r for r in session.repeats.values() if r.version is version]:
+                try:
+                    self._compare(session, repeat)
+                except VersionRefusedError as error:
+                    del session.repeats[repeat.id]
+                    self._trainers.send(session, ErrorReply(ErrorInfo(error.code, error.message), repeat.id))
 
     def before(self, handlers: Mapping[type[Message], Handler]) -> dict[type[Message], Handler]:
         """Return the handlers of messages of streams, for all streams but those that are compared here."""
@@ -65,7 +79,8 @@ class Repeats:
         for session in self._trainers:
             for repeat in [r for r in session.repeats.values() if now - r.began_at > seconds]:
                 del session.repeats[repeat.id]
-                late = DeadlineError(f"{session.name} sent no digests of {repeat.version.id} within {seconds:g} s")
+                what = "were not known here" if repeat.sealed else f"did not come from {session.name}"
+                late = DeadlineError(f"digests of {repeat.version.id} {what} within {seconds:g} s")
                 self._trainers.send(session, ErrorReply(ErrorInfo(late.code, late.message), repeat.id))
 
     def _first(self, handler: Handler) -> Handler:
@@ -91,8 +106,8 @@ class Repeats:
             case Chunk():  # of a publisher that does not know that they need not come: its credit is due
                 self._trainers.send(session, ChunkDone(message.stream, message.ring_offset))
             case Seal():
-                repeat.compare(message.digests)
-                self._confirm(session, repeat)
+                repeat.seal(message.digests)
+                self._compare(session, repeat)
             case Abandon():
                 del session.repeats[repeat.id]
 
@@ -100,8 +115,10 @@ class Repeats:
         if repeat.manifest_complete:
             self._trainers.send(session, VersionOpened(repeat.id, held=True))
 
-    def _confirm(self, session: Session, repeat: Repeat) -> None:
-        """It is the same version: the trainer is told of it as whoever published it first."""
+    def _compare(self, session: Session, repeat: Repeat) -> None:
+        """If it is the same version, as far as is known, the trainer is told of it as whoever published it first."""
+        if not repeat.compare():
+            return
         del session.repeats[repeat.id]
         version = repeat.version
         if version.state not in FINAL:

@@ -29,7 +29,7 @@ class Stream:
         self.nbytes = opened.nbytes
         self.folded = opened.folded
         self.covered = False
-        """Whether a fold that engines are held to is of every byte of it."""
+        """Whether a fold that engines are held to is of every byte of it: its digests verify nothing, and can wait."""
         self.shards: list[Shard] = []
         self.contribution: Contribution | None = None
         self.writer: ExtentWriter | None = None
@@ -47,11 +47,6 @@ class Stream:
     def received_bytes(self) -> int:
         """Bytes that have come."""
         return self.writer.accepted_bytes if self.writer is not None else 0
-
-    @property
-    def drained(self) -> bool:
-        """Whether no write is in flight."""
-        return self.writes == 0
 
     def add(self, part: ManifestPart) -> None:
         """Take the next part of the manifest.
@@ -95,12 +90,24 @@ class Stream:
             raise ProtocolError(f"announced a fold, and sealed with {seal.fold}")
         self.seal = seal
 
-    @property
-    def fold(self) -> int | None:
-        """Of the sealed contribution: the rank's, if it announced one, else ours, if there is one."""
-        if self.folded:
-            return self.seal.fold if self.seal is not None else None
-        return self.writer.fold if self.writer is not None else None
+    def finish(self, *, verified: bool) -> bool:
+        """Fill the contribution in once the rank has sealed it and no write is in flight; return whether that was now.
+
+        Args:
+            verified: whether engines are held to a fold: the rank's, if it announced one, else ours.
+
+        Raises:
+            DigestError: bytes differ from what the trainer digested; names the tensors.
+        """
+        part, writer, seal = self.contribution, self.writer, self.seal
+        if part is None or writer is None or seal is None or self.writes or part.sealed:
+            return False
+        part.digests = writer.check(seal.digests)
+        part.claimed = seal.digests if part.digests is None else b""
+        fold = seal.fold if self.folded else writer.fold
+        part.fold = fold if verified else None
+        part.sealed = True
+        return True
 
     def copy(self, job: Job) -> None:
         """Have a chunk that the writer accepted copied."""

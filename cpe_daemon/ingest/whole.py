@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cpe_daemon.core.identity import content_digest
 from cpe_daemon.core.manifest import Manifest, merge
 from cpe_daemon.errors import ManifestError
 from cpe_daemon.ingest.folding import fold_of
-from cpe_daemon.versions import Version
+from cpe_daemon.versions import Contribution, Version
 
 
 class Whole(NamedTuple):
@@ -26,8 +27,14 @@ def join(version: Version, arena: memoryview) -> Whole:
         ManifestError: they do not cover each tensor once, or there is none.
     """
     parts = [version.contributions[rank] for rank in range(version.world_size)]
-    shards, digests = [part.shards for part in parts], [part.digests or () for part in parts]
+    shards = [part.shards for part in parts]
     manifest = merge(version.id, shards)
     if not manifest.tensors:
         raise ManifestError(f"{version.id} has no tensors")
-    return Whole(manifest, fold_of(manifest, parts, arena), content_digest(shards, digests))
+    return Whole(manifest, fold_of(manifest, parts, arena), digest_of(parts))
+
+
+def digest_of(parts: Sequence[Contribution]) -> bytes:
+    """The digest of a version of these contributions, by rank; ``b""`` if some are not digested yet."""
+    digests = [part.digests for part in parts if part.digests is not None]
+    return content_digest([part.shards for part in parts], digests) if len(digests) == len(parts) else b""

@@ -1,5 +1,6 @@
 """Bytes into an extent: copied and digested by several threads, so that what is verified is what is served.
 
+Where engines verify what a trainer's GPUs folded, they are copied only (`cpe_daemon.ingest.digesting`).
 Chunks come on a fixed grid, each once, in any order. Each thread digests what it has copied, or leaves to another what
 cannot be digested yet (`cpe_daemon.devices.digests`): always the arena's bytes, never the sender's.
 """
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
-from cpe_daemon.devices.digests import Digests
+from cpe_daemon.devices.digests import Digests, NoDigests
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DigestError, ProtocolError
 
@@ -41,6 +42,7 @@ class ExtentWriter:
         chunk_bytes: the grid; every chunk but the last has this size.
         piece_bytes: copied and digested in one go (`cpe_daemon.devices.digests.piece_bytes`).
         fold: folds what has come, if that is wanted.
+        digested: whether digests are made of what has come.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class ExtentWriter:
         chunk_bytes: int,
         piece_bytes: int,
         fold: ExtentFold | None = None,
+        *,
+        digested: bool = True,
     ) -> None:
         self._address = address
         self._view = view
@@ -65,7 +69,8 @@ class ExtentWriter:
         self._left = count
         self.accepted_bytes = 0
         """Bytes that have come, copied already or about to be."""
-        self._digests = Digests(layout, chunk_bytes, lasting=True)
+        self._digested = digested
+        self._digests = Digests(layout, chunk_bytes, lasting=True) if digested else NoDigests(layout, chunk_bytes)
 
     @property
     def all_accepted(self) -> bool:
@@ -95,10 +100,15 @@ class ExtentWriter:
         self.accepted_bytes += nbytes
 
     def write(self, offset: int, sources: Sequence[Span]) -> None:
-        """Copy an accepted chunk into the arena, and digest what can be digested by now.
+        """Copy an accepted chunk into the arena, and digest what can be digested by now, if that is wanted.
 
         ``sources`` hold its bytes, one after another, and as many as it has.
         """
+        if not self._digested and self._fold is None:  # in one go: nothing else wants a piece while it is in the cache
+            for source in sources:
+                copy(self._address + offset, source.address, source.nbytes)
+                offset += source.nbytes
+            return
         nbytes = sum(source.nbytes for source in sources)
         digests = self._digests.chunk(offset // self._chunk_bytes, self._view[offset : offset + nbytes])
         fold = self._fold.chunk(offset, nbytes) if self._fold is not None else None
@@ -118,26 +128,32 @@ class ExtentWriter:
         if fold is not None:
             fold.end()
 
-    def check(self, digests: bytes) -> list[bytes]:
+    def check(self, digests: bytes) -> Sequence[bytes] | None:
         """Compare with the trainer's digests, when every write has returned; return them one by one.
 
-        Empty ones are of a trainer whose fold the engines will be held to: what came is digested here alone.
+        None if nothing was digested: then nothing was compared either.
 
         Raises:
-            ProtocolError: there is not one digest a shard.
-            DigestError: bytes differ; names the first ten tensors that do.
+            ProtocolError, DigestError: as `check_digests`.
         """
-        if not digests:
-            return list(self._digests.found)
-        if len(digests) != DIGEST_BYTES * len(self._shards):
-            raise ProtocolError(f"{len(digests)} bytes of digests for {len(self._shards)} tensors")
-        split = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
-        if split != (ours := self._digests.found):
-            differing = [
-                shard.name for shard, mine, theirs in zip(self._shards, ours, split, strict=True) if mine != theirs
-            ]
-            more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
-            raise DigestError(
-                f"the bytes of {', '.join(differing[:_NAMED])}{more} differ from what the trainer digested"
-            )
-        return split
+        if not self._digested:
+            return None
+        check_digests(self._shards, self._digests.found, digests)
+        return self._digests.found
+
+
+def check_digests(shards: Sequence[Shard], ours: Sequence[bytes], theirs: bytes) -> None:
+    """Compare the digests of what is in the arena with those that the trainer says, 16 bytes each.
+
+    Raises:
+        ProtocolError: there is not one digest a shard.
+        DigestError: bytes differ; names the first ten tensors that do.
+    """
+    if len(theirs) != DIGEST_BYTES * len(shards):
+        raise ProtocolError(f"{len(theirs)} bytes of digests for {len(shards)} tensors")
+    if b"".join(ours) == theirs:
+        return
+    split = [theirs[at : at + DIGEST_BYTES] for at in range(0, len(theirs), DIGEST_BYTES)]
+    differing = [shard.name for shard, mine, said in zip(shards, ours, split, strict=True) if mine != said]
+    more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    raise DigestError(f"the bytes of {', '.join(differing[:_NAMED])}{more} differ from what the trainer digested")

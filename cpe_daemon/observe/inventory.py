@@ -234,7 +234,7 @@ THEMES: Final[Mapping[str, tuple[Instrument, ...]]] = {
             "gauge",
             "Bytes that are being read or written, and cannot be evicted.",
             panel="Arena",
-            hint="Bytes that stay leased without a push or a publish are stuck.",
+            hint="Bytes that stay leased without a push or a publish, and are not being digested, are stuck.",
         ),
         Instrument(
             "cpe_model_bytes",

@@ -21,7 +21,7 @@ PHASES: Final[Mapping[str, str]] = {
 """Phases of an update, the values of the label ``phase``."""
 
 STAGES: Final[Mapping[str, str]] = {
-    "receive": "chunks from trainers into the arena, with their digests",
+    "receive": "chunks from trainers into the arena, with their digests unless those are made later",
     "fetch": "from the arena into slots",
     "exchange": "between the slots of several GPUs",
     "load": "out of slots into the engines' weights; each engine's bytes count",

@@ -66,7 +66,7 @@ class Seal(Message, frozen=True, tag="seal"):
     """A rank has sent every byte; ``digests`` holds xxh3_128 of each shard, 16 bytes each, in order.
 
     ``fold``: of the bytes that are rows of their tensors (`cpe_daemon.core.fold.own_bytes`), if that was announced. If
-    these are all bytes, ``digests`` may be empty: engines are held to the fold, and nobody has to read the bytes again.
+    these are all bytes, ``digests`` may be empty: engines are held to the fold, and the daemon digests when it can.
     """
 
     stream: int

@@ -18,11 +18,14 @@ import cpe_daemon.daemon
 import cpe_daemon.daemon.daemon
 import cpe_daemon.daemon.drain
 import cpe_daemon.daemon.service
+import cpe_daemon.ingest.digesting
+import cpe_daemon.ingest.ingest
 import cpe_daemon.observe.logs
 from cpe_daemon.cli import main as cpe
 from cpe_daemon.core.plan import PeerCopy
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.shm import ShmDevice
+from cpe_daemon.ingest.digesting import Digesting
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -37,6 +40,7 @@ def play(
     thread_hangs: bool = False,
     fails_on_signal: bool = False,
     spoils_bucket: int = 0,
+    never_quiet: bool = False,
 ) -> None:
     """Have something be wrong with this daemon, or different.
 
@@ -46,6 +50,7 @@ def play(
         thread_hangs: a thread of the loop's own pool never ends, as one that looks at a dead network file system.
         fails_on_signal: a part of the daemon has a bug, which SIGUSR1 brings out.
         spoils_bucket: which bucket, of all that reach the second GPU, has one bit flipped there when it is whole.
+        never_quiet: what need not be digested at once is not digested before somebody waits for it.
     """
     if copies_wait_for:
 
@@ -60,16 +65,11 @@ def play(
         vars(cpe_daemon.daemon.daemon)["CopyPool"] = StuckPool
     if close_seconds:
         vars(cpe_daemon.daemon.drain)["CLOSE_SECONDS"] = close_seconds
+    if never_quiet:
+        vars(cpe_daemon.ingest.ingest)["Digesting"] = LateDigesting
+        vars(cpe_daemon.ingest.digesting)["_PATIENCE_SECONDS"] = 3600.0
     if spoils_bucket:
-        countdown = itertools.count(spoils_bucket - 1, -1)
-
-        class SpoilingDevice(ShmDevice):
-            def _exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
-                super()._exchange(gpu, slot, copies)
-                if gpu == 1 and next(countdown) == 0:
-                    ctypes.c_uint8.from_address(self._slot(gpu, slot)).value ^= 1
-
-        vars(cpe_daemon.daemon.daemon)["ShmDevice"] = SpoilingDevice
+        spoil(spoils_bucket)
     if thread_hangs or fails_on_signal:
 
         class FaultyDaemon(cpe_daemon.daemon.daemon.Daemon):
@@ -81,6 +81,26 @@ def play(
                     self._spawn(fail_on_signal())
 
         vars(cpe_daemon.daemon.service)["Daemon"] = FaultyDaemon
+
+
+class LateDigesting(Digesting):
+    """Digests what somebody waits for, and nothing else."""
+
+    def _is_quiet(self) -> bool:
+        return False
+
+
+def spoil(bucket: int) -> None:
+    """Flip one bit of a bucket in a GPU's slot."""
+    countdown = itertools.count(bucket - 1, -1)
+
+    class SpoilingDevice(ShmDevice):
+        def _exchange(self, gpu: int, slot: int, copies: Sequence[PeerCopy]) -> None:
+            super()._exchange(gpu, slot, copies)
+            if gpu == 1 and next(countdown) == 0:
+                ctypes.c_uint8.from_address(self._slot(gpu, slot)).value ^= 1
+
+    vars(cpe_daemon.daemon.daemon)["ShmDevice"] = SpoilingDevice
 
 
 async def fail_on_signal() -> None:

@@ -175,6 +175,33 @@ def test_history_keeps_the_digest_that_its_number_was_staged_with() -> None:
     assert History().after(number(7), ONE).after(number(7), OTHER).used == {"r": Used(7, ONE)}
 
 
+def test_history_learns_the_digest_of_what_was_staged_without_and_of_nothing_else() -> None:
+    history = History().after(number(3), OTHER).after(number(7)).after(number(0, run="s"))
+    assert not history.lacks_digest(number(3))
+    assert history.lacks_digest(number(7))
+    learned = history.learned(number(7), ONE)
+    assert learned == History("s", {"r": Used(7, ONE), "s": Used(0)})
+    for version in (number(3), number(7), number(8), number(1, run="s"), number(7, run="t")):
+        assert learned.learned(version, OTHER) == learned
+
+
+def test_version_whose_digest_is_known_later_may_come_again_from_then_on(shelf: Shelf) -> None:
+    told: list[Version] = []
+    shelf.catalogue.on_digest(told.append)
+    version = shelf.push(number(1))
+    with shelf.catalogue.lease(version):
+        shelf.catalogue.fail(version, PeerLostError("no engine took it"))
+        with pytest.raises(VersionRefusedError, match="failed: its last bytes are still being let go; try again"):
+            shelf.catalogue.open(number(1), 1)
+        before = list(shelf.told)
+        shelf.catalogue.learn(version, ONE)
+        assert (told, version.digest, shelf.told) == ([version], ONE, before)
+    with pytest.raises(VersionRefusedError, match="staged before with other weights"):
+        shelf.stage(number(1), digest=OTHER)
+    shelf.catalogue.fail(shelf.catalogue.open(number(1), 1), PeerLostError("gone"))
+    assert shelf.stage(number(1), digest=ONE).held
+
+
 def test_number_is_used_up_when_it_is_staged_not_before(shelf: Shelf) -> None:
     failed = shelf.receive(number(1))
     shelf.catalogue.fail(failed, PeerLostError("gone"))

@@ -36,6 +36,7 @@ NO_WAITS = {
     "cpe_daemon.daemon.supervision._PROGRESS_SECONDS",
     "cpe_daemon.daemon.waiting._LONGEST_SECONDS",
     "cpe_daemon.engines.engine._ANSWER_SECONDS",
+    "cpe_daemon.ingest.digesting._LOOK_SECONDS",
     "cpe_daemon.journal._RETRY_SECONDS",
     "cpe_daemon.journal._SETTLE_SECONDS",
     "cpe_daemon.links.handoff._RETRY_SECONDS",

@@ -8,8 +8,9 @@ import pytest
 import structlog
 
 from cpe_daemon.core.types import VersionId
+from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.versions import Version
-from cpe_daemon.wire.messages import Begin
+from cpe_daemon.wire.messages import Begin, PushRequest
 from tests.unit.fake_node import CURRENT, FakeNode, FakeWorker, number
 
 ONE, TWO = number(1), number(2)
@@ -46,6 +47,52 @@ async def test_engine_is_told_the_digest_of_what_it_loads_and_is_known_by_it() -
         assert not engine.holds(ONE, OTHER)
         assert not engine.holds(TWO, DIGEST)
         assert engine.holds(ONE, b"")
+
+
+async def test_version_without_a_digest_is_not_pushed_again_for_that_nor_when_it_is_known() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.idle()
+        record = await publish(node, ONE, b"")
+        for _ in range(2):
+            report = await node.pusher.request(PushRequest("m"))
+            assert report.engines["a"].outcome == "current"
+            node.catalogue.learn(record, DIGEST)
+        await node.idle()
+        assert begun(worker) == [(ONE, b"")]
+        assert node.engine("a").holds(ONE, DIGEST)
+
+
+@pytest.mark.parametrize(("says", "pushed"), [(b"", []), (DIGEST, []), (OTHER, [(ONE, DIGEST)])])
+async def test_engine_that_joins_is_compared_with_a_digest_that_came_after_the_version_was_live(
+    says: bytes, pushed: list[tuple[VersionId, bytes]]
+) -> None:
+    async with FakeNode.running() as node:
+        record = await publish(node, ONE, b"")
+        node.catalogue.learn(record, DIGEST)
+        worker = node.worker("back", content=ONE, digest=says)
+        await node.idle()
+        assert begun(worker) == pushed
+        assert node.states() == {"back": (CURRENT, ONE)}
+
+
+async def test_engine_that_a_round_left_in_doubt_gets_back_what_it_held_without_a_digest() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.idle()
+        record = await publish(node, ONE, b"")
+
+        def fail_once(_: object) -> CpeError:
+            del worker.script["finish"]
+            return EngineError("lost it")
+
+        worker.script["finish"] = fail_once
+        node.catalogue.learn(record, DIGEST)  # the worker was never told
+        failed = await publish(node, TWO, b"")
+        assert failed.state == "failed"
+        assert node.states() == {"a": (CURRENT, ONE)}
+        assert begun(worker) == [(ONE, b""), (TWO, b""), (ONE, DIGEST)]
+        assert node.engine("a").digest == DIGEST
 
 
 async def test_engine_that_gives_a_round_up_untouched_keeps_its_digest() -> None:

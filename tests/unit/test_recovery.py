@@ -238,6 +238,25 @@ async def test_nobody_is_waited_for_on_a_new_node() -> None:
 # --- what is written down --------------------------------------------------------------------------------------------
 
 
+async def test_journal_is_told_a_digest_that_is_known_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeNode.running(state_dir=tmp_path) as node:
+        journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)
+        noted: list[bytes] = []
+        live = node.catalogue.live
+        monkeypatch.setattr(journal, "note", lambda: noted.append(one.digest if (one := live("m")) else b"none"))
+        chronicle = Chronicle(journal, node.catalogue, node.registry, node.before, returning(node, State()))
+        record = node.stage(TWO, b"")
+        await node.until(lambda: record.state == "live")
+        await node.idle()
+        node.worker("a", content=TWO, model="m")
+        assert noted[-1] == b""
+        node.catalogue.learn(record, DIGEST)
+        assert noted[-1] == DIGEST
+        assert chronicle.look() == State(
+            {"m": ModelEntry(History("r", {"r": Used(2, DIGEST)}), LIVE)}, {"a": EngineEntry("m", 1, "current", LIVE)}
+        )
+
+
 async def test_journal_is_told_versions_engines_and_rounds_as_they_are(tmp_path: Path) -> None:
     async with FakeNode.running(state_dir=tmp_path) as node:
         journal = Journal(tmp_path / "journal.json", seconds=HELLO_SECONDS)

@@ -38,6 +38,8 @@ class Contribution:
     chunk_bytes: int
     seed: int = 0
     piece_bytes: int = 512 << 10
+    digested: bool = True
+    """If not, it is not folded either."""
     arena: bytearray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +49,17 @@ class Contribution:
         self.arena = bytearray(b"\xee" * (A + self.layout.nbytes + A))
         view = memoryview(self.arena)[A : A + self.layout.nbytes]
         address = address_of(memoryview(self.arena)) + A
-        fold = ExtentFold(view, self.shards, self.layout)
-        self.writer = ExtentWriter(address, view, self.shards, self.layout, self.chunk_bytes, self.piece_bytes, fold)
+        fold = ExtentFold(view, self.shards, self.layout) if self.digested else None
+        self.writer = ExtentWriter(
+            address,
+            view,
+            self.shards,
+            self.layout,
+            self.chunk_bytes,
+            self.piece_bytes,
+            fold,
+            digested=self.digested,
+        )
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -82,6 +93,11 @@ class Contribution:
         places = sorted({0, *(cut for cut in cuts if cut < nbytes), nbytes})
         self.writer.write(offset, [Span(address + begin, end - begin) for begin, end in itertools.pairwise(places)])
 
+    def check(self, digests: bytes) -> Sequence[bytes]:
+        split = self.writer.check(digests)
+        assert split is not None
+        return split
+
     def send_all(self) -> None:
         self.accept_all()
         for chunk in self.chunks:
@@ -100,7 +116,7 @@ def test_digests_equal_hashing_whole_in_any_order(sizes: list[int], chunk_bytes:
         sent.writer.accept(*chunk)
         sent.write(*chunk)
     assert sent.writer.all_accepted
-    split = sent.writer.check(sent.digests)
+    split = sent.check(sent.digests)
     assert b"".join(split) == sent.digests
     assert [len(digest) for digest in split] == [DIGEST_BYTES] * len(sizes)
     assert sent.writer.fold == sent.fold
@@ -121,7 +137,7 @@ def test_chunk_in_several_parts_is_what_it_is_in_one(
     sent.accept_all()
     for chunk in sent.chunks:
         sent.write(*chunk, cuts)
-    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert b"".join(sent.check(sent.digests)) == sent.digests
     assert sent.writer.fold == sent.fold
     assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
 
@@ -145,7 +161,7 @@ def test_digests_equal_hashing_whole_from_several_threads(
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(copy_share, share) for share in range(threads)]:
             done.result()
-    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert b"".join(sent.check(sent.digests)) == sent.digests
     assert sent.writer.fold == sent.fold
     assert sent.arena[A:-A] == sent.source
 
@@ -185,7 +201,7 @@ def test_chunk_is_digested_where_it_arrived_piece_by_piece(piece_bytes: int, mon
 
     monkeypatch.setattr(writer, "copy", copy_and_overwrite)
     sent.send_all()
-    assert b"".join(sent.writer.check(promised)) == promised
+    assert b"".join(sent.check(promised)) == promised
     assert sent.arena[A:-A] == content
     assert set(sent.source) == {0xFF}
 
@@ -200,7 +216,7 @@ def test_contribution_without_bytes_is_whole_at_once(sizes: list[int]) -> None:
 def test_empty_tensors_anywhere_have_the_digest_of_nothing() -> None:
     sent = Contribution([0, 5, 0, 0, A, 0], A)
     sent.send_all()
-    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert b"".join(sent.check(sent.digests)) == sent.digests
 
 
 # --- misuse ----------------------------------------------------------------------------------------------------------
@@ -227,7 +243,7 @@ def test_accept_refuses_a_chunk_off_the_grid_and_changes_nothing(offset: int, nb
     with pytest.raises(ProtocolError, match=why):
         sent.writer.accept(offset, nbytes)
     sent.send_all()
-    assert b"".join(sent.writer.check(sent.digests)) == sent.digests
+    assert b"".join(sent.check(sent.digests)) == sent.digests
 
 
 def test_accept_refuses_a_chunk_that_came_before() -> None:
@@ -263,11 +279,25 @@ def test_check_wants_one_digest_a_shard(count: int) -> None:
         sent.writer.check(sent.digests[:-1])
 
 
-def test_check_without_digests_returns_those_of_what_came() -> None:
-    """Whether they may be left out is decided before: it takes a fold of every byte."""
-    sent = Contribution([A, 5], A)
-    sent.send_all()
-    assert b"".join(sent.writer.check(b"")) == sent.digests
+@given(sizes=SIZES, chunk_bytes=CHUNKS, cuts=st.lists(st.integers(0, 7 * A), max_size=8))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_what_is_not_digested_is_copied_all_the_same_and_compared_with_nothing(
+    sizes: list[int], chunk_bytes: int, cuts: list[int]
+) -> None:
+    sent = Contribution(sizes, max(chunk_bytes, sum(sizes) // 200 + 1), digested=False)
+    sent.accept_all()
+    for chunk in sent.chunks:
+        sent.write(*chunk, cuts)
+    assert sent.arena == b"\xee" * A + sent.source + b"\xee" * A
+    assert sent.writer.check(b"") is None
+    assert sent.writer.fold is None
+
+
+def test_what_is_not_digested_is_copied_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(writer, "copy", lambda destination, source, nbytes: copied.append(nbytes))
+    Contribution([9 * A], 8 * A, piece_bytes=A, digested=False).send_all()
+    assert copied == [8 * A, A]
 
 
 def test_check_names_the_tensors_that_differ() -> None:
@@ -302,4 +332,4 @@ def test_padding_between_tensors_belongs_to_no_digest() -> None:
     for at in (10, A - 1, A + 10, 2 * A - 1):
         sent.source[at] ^= 0xFF
     sent.send_all()
-    assert b"".join(sent.writer.check(digests)) == digests
+    assert b"".join(sent.check(digests)) == digests
