@@ -87,4 +87,4 @@ def _check(version: Version, attached: Iterable[Engine]) -> None:
                 " first, or publish another version"
             )
     if version.leases:
-        raise BusyError(f"{version.id} is being read, by a push or a check; try again when that is over")
+        raise BusyError(f"{version.id} is being read, by a push or for its digest; try again when that is over")

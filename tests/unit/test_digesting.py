@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -19,10 +19,12 @@ from xxhash import xxh3_128_digest
 
 from cpe_daemon.arena import Arena
 from cpe_daemon.config import Config
+from cpe_daemon.config.deadlines import DeadlinesConfig
 from cpe_daemon.core.admission import History, Used
 from cpe_daemon.core.identity import content_digest
 from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.types import Shard, VersionId
+from cpe_daemon.daemon.drain import Drain
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.digests import Digests
 from cpe_daemon.errors import EngineError, VersionRefusedError
@@ -498,3 +500,34 @@ async def test_digests_that_are_not_known_in_time_are_a_deadline(gate: Gate) -> 
         late = await node.answer(ErrorReply, stream)
         assert isinstance(late, ErrorReply)
         assert late.error.message == "digests of m@r#1 were not known here within 1800 s"
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hurried", [True, False])
+async def test_end_of_a_daemon_waits_no_longer_than_it_may_and_names_what_is_not_digested(
+    hurried: bool, gate: Gate
+) -> None:
+    nobody = cast("Any", None)
+    async with Node.running() as node:
+        node.go_live(await node.bring(1, data_of(1)))
+        drain = Drain(
+            deadlines=DeadlinesConfig(),
+            ingest=node.ingest,
+            pusher=nobody,
+            trainers=nobody,
+            registry=nobody,
+            journal=nobody,
+            tell=nobody,
+        )
+        signalled = asyncio.Event()
+        if hurried:
+            signalled.set()
+        with structlog.testing.capture_logs() as logs:
+            await drain._learn_digests(signalled, 3600.0 if hurried else 0.01)
+        assert [entry["versions"] for entry in logs if entry["event"] == "daemon.versions_not_digested"] == [["m@r#1"]]
+        gate.open()
+        with structlog.testing.capture_logs() as logs:
+            await drain._learn_digests(asyncio.Event(), 20.0)
+        assert [entry["event"] for entry in logs] == ["version.digested"]
