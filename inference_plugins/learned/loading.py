@@ -16,7 +16,8 @@ from cpe_daemon.core.types import TensorSpec
 from cpe_daemon.errors import EngineError
 from inference_plugins.assembly import Placement
 from inference_plugins.learned.aside import unwatched
-from inference_plugins.learned.benches import Benched, Benches, Filled, Form, NoBenches, module_of
+from inference_plugins.learned.benched import Benched
+from inference_plugins.learned.benches import Benches, Filled, Form, NoBenches, module_of
 from inference_plugins.learned.comparison import Comparison
 from inference_plugins.learned.needs import Learned, Needed, needed
 from inference_plugins.learned.provenance import layout_of
@@ -81,6 +82,8 @@ class LearnedLoading:
         self._watch: Watch | None = None
         self._came: dict[str, TensorSpec] = {}
         """Tensors that were watched in this round."""
+        self._came_to = torch.device("cpu")
+        """Where they were."""
         self._watched_seconds = 0.0
         """What the loader took while it was watched."""
         self._comparison = Comparison()
@@ -144,23 +147,22 @@ class LearnedLoading:
                 self._stale, ready = f"{spec.name} has another dtype or shape", {}
                 known = None
             here = known is not None and (known.device is None or known.device == device)
-            if known is None or not here:
-                places.append(None)
+            if known is not None and known.benched:
+                places.append(self._place_on_benches(spec.name, here=here))
             else:
-                places.append(self._place_on_benches(spec.name) if known.benched else known.place)
+                places.append(known.place if known is not None and here else None)
         self._arrived.update([spec.name for spec in tensors])
         return places
 
-    def _place_on_benches(self, name: str) -> Placement:
-        """Where a tensor goes of a module that is made over."""
+    def _place_on_benches(self, name: str, *, here: bool) -> Placement:
+        """Where a tensor goes of a module that is made over: its loader would write to the tensors of kernels."""
         try:
-            laid_out = self._benched.expect(name)
+            if not here:
+                raise EngineError(f"{name} comes to another device than it did")
+            return self._benched.place(name)
         except EngineError as error:
             self.forget(error.message)
             raise
-        moves = self._table.entries[name].moves
-        places = [laid_out[move.parameter] if move.bench else self._held[move.parameter].data_ptr() for move in moves]
-        return placement(tuple(move.rectangle.moved(at, 0) for move, at in zip(moves, places, strict=True)))
 
     def make_over(self) -> None:
         """Every byte that was placed has been copied, or that was issued: have the engine make over what is whole."""
@@ -193,6 +195,7 @@ class LearnedLoading:
         if new:
             self._watch = self._watch or Watch(self._held, self._module_of)
             self._came.update(new)
+            self._came_to = tensors[0][1].device
             began = time.monotonic()
             with self._benches.showing(self._making_over):
                 self._watch.run(tensors, load)
@@ -260,8 +263,11 @@ class LearnedLoading:
             moves, reason = watch.record.moves.get(name, []), watch.record.trouble.get(name, "")
             if not moves and not reason and name in watch.looked_at:
                 reason = "not in a parameter"
-            if not reason and len({self._device_of(move, watch.benches) for move in moves}) > 1:
+            devices = {self._device_of(move, watch.benches) for move in moves}
+            if not reason and len(devices) > 1:
                 reason = "on several devices"
+            elif not reason and any(move.bench for move in moves) and devices != {self._came_to}:
+                reason = "made over on another device"
             self._table.entries[name] = Entry(spec, moves, reason, frozenset(watch.record.reached.get(name, ())))
             self._table.entries[name].proven = not spec.nbytes
         self._table.spoilt.update(spoilt)
@@ -288,8 +294,9 @@ class LearnedLoading:
         used, report = self._table.usable(quiet=self._comparison.quiet)
         modules = {entry.spec.name: {self._module_of(move.parameter) for move in entry.moves} for entry in used}
         self.modules = frozenset(module for its in modules.values() for module in its)
-        self._benched.learn(self._table.benches, modules)
         addresses = {name: tensor.data_ptr() for name, tensor in self._held.items()}
+        moves = {entry.spec.name: entry.moves for entry in used}
+        self._benched.learn(self._table.benches, moves, modules, addresses)
         self._ready, self._needed = {}, None
         for entry in used:
             places = (move.rectangle.moved(0 if move.bench else addresses[move.parameter], 0) for move in entry.moves)
@@ -306,7 +313,7 @@ class LearnedLoading:
         self._table, self._ready, self.report, self._stale = Table(self._module_of), {}, Report(), ""
         self.modules, self._needed = frozenset(), None
         self._comparison.forget()
-        self._benched.learn({}, {})
+        self._benched.learn({}, {}, {}, {})
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

@@ -80,8 +80,9 @@ class Making:
 
     @property
     def copied(self) -> bool:
-        """Whether nothing else was done than to copy: no bench is needed."""
-        return not (self.record.trouble or self.record.spoilt or self.record.unseen)
+        """Whether all was copied, and nothing else was done: no bench is needed."""
+        done = self.record
+        return not (done.trouble or done.spoilt or done.unseen) and self.loaded.moves.keys() <= done.moves.keys()
 
     def reaches_beyond(self, module_of: Callable[[str], str]) -> bool:
         """Whether anything but this module's tensors and parameters was used, or written to."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cpe_daemon.core.needs import Span
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import EngineError
+from inference_plugins.learned.loading import spec_of
 from tests.unit import fake_layerwise
 from tests.unit.fake_layerwise import HIDDEN, PADDING, Embedding, Packing
 from tests.unit.gated_worker import CPU, LONG
@@ -28,6 +29,14 @@ class Removing:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.packed = layer.weight.t().contiguous()
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class Keeping:
+    """Keeps what was loaded for itself, and lets it go where others look for it."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = layer.weight.t()
         layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -92,8 +101,11 @@ def test_tensors_of_packed_modules_are_copied_without_the_loader(threads: Thread
     assert not worker.benches.laid_out
 
 
-def test_weight_that_kernels_keep_to_themselves_is_packed_anew(threads: ThreadPoolExecutor) -> None:
-    workers = pair(threads, lambda: Packed(Removing()))
+@pytest.mark.parametrize("method", [Removing, Keeping])
+def test_weight_that_kernels_keep_to_themselves_is_made_anew(
+    threads: ThreadPoolExecutor, method: Callable[[], object]
+) -> None:
+    workers = pair(threads, lambda: Packed(method()))
     models: list[Any] = [worker.model for worker in workers]
     for worker, model in zip(workers, models, strict=True):
         worker.layerwise.record(model)
@@ -378,6 +390,21 @@ def test_bench_of_another_form_ends_the_round(threads: ThreadPoolExecutor) -> No
     assert worker.failure == "what is made over for qkv has another form than it had"
     assert all(not parameter.is_meta for parameter in worker.model.parameters())
     object.__setattr__(worker.layerwise.functions, "materialize", genuine)
+    assert worker.push(10, checkpoint(4))
+    assert worker.given == list(checkpoint(0)), "learned anew"
+    assert worker.model.values() == plain.model.values()
+
+
+def test_tensor_of_a_packed_module_that_comes_to_another_device_ends_the_round(threads: ThreadPoolExecutor) -> None:
+    """Its loader would write what is not packed where kernels take it for packed."""
+    worker, plain = pair(threads)
+    teach(worker, plain)
+    held = threads.submit(worker.gate.hold, LONG)
+    worker.loader.begin()
+    with pytest.raises(EngineError, match="q comes to another device than it did"):
+        worker.loader.place([spec_of("q", checkpoint(9)["q"])], torch.device("cuda"))
+    worker.loader.abandon("another device")
+    held.result(LONG)
     assert worker.push(10, checkpoint(4))
     assert worker.given == list(checkpoint(0)), "learned anew"
     assert worker.model.values() == plain.model.values()

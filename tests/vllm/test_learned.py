@@ -1,6 +1,6 @@
 """A real vLLM that learns its loaders, as it does for users: the other tests order faults after tensors that they load.
 
-Its two workers pack their matrices for the CPU's kernels, which is no copy: what they learn is the rest.
+Its two workers may pack their matrices for the CPU's kernels: which ones, and whether at all, depends on the CPU.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def test_versions_are_right_while_loaders_are_learned_and_after(
         assert not publishing.publish(checkpoint).behind
         agree(learner, checkpoint)
     said = loading(daemon)
-    assert said["learned"] >= 2 * 4 + 1, said
-    assert said["unproven"] == 0
-    assert said["learned"] + sum(said["kept"].values()) == len(versions[0].tensors) == TENSORS
+    assert (said["learned"], said["unproven"], said["kept"]) == (TENSORS, 0, {})
 
 
 @pytest.mark.essential
@@ -92,9 +90,8 @@ def test_status_says_how_many_tensors_are_learned(learner: Server, daemon: Daemo
     wide = {**os.environ, "COLUMNS": "400"}
     done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=60, check=True)
     (line,) = [line for line in done.stdout.splitlines() if re.search(r"\blearner\b", line) and " of " in line]
-    learned = loading(daemon)["learned"]
-    assert learned
-    assert f" {learned} of {TENSORS} (" in line, done.stdout
+    assert loading(daemon)["learned"] == TENSORS
+    assert f" {TENSORS} of {TENSORS} " in line, done.stdout
 
 
 @pytest.mark.essential

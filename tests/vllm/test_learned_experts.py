@@ -71,7 +71,8 @@ def test_many_packed_tensors_are_copied_to_the_bits_that_the_loader_makes(
             assert learned(roomy, server) == (TENSORS, {}), "what restored it was copied as well"
         _, copied = update(server, trainer, versions)
         assert copied == loaded
-    for name, seconds in (("learned", fast[TEACHING:]), ("by the loader", slow)):
+    watched = fast[:TEACHING]
+    for name, seconds in (("watched", watched), ("learned", fast[TEACHING:]), ("by the loader", slow)):
         middle = statistics.median(seconds)
         print(
             f"{ranks} ranks, {name}: {middle:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}), {len(seconds)} versions"
