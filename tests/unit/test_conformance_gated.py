@@ -13,13 +13,16 @@ from torch import nn
 
 from inference_plugins.gate import Gate
 from inference_plugins.gated import GatedLoader, Reloading
+from inference_plugins.learned import LearnedLoading, tensors_of
 from inference_plugins.sglang import reload as sglang
 from inference_plugins.sglang.loader import SglangLoader
-from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario, check
+from inference_plugins.testing import SCENARIOS, LoaderWorker, Plugin, Scenario, Tensors, check
+from inference_plugins.vllm.benches import ModelBenches
 from inference_plugins.vllm.reload import Reload
-from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Module, load
+from tests.unit.fake_layerwise import HIDDEN, FakeLayerwise, Module, Packing, load
 
 ROWS = {"embed": 64, "first": 8, "second": 12, "norm": 1}
+PACKED = {"embed", "second"}
 SECONDS = 20.0
 
 
@@ -41,12 +44,15 @@ class Worker(LoaderWorker):
     """A model, its loader, and the thread that the engine lends to updates: it is always in the gate, or on its way."""
 
     loader_type = GatedLoader
+    learned: LearnedLoading | None = None
 
     def __init__(self, endpoint: str) -> None:
         self.model = Model()
         self.gate = Gate()
         models = [self.reload()]
-        self.loader = self.loader_type(lambda: models, torch.device("cpu"), self.gate, needs_version=False)
+        self.loader = self.loader_type(
+            lambda: models, torch.device("cpu"), self.gate, needs_version=False, learned=self.learned
+        )
         self._over = threading.Event()
         self._lent = threading.Thread(target=self._lend)
         self._lent.start()
@@ -70,6 +76,36 @@ class Worker(LoaderWorker):
 class VllmWorker(Worker):
     def reload(self) -> Reloading:
         return Reload(self.model, "config", FakeLayerwise().functions)
+
+
+class PackingWorker(Worker):
+    """It has learned its loader, and packs what is copied to two of its modules."""
+
+    def reload(self) -> Reloading:
+        for name in PACKED:
+            module: Any = self.model.get_submodule(name)
+            module.quant_method = Packing()
+        functions = FakeLayerwise().functions
+        benches = ModelBenches(self.model, functions)
+        self.learned = learned = LearnedLoading(lambda: tensors_of(self.model), benches=benches)
+        reload = Reload(self.model, "config", functions, spared=lambda: learned.modules, benches=benches)
+        with torch.no_grad():
+            for seed in range(4):
+                take(learned, reload, checkpoint(seed))
+        return reload
+
+
+def take(learned: LearnedLoading, reload: Reload, version: Mapping[str, torch.Tensor]) -> None:
+    """Have a loader learned of a version that goes through it whole."""
+    learned.begin()
+    reload.begin()
+    learned.observe([*version.items()], lambda: reload.load([*version.items()]))
+    learned.finish(reload.finish)
+
+
+def packed(version: Tensors) -> Tensors:
+    """What becomes of a version that is packed."""
+    return {name: t.float().flip(0) + 1 if name.partition(".")[0] in PACKED else t for name, t in version.items()}
 
 
 class SglangWorker(Worker):
@@ -131,3 +167,16 @@ ELSEWHERE = {"busy", "asleep"}
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_gated_loader_conforms(scenario: Scenario, make: type[Worker]) -> None:
     assert bool(scenario.run(plugin(make))) is (scenario.name in ELSEWHERE)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_gated_loader_that_has_modules_made_over_conforms(scenario: Scenario) -> None:
+    def make(endpoint: str) -> PackingWorker:
+        worker = PackingWorker(endpoint)
+        report = worker.loader.report
+        assert report is not None
+        assert report.learned == len(ROWS)
+        return worker
+
+    packing = dataclasses.replace(plugin(PackingWorker), make=make, expected=packed)
+    assert bool(scenario.run(packing)) is (scenario.name in ELSEWHERE)

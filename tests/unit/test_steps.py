@@ -249,6 +249,43 @@ def test_tensors_are_loaded_in_their_places(steps: Steps, loader: FakeLoader) ->
     assert loader.content == NEW
 
 
+class MakingLoader(FakeLoader):
+    """Makes other tensors of those that it has."""
+
+    def make_over(self) -> None:
+        self.calls.append(f"make over {[tensor.tolist() for tensor in self.memory.values()]}")
+
+
+def test_modules_are_made_over_when_all_that_began_to_come_has_come() -> None:
+    loader = MakingLoader()
+    loader.memory = {"split": torch.zeros(4), "w": torch.zeros(2)}
+    slots, steps = FakeSlots(), Steps(loader)
+    slots.copy = copy  # type: ignore[method-assign]  # at once, as a CPU does
+    todo: list[Step] = [Begin(7, NEW, 2, 24), *HALVES, LOAD, Finish(7)]
+    for step in todo:
+        answered(steps, step, slots)
+    assert loader.calls == [
+        "begin",
+        "place split float32 [4]",
+        "make over [[1.5, -2.0, 1.5, -2.0], [0.0, 0.0]]",
+        "place w float32 [2]",
+        "make over [[1.5, -2.0, 1.5, -2.0], [1.5, -2.0]]",
+    ]
+
+
+def test_slot_may_be_filled_again_while_modules_are_made_over() -> None:
+    """On a GPU: what is issued for that comes after the mark that is waited for."""
+    loader = MakingLoader()
+    loader.memory = {"w": torch.zeros(2)}
+    slots, steps = FakeSlots(), Steps(loader)
+    answered(steps, Begin(7, NEW, 1, 8), slots)
+    made = torch.zeros(2)
+    loader.make_over = lambda: slots.copy(made.data_ptr(), loader.memory["w"].data_ptr(), 8)  # type: ignore[method-assign]
+    assert steps.carry_out(LOAD, slots) == []
+    assert steps.settle_all()
+    assert (loader.memory["w"].tolist(), made.tolist()) == ([1.5, -2.0], [0.0, 0.0])
+
+
 def test_tensor_without_a_place_is_loaded_whole(steps: Steps, loader: FakeLoader) -> None:
     loader.memory = {"w": torch.zeros(2)}
     do(steps, Begin(7, NEW, 2, 24), *HALVES, LOAD, Finish(7))
