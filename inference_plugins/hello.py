@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import structs
 
 from cpe_daemon.errors import CpeError, PeerLostError, from_code
-from cpe_daemon.wire.messages import ErrorReply, Farewell, Message, WorkerHello
+from cpe_daemon.wire.messages import ErrorReply, Farewell, Message, WorkerHello, WorkerState
 from inference_plugins.loader import Loader
 
 
@@ -28,3 +28,8 @@ def refusal(message: Message | None, endpoint: str) -> CpeError | None:
     if isinstance(message, Farewell):
         return PeerLostError(f"the daemon at {endpoint} takes no workers: {message.reason}")
     return None
+
+
+def state_of(loader: Loader, digest: bytes) -> WorkerState:
+    """What an attached worker says of its engine that went to sleep, or woke up; ``digest`` as in `renew`."""
+    return WorkerState(loader.asleep, loader.content, loader.touched, digest)

@@ -21,6 +21,7 @@ from cpe_daemon.links.dealer import Dealer
 from cpe_daemon.links.handoff import Tether, claim
 from cpe_daemon.wire.messages import (
     CloseSlots,
+    Digested,
     ErrorReply,
     Expect,
     Farewell,
@@ -34,11 +35,10 @@ from cpe_daemon.wire.messages import (
     WorkerBye,
     WorkerCommand,
     WorkerHello,
-    WorkerState,
     WorkerWelcome,
 )
 from inference_plugins.errands import Errands
-from inference_plugins.hello import refusal, renew
+from inference_plugins.hello import refusal, renew, state_of
 from inference_plugins.holding import Holding
 from inference_plugins.loader import Loader
 from inference_plugins.steps import Answer, Step, Steps, name_of
@@ -162,7 +162,7 @@ class Receiver:
         each of which the next one makes void. One that is known already says only what is new.
         """
         self._hello = structs.replace(self._hello, **news)
-        hello = renew(self._hello, self._loader, self._steps.digest)
+        hello = renew(self._hello, self._loader, self._steps.held.digest)
         deadline = time.monotonic() + seconds
         refused: CpeError | None = None
         try:
@@ -200,15 +200,14 @@ class Receiver:
         fd, self._tether = claim(welcome.handoff, welcome.tether)
         os.close(fd)
         self._welcome = welcome
-        self._steps = Steps(self._loader, self._steps.loaded)  # rounds are counted anew by each daemon
+        self._steps = Steps(self._loader, self._steps.held.loaded)  # rounds are counted anew by each daemon
         self._unanswered = 0
         self._holding.held = welcome.hold or self._loader.asleep
         if welcome.hold:
             self._holding.begin(_HELLO_EVERY_SECONDS)
         elif self._hello.world_size == 1 and not self._loader.starting:  # the others when all are here, and agree
             self._holding.let_serve()
-        awaiting = ", awaiting the live version" if welcome.hold else ""
-        log.info("attached to the daemon at %s%s", self.endpoint, awaiting)
+        log.info("attached to the daemon at %s%s", self.endpoint, ", awaiting the live version" if welcome.hold else "")
 
     # --- sleep -------------------------------------------------------------------------------------------------------
 
@@ -229,8 +228,7 @@ class Receiver:
         if not self.attached:
             return
         try:
-            loader = self._loader
-            self._dealer.send(WorkerState(loader.asleep, loader.content, loader.touched, self._steps.digest))
+            self._dealer.send(state_of(self._loader, self._steps.held.digest))
         except PeerLostError as error:
             self._lose(str(error))
 
@@ -284,6 +282,8 @@ class Receiver:
                 self._take_in(message)  # of a hello said twice: the daemon counts on its last answer
             elif isinstance(message, Expect):
                 self._steps.expect(message)
+            elif isinstance(message, Digested):
+                self._steps.held.learn(message.version, message.digest)
             else:
                 self._carry_out(message)
                 self._heard = time.monotonic()  # a long step was no silence of the daemon's

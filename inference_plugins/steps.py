@@ -37,6 +37,7 @@ from cpe_daemon.wire.messages import (
 from cpe_daemon.wire.reports import ErrorInfo, LoadingReport
 from inference_plugins.assembly import Assembly
 from inference_plugins.fold import Folder
+from inference_plugins.held import Held
 from inference_plugins.loader import Learning, Loader, MakingOver, Needing
 
 log: Final = logging.getLogger(__name__)
@@ -73,11 +74,8 @@ class Steps:
 
     def __init__(self, loader: Loader, loaded: tuple[VersionId | None, bytes] = (None, b"")) -> None:
         self._loader = loader
-        self.loaded = loaded
-        """The version that was last loaded whole, and its digest, for the steps of another daemon's rounds."""
+        self.held = Held(loader, loaded)
         self._update: Begin | None = None
-        self._before: tuple[int, VersionId | None, bytes] | None = None
-        """The last round that was begun here, and what the engine held before it."""
         self._expected: list[TensorSpec] = []
         self._compared: tuple[int, CpeError | None] | None = None
         """What was last compared with this engine, by its number, and why it does not fit, if so."""
@@ -95,12 +93,6 @@ class Steps:
         """Which needs the daemon goes by in this round; see `Begin.needs`."""
         self._parted: frozenset[str] = frozenset()
         """Tensors of which slots may hold less than all."""
-
-    @property
-    def digest(self) -> bytes:
-        """The digest of the version that the engine holds; ``b""`` if nobody said it."""
-        version, digest = self.loaded
-        return digest if version == self._loader.content else b""
 
     def expect(self, message: Expect) -> None:
         """Compare what is to come with what the engine holds, as soon as all of it is announced."""
@@ -147,7 +139,7 @@ class Steps:
         failed = self.attempt(step, lambda: passes.append(self._do(step)))
         if failed is not None:
             return [*answers, failed]
-        touched = isinstance(step, Abort) and self._changed(step.round)
+        touched = isinstance(step, Abort) and self.held.changed(step.round)
         whole, needs = self._compare_needs(step, slots)
         seconds = time.monotonic() - began
         name, loading = name_of(step), self._report() if isinstance(step, Finish) else None
@@ -256,7 +248,8 @@ class Steps:
                 self.forget()
                 self._check(step.round, announced=False)
                 self._loader.begin()
-                self._update, self._before = step, (step.round, self._loader.content, self.digest)
+                self.held.begin(step.round)
+                self._update = step
             case Finish():
                 self._finish(step)
             case Abort():
@@ -278,11 +271,6 @@ class Steps:
         self._abandon(abort.reason)
         if self._resumed == abort.round:
             self._loader.pause(_PAUSE_AGAIN_SECONDS)
-
-    def _changed(self, round: int) -> bool:
-        """Whether the weights are no longer what they were before a round: a mixture, or its version whole."""
-        begun, *held = self._before or (0, None, b"")
-        return self._loader.touched or (begun == round and held != [self._loader.content, self.digest])
 
     def _load(self, load: Load, slots: Slots | None, began: float) -> _Loading:
         if self._update is None or load.round != self._update.round:
@@ -325,7 +313,7 @@ class Steps:
                 f" {begun.fold:016x}); it must not be served"
             )
         self._loader.finish(begun.version)
-        self.loaded = begun.version, begun.digest
+        self.held.loaded = begun.version, begun.digest
         self.forget()
 
     def _resume(self, resume: Resume) -> None:

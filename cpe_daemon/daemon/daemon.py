@@ -46,7 +46,7 @@ from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.observe.tls import Certificate
 from cpe_daemon.push.eviction import evict
 from cpe_daemon.push.pusher import Pusher
-from cpe_daemon.versions import Catalogue
+from cpe_daemon.versions import Catalogue, Version
 from cpe_daemon.wire.codec import MAX_HEADER_BYTES
 from cpe_daemon.wire.messages import WorkerMessage
 
@@ -132,6 +132,7 @@ class Daemon:
             clock=time.monotonic,
         )
         self.recovery.connect(self.catalogue, self.registry, self.pusher)
+        self.catalogue.on_digest(self._tell_engines)
         self.ingest.examine = self.pusher.compatibility.examine
         self.operations = Operations(
             pusher=self.pusher,
@@ -296,6 +297,10 @@ class Daemon:
     def _live(self, model: str) -> Identity | None:
         live = self.catalogue.live(model)
         return Identity(live.id, live.digest) if live else None
+
+    def _tell_engines(self, version: Version) -> None:
+        for engine in self.registry:
+            engine.learn(version.id, version.digest)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._running.append(self._tasks.create_task(work))

@@ -21,6 +21,7 @@ from cpe_daemon.wire.messages import (
     Abort,
     Begin,
     Check,
+    Digested,
     Finish,
     Halt,
     Pause,
@@ -164,6 +165,17 @@ class Engine:
             error=error.message if error else None,
         )
         self.changed()
+
+    def learn(self, version: VersionId, digest: bytes) -> None:
+        """The digest of a version is known: tell the workers that it was given to without, in this attachment.
+
+        One that sleeps is not told, and one that came with the version is not known to hold the same by its name.
+        """
+        for worker in self.workers.values():
+            given = worker.loaded is not None and (worker.content, worker.digest) == (version, b"")
+            if given and not worker.asleep:
+                worker.digest = digest
+                worker.tell(encode(Digested(version, digest)))
 
     def _note_digest(self) -> None:
         """All its workers hold what they were told to load."""

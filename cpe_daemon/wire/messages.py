@@ -47,6 +47,7 @@ from cpe_daemon.wire.worker import (
     Begin,
     Check,
     CloseSlots,
+    Digested,
     Expect,
     Finish,
     Halt,
@@ -76,6 +77,7 @@ __all__ = [
     "Chunk",
     "ChunkDone",
     "CloseSlots",
+    "Digested",
     "Done",
     "EngineAdd",
     "EngineRemove",
@@ -171,6 +173,7 @@ WorkerCommand = (
     | OpenSlots
     | CloseSlots
     | Expect
+    | Digested
     | Check
     | Wake
     | Halt

@@ -170,6 +170,13 @@ class Expect(Message, frozen=True, tag="expect"):
     tensors: list[TensorSpec]
 
 
+class Digested(Message, frozen=True, tag="digested"):
+    """The digest of a version that a worker was given by a `Begin` without one. Not answered."""
+
+    version: VersionId
+    digest: bytes
+
+
 class Check(Message, frozen=True, tag="check"):
     """Say whether a version of the tensors that `Expect` brought under this ``round`` can be loaded."""
 

@@ -32,8 +32,8 @@ def start_daemon(node: Node) -> None:
     node.start_daemon(device__verify=True, tricks={"never_quiet": True})
 
 
-def publish(node: Node, version: int, seed: int) -> None:
-    """As a trainer whose GPUs fold; it returns when the version is live.
+def publish(node: Node, version: int, seed: int) -> str:
+    """As a trainer whose GPUs fold; returns what became of the engine's update, when the version is live.
 
     Raises:
         CpeError: it is refused, or fails.
@@ -44,7 +44,9 @@ def publish(node: Node, version: int, seed: int) -> None:
         stream = trainer.open(version, SHARDS, folded=True)
         trainer.send_bytes(stream, data)
         trainer.send(Seal(stream, b"", reference({shard.name: data[at:][: shard.nbytes] for shard, at in places})))
-        trainer.await_state("live")
+        report = trainer.await_state("live").report
+    assert report is not None
+    return report.engines["e"].outcome
 
 
 def live(node: Node) -> Identity | None:
@@ -66,8 +68,8 @@ def test_daemon_that_is_stopped_digests_first_and_the_next_one_takes_the_version
     engine.await_serving(1)
     with pytest.raises(VersionRefusedError, match="was staged before with other weights"):
         publish(node, 1, seed=2)
-    publish(node, 1, seed=1)
-    publish(node, 2, seed=2)
+    assert publish(node, 1, seed=1) == "current"  # its worker was told the digest before the daemon ended
+    assert publish(node, 2, seed=2) == "updated"
     engine.await_serving(2)
 
 

@@ -10,7 +10,7 @@ import structlog
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.versions import Version
-from cpe_daemon.wire.messages import Begin, PushRequest
+from cpe_daemon.wire.messages import Begin, Digested, PushRequest
 from tests.unit.fake_node import CURRENT, FakeNode, FakeWorker, number
 
 ONE, TWO = number(1), number(2)
@@ -74,6 +74,24 @@ async def test_engine_that_joins_is_compared_with_a_digest_that_came_after_the_v
         await node.idle()
         assert begun(worker) == pushed
         assert node.states() == {"back": (CURRENT, ONE)}
+
+
+async def test_workers_that_were_given_a_version_without_a_digest_are_told_it_and_no_others() -> None:
+    async with FakeNode.running() as node:
+        given, asleep = node.worker("given"), node.worker("asleep")
+        await node.idle()
+        await publish(node, ONE, b"")
+        asleep.sleep()
+        came, other = node.worker("came", content=ONE), node.worker("other", content=TWO, model="n")
+        await node.idle()
+        for name in ("given", "asleep", "came", "other"):
+            node.engine(name).learn(ONE, DIGEST)
+            node.engine(name).learn(ONE, OTHER)
+        told = {
+            worker: [c for c in worker.commands if isinstance(c, Digested)] for worker in (given, asleep, came, other)
+        }
+        assert told == {given: [Digested(ONE, DIGEST)], asleep: [], came: [], other: []}
+        assert (node.engine("given").digest, node.engine("came").digest) == (DIGEST, b"")
 
 
 async def test_engine_that_a_round_left_in_doubt_gets_back_what_it_held_without_a_digest() -> None:

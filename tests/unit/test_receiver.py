@@ -20,7 +20,9 @@ from cpe_daemon.wire.messages import (
     PROTOCOL,
     Abort,
     Begin,
+    Check,
     CloseSlots,
+    Digested,
     ErrorReply,
     Farewell,
     Finish,
@@ -544,21 +546,27 @@ def test_touched_engine_stays_paused_whatever_the_daemon_does(
     assert not loader.serving
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_next_daemon_is_told_the_digest_of_what_is_held(
-    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader
+    daemon: Daemon, running: Running, tethers: list[FakeTether], loader: FakeLoader, *, late: bool
 ) -> None:
+    digest = bytes(range(16))
     hello = daemon.expect(WorkerHello)
     assert isinstance(hello, WorkerHello)
     assert (hello.content, hello.digest) == (None, b"")
     daemon.greet()
-    for step in (Pause(1, 1.0), Begin(1, NEW, 0, 0, digest=bytes(range(16))), Finish(1)):
+    for step in (Pause(1, 1.0), Begin(1, NEW, 0, 0, digest=b"" if late else digest), Finish(1)):
         daemon.say(step)
         assert daemon.expect(StepDone)
+    if late:
+        daemon.say(Digested(NEW, digest))
+        daemon.say(Check(2))  # which is answered when that was heard
+        assert daemon.expect(StepFailed)
     for _ in range(2):
         tethers[-1].cut = True
         hello = daemon.expect(WorkerHello)
         assert isinstance(hello, WorkerHello)
-        assert (hello.content, hello.digest) == (NEW, bytes(range(16)))
+        assert (hello.content, hello.digest) == (NEW, digest)
         daemon.greet()
         assert daemon.expect(Ping)
 

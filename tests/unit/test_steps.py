@@ -543,14 +543,38 @@ def test_version_is_not_resumed_under_another_s_name(steps: Steps, loader: FakeL
 
 
 def test_digest_is_that_of_the_version_that_was_loaded_last(steps: Steps, loader: FakeLoader) -> None:
-    assert steps.digest == b""
+    assert steps.held.digest == b""
     do(steps, Begin(7, NEW, 1, 8, digest=DIGEST), LOAD)
-    assert steps.digest == b""
+    assert steps.held.digest == b""
     do(steps, Finish(7))
-    assert (loader.content, steps.digest, steps.loaded) == (NEW, DIGEST, (NEW, DIGEST))
-    assert Steps(loader, steps.loaded).digest == DIGEST
+    assert (loader.content, steps.held.digest, steps.held.loaded) == (NEW, DIGEST, (NEW, DIGEST))
+    assert Steps(loader, steps.held.loaded).held.digest == DIGEST
     loader.content = OLD
-    assert steps.digest == Steps(loader, steps.loaded).digest == b""
+    assert steps.held.digest == Steps(loader, steps.held.loaded).held.digest == b""
+
+
+def test_digest_that_is_known_later_is_that_of_the_version_that_was_loaded_without(
+    steps: Steps, loader: FakeLoader
+) -> None:
+    do(steps, Begin(7, NEW, 1, 8), LOAD)
+    steps.held.learn(NEW, DIGEST)  # of an earlier loading of it: this one has not ended
+    do(steps, Finish(7))
+    assert steps.held.digest == b""
+    steps.held.learn(OLD, DIGEST)
+    assert steps.held.digest == b""
+    steps.held.learn(NEW, DIGEST)
+    assert steps.held.digest == DIGEST
+    steps.held.learn(NEW, bytes(16))
+    assert steps.held.digest == DIGEST
+
+
+def test_digest_that_is_known_during_a_round_changes_no_weights(steps: Steps, loader: FakeLoader) -> None:
+    do(steps, Begin(7, NEW, 1, 8), LOAD, Finish(7))
+    do(steps, Begin(8, OLD, 1, 8))
+    steps.held.learn(NEW, DIGEST)
+    assert do(steps, Abort(8, "an engine failed")).touched is False
+    do(steps, Begin(9, OLD, 1, 8), replace(LOAD, round=9), Finish(9))
+    assert do(steps, Abort(9, "an engine failed")).touched is True
 
 
 @pytest.mark.parametrize(
