@@ -308,15 +308,16 @@ class Ingest:
     def _on_version(self, version: Version) -> None:
         """A version changed: tell whoever watches it; close the streams of one that is no longer received.
 
-        The end of one that is being digested is told when it is: it may be published again then.
+        The end of one that is being digested is told when it is, and may come again; if the daemon stops, at once.
         """
+        early = version.state in FINAL and version in self.digesting and not self._stopped_because
         if version.state is not VersionState.RECEIVING:
             self._progress.pop(version.id, None)
         for session in self._trainers:
             if version.state is not VersionState.RECEIVING:
                 for stream in [s for s in session.streams.values() if s.version is version]:
                     del session.streams[stream.id]
-            if version.id in session.watching and not (version.state in FINAL and version in self.digesting):
+            if version.id in session.watching and not early:
                 self._trainers.send(session, status_of(version))
                 if version.state in FINAL:
                     session.watching.discard(version.id)

@@ -390,6 +390,19 @@ async def test_end_of_a_daemon_waits_for_digests_and_for_nothing_else(gate: Gate
         assert second.state == "staged"
 
 
+async def test_daemon_that_ends_tells_at_once_what_it_gives_up(gate: Gate) -> None:
+    async with Node.running() as node:
+        version = await node.bring(1, data_of(1))
+        node.ingest.stop("the daemon stops")
+        node.catalogue.fail(version, EngineError("the daemon stops"))
+        (failed,) = [m for m in node.sent if isinstance(m, VersionStatus) and m.state == "failed"]
+        assert failed.version == number(1)
+        gate.open()
+        await asyncio.wait_for(node.ingest.digesting.finish(), 20)
+        assert [m for m in node.sent if isinstance(m, VersionStatus)][-1] is failed
+        assert version.digest == identity(data_of(1))
+
+
 async def test_daemon_that_ends_while_it_digests_lets_go(gate: Gate, no_leaks: None) -> None:
     async with Node.running() as node:
         version = node.go_live(await node.bring(1, data_of(1)))
@@ -500,6 +513,7 @@ async def test_digests_that_are_not_known_in_time_are_a_deadline(gate: Gate) -> 
         late = await node.answer(ErrorReply, stream)
         assert isinstance(late, ErrorReply)
         assert late.error.message == "digests of m@r#1 were not known here within 1800 s"
+        gate.open()
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
