@@ -31,12 +31,11 @@ class Held(NamedTuple):
     logprobs: list[float]
 
 
-@pytest.fixture(scope="module")
-def roomy(place: Path) -> Iterator[Daemon]:
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Daemon]:
+    """Each test's own: it keeps what is live of each model."""
     runtime_dir = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
-    state_dir = place / "roomy"
-    state_dir.mkdir()
-    started = RoomyDaemon(runtime_dir, state_dir)
+    started = RoomyDaemon(runtime_dir, tmp_path)
     started.start()
     yield started
     started.stop()
