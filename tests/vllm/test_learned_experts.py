@@ -78,7 +78,6 @@ def test_many_packed_tensors_are_copied_to_the_bits_that_the_loader_makes(
         )
 
 
-@pytest.mark.essential
 def test_version_that_lacks_a_packed_tensor_leaves_what_was_served(
     roomy: Daemon, all_faults: Faults, place: Path, versions: list[Checkpoint]
 ) -> None:
