@@ -516,6 +516,49 @@ async def test_digests_that_are_not_known_in_time_are_a_deadline(gate: Gate) -> 
         gate.open()
 
 
+# --- whatever happens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_becomes_of_versions_their_digests_are_right_and_nothing_stays(seed: int, gate: Gate) -> None:
+    gate.open()
+    chance = random.Random(seed)
+    async with Node.running(arena_bytes=3 * BYTES) as node:
+        versions: list[Version] = []
+        for n in range(1, 12):
+            versions.append(await node.bring(n, data_of(n)))
+            node.push(versions[-1])
+            match chance.choice(["live", "live", "failed", "rolled back", "again", "other"]):
+                case "failed":
+                    node.catalogue.fail(versions[-1], EngineError("no engine took it"))
+                case "rolled back":
+                    node.go_live(versions[-1])
+                    for retained in [v for v in versions if v.state == "retained"][-1:]:
+                        node.go_live(retained)
+                case "again":
+                    stream = node.open(n)
+                    node.go_live(versions[-1])
+                    node.say(Seal(stream, b"".join(digests_of(data_of(n))), 0))
+                    await node.answer(VersionStatus, stream)
+                case "other":
+                    stream = node.open(n)
+                    node.say(Seal(stream, b"".join(digests_of(data_of(0))), 0))
+                    await node.answer(ErrorReply, stream)
+                    node.go_live(versions[-1])
+                case _:
+                    node.go_live(versions[-1])
+            for _ in range(chance.randrange(8)):
+                await asyncio.sleep(0)
+        await asyncio.wait_for(node.ingest.digesting.finish(), 20)
+        for version in versions:
+            assert version.digest in (identity(data_of(version.id.number)), b"")
+            assert version.digest or not version.held
+            assert not version.leases
+        assert node.catalogue.numbers.histories["m"].used["r"] == Used(11, identity(data_of(11)))
+        held = [version for version in versions if version.held]
+        assert node.arena.free_bytes == node.arena.nbytes - sum(version.room_bytes for version in held)
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
