@@ -38,7 +38,7 @@ test: $(STAMP) ## run the tests; ARGS='-k plan -x' goes to pytest
 test-vllm: $(STAMP) $(VLLM_STAMP) ## run the tests against real vLLM servers on the CPU (3.5 GB in .venv-vllm)
 	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm $(ARGS)
 
-test-vllm-essential: $(STAMP) $(VLLM_STAMP) ## run the part of these that .ci/run includes (some 11 minutes)
+test-vllm-essential: $(STAMP) $(VLLM_STAMP) ## run the part of these that .ci/run includes (some 8 minutes)
 	@timeout --foreground --signal=INT --kill-after=60 $(VLLM_SECONDS) $(BIN)/python -m pytest tests/vllm -m essential $(ARGS)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP) ## run the tests against real SGLang servers on the CPU (4 GB in .venv-sglang)
