@@ -25,13 +25,12 @@ import transformers
 
 from benchmarks.arguments import positive
 from benchmarks.report import compared, finish, show, spread
-from benchmarks.vllm_server import ENGINE, MODEL, ROOT, call_workers, pauses, server
+from benchmarks.vllm_server import ENGINE, MODEL, ON_CPU, ROOT, call_workers, pauses, server
 from cpe_daemon.publisher import Publisher
 
 LIVE_SECONDS: Final = 60.0
 ALLOWED_RATIO: Final = 1.5
 ALLOWED_MORE_SECONDS: Final = 0.02
-_ON_CPU: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
                 python=options.python,
                 ranks=options.ranks,
                 developer_routes=options.developer_routes,
-                settings=_ON_CPU,
+                settings=ON_CPU,
             ) as url:
                 _measure(publisher, url, checkpoints, 2, options.warm, {})
                 phases: dict[str, list[float]] = {}

@@ -21,6 +21,8 @@ START_SECONDS: Final = 400.0
 CALL_SECONDS: Final = 120.0
 ENGINE: Final = "vllm"
 MODEL: Final = "policy"
+ON_CPU: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""Settings of a server on the CPU."""
 _PLUGIN: Final = "cpe_meter"
 _OF_ITS_OWN: Final = ("VLLM_", "CPE_")
 """Settings that a server is given here, and does not inherit."""

@@ -32,7 +32,7 @@ from benchmarks.gpu.push import FloorProcess, Tell, gpus_of, progress
 from benchmarks.host import SERVE, DaemonProcess
 from benchmarks.models import MODELS
 from benchmarks.report import compared, finish, ratio, rounded, show, spread
-from benchmarks.vllm_server import ENGINE, MODEL, ROOT, call, call_workers, pauses, server
+from benchmarks.vllm_server import ENGINE, MODEL, ON_CPU, ROOT, call, call_workers, pauses, server
 from cpe_daemon.cli.conversation import DaemonAddress, ask_status
 from cpe_daemon.demo.processes import await_daemon
 from cpe_daemon.demo.signals import Interruption
@@ -56,7 +56,6 @@ _ON_GPU: Final = (
 """CUDA graphs, and no compiler, whose start takes minutes."""
 _GPU_SETTINGS: Final = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """That one would be compiled at the start, for a minute and a half."""
-_CPU_SETTINGS: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 _EPILOG: Final = """\
 examples:
@@ -231,7 +230,7 @@ def run(options: argparse.Namespace, directory: Path) -> None:
         "--no-enable-prefix-caching",
     ]
     arguments += _ON_GPU if options.device == "cuda" else ["--enforce-eager"]
-    settings = {"CPE_VLLM_START": "any", **(_GPU_SETTINGS if options.device == "cuda" else _CPU_SETTINGS)}
+    settings = {"CPE_VLLM_START": "any", **(_GPU_SETTINGS if options.device == "cuda" else ON_CPU)}
     steps = CONTENTS + len(options.slots) * (options.warm + options.updates)
     began = time.monotonic()
     with (

@@ -19,6 +19,7 @@ from cpe_daemon.core.manifest import layout
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.digests import Digests
+from cpe_daemon.ingest.news import FINAL
 from cpe_daemon.ingest.whole import digest_of
 from cpe_daemon.ingest.writer import check_digests
 from cpe_daemon.versions import Catalogue, Contribution, Version
@@ -29,8 +30,6 @@ _CHUNK_BYTES: Final = 16 << 20
 _LOOK_SECONDS: Final = 0.1
 _PATIENCE_SECONDS: Final = 10.0
 """For how long others come first. A daemon that is killed meanwhile leaves a version that cannot come again."""
-
-_GONE: Final = (VersionState.FAILED, VersionState.EVICTED)
 
 
 class Digesting:
@@ -101,7 +100,7 @@ class Digesting:
             while not self._due:
                 self._changed.clear()
                 await self._changed.wait()
-            version = next(iter(self._due))
+            version = next((gone for gone in self._due if gone.state in FINAL), next(iter(self._due)))
             try:
                 await self._digest_later(version, functools.partial(self._turn, version, self._clock()))
             finally:
@@ -166,7 +165,7 @@ class Digesting:
 
     async def _turn(self, version: Version, since: float) -> bool:
         """Wait for a chunk's turn; False if nobody will ever ask for the digest of a version that is gone."""
-        while version.state not in _GONE or version in self._wanted or self._may_return(version):
+        while version.state not in FINAL or version in self._wanted or self._may_return(version):
             if self._is_urgent() or self._clock() - since >= _PATIENCE_SECONDS or self._is_quiet():
                 return True
             self._changed.clear()
@@ -179,8 +178,10 @@ class Digesting:
         return self._catalogue.numbers.lacks_digest(version.id)
 
     def _is_urgent(self) -> bool:
-        """Whether somebody waits for a digest, or for room; or may soon, since bytes are to be let go."""
-        return bool(self._wanted) or self._short() or any(version.state in _GONE for version in self._due)
+        """Whether somebody waits for a digest, or for room that one would make; or may soon: bytes are to be let go."""
+        if self._wanted or any(version.state in FINAL for version in self._due):
+            return True
+        return self._short() and any(version.state is VersionState.RETAINED for version in self._due)
 
     def _is_quiet(self) -> bool:
         """Whether nobody else moves bytes of a version, as far as can be told."""

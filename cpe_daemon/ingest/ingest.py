@@ -186,7 +186,7 @@ class Ingest:
             session.chunk_bytes,
             piece_bytes(threads),
             fold,
-            digested=not stream.covered,
+            digested=not (stream.covered and stream.undigested),
         )
         copied = functools.partial(self._copied, session, stream)
         batch = max(1, session.credits // (_BATCHES * threads))

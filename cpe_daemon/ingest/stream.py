@@ -28,6 +28,7 @@ class Stream:
         self.tensors = opened.tensors
         self.nbytes = opened.nbytes
         self.folded = opened.folded
+        self.undigested = opened.undigested
         self.covered = False
         """Whether a fold that engines are held to is of every byte of it: its digests verify nothing, and can wait."""
         self.shards: list[Shard] = []

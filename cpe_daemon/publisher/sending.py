@@ -156,7 +156,9 @@ class Sending:
         stream.moved_at = self._clock()
         self._streams[stream.number] = stream
         self._watching.add(delivery)
-        self._send(OpenVersion(stream.number, delivery.version, len(shards), delivery.nbytes, force, folded))
+        undigested = folded and self._memory is not None  # what goes by sockets is digested while it waits for them
+        nbytes = delivery.nbytes
+        self._send(OpenVersion(stream.number, delivery.version, len(shards), nbytes, force, folded, undigested))
         for first in range(0, len(shards), SHARDS_A_PART):
             self._send(ManifestPart(stream.number, first, shards[first : first + SHARDS_A_PART]))
 

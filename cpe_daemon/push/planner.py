@@ -42,8 +42,8 @@ class _Made(NamedTuple):
         self, tensors: Sequence[Tensor], bases: Sequence[Base], topology: Topology, wants: Wants | None
     ) -> bool:
         """Whether these would lead to it again."""
-        known = (self.bases, self.topology, self.tensors)
-        return self.wants is wants and known == (bases, topology, tensors)
+        where = self.wants is wants and self.bases == bases and self.topology == topology
+        return where and self.tensors == tensors
 
 
 @dataclass

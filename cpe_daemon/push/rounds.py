@@ -127,6 +127,8 @@ class Rounds:
                 await asyncio.gather(*(participant.leave() for participant in participants))
         for participant in participants:
             self._observe(version, participant, self._clock() - began)
+            if version.digest:
+                participant.engine.learn(version.id, version.digest)  # it may have become known meanwhile
             if not participant.alive:
                 for worker in participant.workers:  # whatever failed, what comes next has to mend it
                     worker.needs = None

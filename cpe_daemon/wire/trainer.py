@@ -30,7 +30,8 @@ class OpenVersion(Message, frozen=True, tag="open_version"):
     """A rank begins to contribute to a version over ``stream``, a number that it chose and never reuses on this link.
 
     The manifest follows in `ManifestPart`s; the daemon answers `VersionOpened` when it has all of it and the room.
-    ``folded``: the `Seal` will bring the fold, as far as it is the rank's own to make.
+    ``folded``: the `Seal` will bring the fold, as far as it is the rank's own to make. ``undigested``: and no digests,
+    if the daemon can do without.
     """
 
     stream: int
@@ -39,6 +40,7 @@ class OpenVersion(Message, frozen=True, tag="open_version"):
     nbytes: int
     force: bool = False
     folded: bool = False
+    undigested: bool = False
 
 
 class ManifestPart(Message, frozen=True, tag="manifest_part"):

@@ -111,13 +111,13 @@ class LearnedLoading:
 
     def begin(self) -> None:
         """A round begins."""
+        self._benched.begin()
         self.on = self.on and not self._failed
         if not self.on:
             self._drop()
             return
         self._watch, self._came, self._watched_seconds = None, {}, 0.0
         self._arrived.clear()
-        self._benched.begin()
         self._comparison.begin()
         self._held = dict(self._parameters())
         layout = {name: layout_of(tensor) for name, tensor in self._held.items()}
@@ -156,17 +156,24 @@ class LearnedLoading:
 
     def _place_on_benches(self, name: str, *, here: bool) -> Placement:
         """Where a tensor goes of a module that is made over: its loader would write to the tensors of kernels."""
-        try:
+        with self._forgetting():
             if not here:
                 raise EngineError(f"{name} comes to another device than it did")
             return self._benched.place(name)
-        except EngineError as error:
-            self.forget(error.message)
-            raise
 
     def make_over(self) -> None:
         """Every byte that was placed has been copied, or that was issued: have the engine make over what is whole."""
-        self._benched.make_over()
+        with self._forgetting():
+            self._benched.make_over()
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """If benches fail, the loader is to be given everything in the next round: it may do better."""
+        try:
+            yield
+        except Exception as error:  # task boundary: only noted here, and raised again
+            self.forget(f"{type(error).__name__}: {error}")
+            raise
 
     def needs(self, device: torch.device) -> Needed | None:
         """Which bytes of the tensors that were learned are needed of slots on a device; None: all."""
@@ -214,7 +221,7 @@ class LearnedLoading:
         Args:
             work: what the engine does when it has been given everything, if it does anything.
         """
-        self._benched.make_over()
+        self.make_over()
         learning = self._learning
         if work is not None:
             with self._benches.showing(self._making_over) if learning else contextlib.nullcontext():

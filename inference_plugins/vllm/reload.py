@@ -184,6 +184,6 @@ class Reload:
 
     def _computed(self, module: torch.nn.Module, info: Any) -> int:
         """How many of the elements that vLLM counts are not loaded from a checkpoint."""
-        names = set(getattr(info, "kernel_non_persistent_buffers", ())) - self._layerwise.uncounted
+        names = set(info.kernel_non_persistent_buffers) - self._layerwise.uncounted
         names -= {name for name, _ in info.loaded_weights}
         return sum(buffer.numel() for name, buffer in module.named_buffers(recurse=False) if name in names)

@@ -88,7 +88,7 @@ class RawTrainer:
         """Announce a contribution and await the room for it; return the stream's number."""
         stream = next(self._streams)
         version = VersionId(MODEL, self._run, number)
-        self.send(OpenVersion(stream, version, len(shards), layout(shards).nbytes, force, folded))
+        self.send(OpenVersion(stream, version, len(shards), layout(shards).nbytes, force, folded, folded))
         self.send(ManifestPart(stream, 0, list(shards)))
         self.expect(VersionOpened)
         return stream

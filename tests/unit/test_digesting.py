@@ -123,6 +123,8 @@ class Node:
             metrics=Metrics(),
             clock=lambda: self.now,
         )
+        self.undigested = True
+        """What it says of the versions that it opens."""
         self._handlers = {**trainers.handlers(), **self.ingest.handlers()}
         self.say(TrainerHello(PROTOCOL, "m", "r", 0, 1))
 
@@ -166,7 +168,7 @@ class Node:
     def open(self, n: int) -> int:
         """Announce a version and its shards; the stream."""
         stream = next(self._streams)
-        self.say(OpenVersion(stream, number(n), 2, BYTES, folded=True))
+        self.say(OpenVersion(stream, number(n), 2, BYTES, folded=True, undigested=self.undigested))
         self.say(ManifestPart(stream, 0, [W, B]))
         return stream
 
@@ -230,6 +232,18 @@ class Looks:
 
 
 # --- what comes out of it --------------------------------------------------------------------------------------------
+
+
+async def test_what_a_trainer_digests_all_the_same_is_digested_while_it_comes(gate: Gate) -> None:
+    """As of one whose bytes go by sockets."""
+    data = data_of(1)
+    async with Node.running() as node:
+        node.undigested = False
+        version = await node.bring(1, data, b"".join(digests_of(data)))
+        assert version.state == "staged"
+        assert version.digest == identity(data)
+        assert version not in node.ingest.digesting
+        gate.open()
 
 
 async def test_folded_version_is_staged_at_once_and_its_digest_is_known_later(gate: Gate) -> None:
@@ -412,6 +426,19 @@ async def test_daemon_that_ends_while_it_digests_lets_go(gate: Gate, no_leaks: N
 
 
 # --- bytes that others want, or nobody any more ----------------------------------------------------------------------
+
+
+async def test_want_of_room_hurries_nothing_that_would_make_none(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Node.running() as node:
+        gate.open()
+        looks = Looks(node, monkeypatch)
+        monkeypatch.setattr(node.ingest.digesting, "_short", lambda: True)
+        version = await node.bring(1, data_of(1))
+        node.push(version)
+        await looks.some()
+        assert gate.chunks == 0
+        node.go_live(version)
+        await node.until(lambda: version.digest)
 
 
 async def test_room_of_a_version_that_is_not_digested_is_given_up_when_it_is(gate: Gate) -> None:

@@ -10,7 +10,7 @@ import structlog
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.errors import CpeError, EngineError
 from cpe_daemon.versions import Version
-from cpe_daemon.wire.messages import Begin, Digested, PushRequest
+from cpe_daemon.wire.messages import Begin, Digested, Finish, PushRequest, StepDone
 from tests.unit.fake_node import CURRENT, FakeNode, FakeWorker, number
 
 ONE, TWO = number(1), number(2)
@@ -92,6 +92,24 @@ async def test_workers_that_were_given_a_version_without_a_digest_are_told_it_an
         }
         assert told == {given: [Digested(ONE, DIGEST)], asleep: [], came: [], other: []}
         assert (node.engine("given").digest, node.engine("came").digest) == (DIGEST, b"")
+
+
+async def test_digest_that_becomes_known_while_a_version_is_loaded_is_told_afterwards() -> None:
+    async with FakeNode.running() as node:
+        worker = node.worker("a")
+        await node.idle()
+
+        def learn(step: Finish) -> StepDone:
+            node.catalogue.learn(record, DIGEST)
+            return worker.do(step)
+
+        worker.script["finish"] = learn
+        record = node.stage(ONE, b"")
+        await node.until(lambda: record.state == "live")
+        await node.idle()
+        assert begun(worker) == [(ONE, b"")]
+        assert [c for c in worker.commands if isinstance(c, Digested)] == [Digested(ONE, DIGEST)]
+        assert node.engine("a").digest == DIGEST
 
 
 async def test_engine_that_a_round_left_in_doubt_gets_back_what_it_held_without_a_digest() -> None:

@@ -214,7 +214,7 @@ def test_failed_update_leaves_no_module_on_a_bench(threads: ThreadPoolExecutor, 
     assert worker.model.values() == plain.model.values()
 
 
-def test_failed_processing_is_undone(threads: ThreadPoolExecutor) -> None:
+def test_failed_processing_is_undone_and_the_loader_is_given_all_then(threads: ThreadPoolExecutor) -> None:
     worker, plain = pair(threads, lambda: Packed(Failing()))
     teach(worker, plain)
     method: Any = worker.model.qkv.quant_method
@@ -224,8 +224,10 @@ def test_failed_processing_is_undone(threads: ThreadPoolExecutor) -> None:
     assert len(worker.model.qkv.weight) == 3 * HIDDEN
     method.fails = False
     assert worker.push(10, checkpoint(4))
-    assert worker.given == []
+    assert sorted(worker.given) == sorted(checkpoint(4))
     assert worker.model.values() == plain.model.values()
+    teach(worker, plain)
+    assert worker.given == []
 
 
 def test_tensors_that_do_not_come_to_a_bench_are_missed(threads: ThreadPoolExecutor) -> None:
