@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from inference_plugins.learned import LearnedLoading, tensors_of
 from inference_plugins.sglang.loader import SglangLoader
@@ -19,37 +16,19 @@ LEARNED: list[int] = []
 """How many tensors each worker knew the ways of when it was closed."""
 
 
-class LearningLoader(SglangLoader):
-    """With what it learns of the worker's model."""
-
-    def __init__(self, models: Any, device: torch.device, gate: Any, *, needs_version: bool) -> None:
-        model: nn.Module = models()[0].model
-        learned = LearnedLoading(lambda: tensors_of(model))
-        models()[0].spares(learned)
-        super().__init__(models, device, gate, needs_version=needs_version, learned=learned)
-        self.learned = learned
-
-
-class LearningReload(Reload):
-    """Leaves out what is learned by then."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        super().__init__(FakeRunner(model), lambda: self._learned.modules)
-
-    def spares(self, learned: LearnedLoading) -> None:
-        self._learned = learned
-
-
 class LearningWorker(Worker):
-    loader_type = LearningLoader  # type: ignore[assignment]  # its first model is of one kind
+    """What it has learned its loader leaves out."""
 
-    def reload(self) -> LearningReload:
-        return LearningReload(self.model)
+    loader_type = SglangLoader
+
+    def reload(self) -> Reload:
+        self.learned = learned = LearnedLoading(lambda: tensors_of(self.model))
+        return Reload(FakeRunner(self.model), lambda: learned.modules)
 
     def close(self) -> None:
         super().close()
-        LEARNED.append(self.loader.learned.report.learned)  # type: ignore[attr-defined]  # as this worker's has it
+        assert self.learned is not None
+        LEARNED.append(self.learned.report.learned)
 
 
 def learning() -> Plugin[Worker]:
