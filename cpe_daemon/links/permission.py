@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -24,13 +25,14 @@ def check_permission(endpoint: str) -> None:
     path = Path(endpoint.removeprefix(_IPC))
     if not endpoint.startswith(_IPC) or not path.is_absolute():
         return
-    for directory in reversed(path.parents):
-        if not os.path.isdir(directory):
-            return
-        if not _may(directory, os.X_OK):
-            raise AccessError(f"you may not enter {directory}, {_whose(directory, stat.S_IXGRP)}")
-    if path.is_socket() and not _may(path, os.W_OK):
-        raise AccessError(f"you may not open {path}, {_whose(path, stat.S_IWGRP)}")
+    with contextlib.suppress(FileNotFoundError):  # a daemon that stops takes them away meanwhile
+        for directory in reversed(path.parents):
+            if not os.path.isdir(directory):
+                return
+            if not _may(directory, os.X_OK):
+                raise AccessError(f"you may not enter {directory}, {_whose(directory, stat.S_IXGRP)}")
+        if path.is_socket() and not _may(path, os.W_OK):
+            raise AccessError(f"you may not open {path}, {_whose(path, stat.S_IWGRP)}")
 
 
 def _may(path: Path, mode: int) -> bool:

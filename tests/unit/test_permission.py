@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import cpe_daemon.config  # noqa: F401
 from cpe_daemon.cli import main
 from cpe_daemon.errors import AccessError
+from cpe_daemon.links import permission
 from cpe_daemon.links.permission import check_permission
 from cpe_daemon.publisher import Publisher
 from inference_plugins.torch import attach
@@ -92,6 +93,20 @@ def test_what_is_open_or_not_there_yet_is_no_matter_of_permission(directory: Pat
     check_permission(f"ipc://{directory}/none.sock")
     check_permission(f"ipc://{directory}/none/front.sock")
     check_permission("tcp://10.0.0.7:5555")
+
+
+def test_socket_that_a_daemon_takes_away_meanwhile_is_not_there(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_away(path: Path, mode: int) -> bool:
+        if path.is_dir():
+            return True
+        path.unlink()
+        return False
+
+    monkeypatch.setattr(permission, "_may", take_away)
+    check_permission(f"ipc://{directory}/front.sock")
+    assert not (directory / "front.sock").exists()
 
 
 def test_commands_say_so_at_once(directory: Path, outsider: str) -> None:
