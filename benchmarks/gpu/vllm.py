@@ -177,21 +177,9 @@ class Bench:
     @contextlib.contextmanager
     def _daemon(self, slots: int) -> Iterator[Publisher]:
         """Run a daemon until all the server's workers are attached to it, and on."""
-        options = self._options
-        device = {"kind": options.device, "slots": slots, "slot_bytes": int(options.slot_mib * _MIB)}
-        device |= {"uuids": list(self._gpus)} if options.device == "cuda" else {"gpus": len(self._gpus)}
-        nbytes = sum(-(-spec.nbytes // 512) * 512 for spec in MODELS[options.model].specs())
-        config = {
-            "runtime_dir": str(self._directory),
-            "state_dir": str(self._directory / f"state-{slots}"),
-            "arena": {"size_bytes": 2 * nbytes + 8 * _MIB},
-            "device": device,
-            "retention": {"versions": 0},
-            "http": {"listen": ""},
-            "ingest": {"landing_credits": 24},
-        }
+        config = setting_of(self._options, self._gpus, slots).config(self._directory)
         path = self._directory / f"config-{slots}.yaml"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps({**config, "state_dir": str(self._directory / f"state-{slots}")}))
         log, run = self._directory / f"daemon-{slots}.log", f"run-{slots}"
         with DaemonProcess("the daemon", [*SERVE, "--config", str(path)], log) as daemon:
             await_daemon(self._address.endpoint, [daemon], _START_SECONDS)
@@ -213,13 +201,17 @@ class Bench:
             time.sleep(0.2)
 
 
+def setting_of(options: argparse.Namespace, gpus: Sequence[str], slots: int) -> Setting:
+    """What a daemon with so many slots has, and the floor beside it."""
+    slot_bytes = int(options.slot_mib * _MIB)
+    return Setting(options.device, options.model, tuple(gpus), one_engine(gpus), slots, slot_bytes)
+
+
 def run(options: argparse.Namespace, directory: Path) -> None:
     """Measure, and print."""
     gpus = gpus_of(options.device, options.gpus)
     model = _write_model(directory, options.model)
-    setting = Setting(
-        options.device, options.model, gpus, one_engine(gpus), options.slots[0], int(options.slot_mib * _MIB)
-    )
+    setting = setting_of(options, gpus, options.slots[0])
     arguments = [
         "--load-format",
         "dummy",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cpe_daemon.core.manifest import DIGEST_BYTES, Layout
 from cpe_daemon.core.types import Shard
-from cpe_daemon.devices.digests import Digests, NoDigests
+from cpe_daemon.devices.digests import Digests
 from cpe_daemon.devices.memory import copy
 from cpe_daemon.errors import DigestError, ProtocolError
 
@@ -69,8 +69,7 @@ class ExtentWriter:
         self._left = count
         self.accepted_bytes = 0
         """Bytes that have come, copied already or about to be."""
-        self._digested = digested
-        self._digests = Digests(layout, chunk_bytes, lasting=True) if digested else NoDigests(layout, chunk_bytes)
+        self._digests = Digests(layout, chunk_bytes, lasting=True) if digested else None
 
     @property
     def all_accepted(self) -> bool:
@@ -104,7 +103,7 @@ class ExtentWriter:
 
         ``sources`` hold its bytes, one after another, and as many as it has.
         """
-        if not self._digested and self._fold is None:  # in one go: nothing else wants a piece while it is in the cache
+        if self._digests is None:  # in one go: nothing else wants a piece while it is in the cache
             for source in sources:
                 copy(self._address + offset, source.address, source.nbytes)
                 offset += source.nbytes
@@ -136,7 +135,7 @@ class ExtentWriter:
         Raises:
             ProtocolError, DigestError: as `check_digests`.
         """
-        if not self._digested:
+        if self._digests is None:
             return None
         check_digests(self._shards, self._digests.found, digests)
         return self._digests.found

@@ -25,8 +25,8 @@ _REMEMBERED: Final = 8
 """Models: their names are trainers' to choose, and the tensors of a large one take tens of megabytes."""
 _PLANS: Final = 4
 """Of a model; as many as it may have versions here, as a rule."""
-_FEW_TENSORS: Final = 1000
-"""Such plans take a megabyte or less."""
+FEW_TENSORS: Final = 1000
+"""A plan of so many takes a megabyte or less, and a millisecond."""
 
 
 class _Made(NamedTuple):
@@ -128,7 +128,7 @@ class Planner:
             if made.follows_from(tensors, bases, topology, wants):
                 return made.plan
         plan = assign(known.cut, tensors, bases, topology, wants)
-        if len(tensors) <= _FEW_TENSORS:
+        if len(tensors) <= FEW_TENSORS:
             known.made = [*known.made[1 - _PLANS :], _Made(tensors, bases, topology, wants, plan)]
         return plan
 

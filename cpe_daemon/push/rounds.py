@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from cpe_daemon.config import Config
 from cpe_daemon.core.journal import Identity, RoundEntry
@@ -19,15 +19,12 @@ from cpe_daemon.engines.worker import Worker
 from cpe_daemon.errors import CpeError, PeerLostError
 from cpe_daemon.observe.metrics import Metrics
 from cpe_daemon.push.participant import Participant
-from cpe_daemon.push.planner import Planner
+from cpe_daemon.push.planner import FEW_TENSORS, Planner
 from cpe_daemon.push.round import Round
 from cpe_daemon.push.slots import SlotKeeper
 from cpe_daemon.push.traffic import Traffic
 from cpe_daemon.push.waking import rouse
 from cpe_daemon.versions import Catalogue, Version
-
-_FEW_TENSORS: Final = 1000
-"""Planned where one stands: that takes a millisecond or less, and so does handing it to a thread and back."""
 
 
 class Decisions(Protocol):
@@ -145,7 +142,8 @@ class Rounds:
         needs = [[said[worker] for worker in workers if worker.gpu == gpu] for gpu in gpus]
         tensors, bases = version.located()
         planning = partial(self._planner.plan, version.id.model, tensors, bases, topology, needs)
-        specs, plan, schema = planning() if len(tensors) <= _FEW_TENSORS else await asyncio.to_thread(planning)
+        few = len(tensors) <= FEW_TENSORS  # to hand these to a thread and back takes as long as to plan
+        specs, plan, schema = planning() if few else await asyncio.to_thread(planning)
         digests = {worker: one.digest if one and one.schema == schema else "" for worker, one in said.items()}
         return _Planned(gpus, specs, plan, digests if asked else None)
 

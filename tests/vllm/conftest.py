@@ -6,8 +6,6 @@ Most of that minute a start is imports, one after the other, so servers are star
 from __future__ import annotations
 
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,12 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def daemon(place: Path) -> Iterator[Daemon]:
     """The node's daemon; a test that kills it starts it again."""
-    runtime_dir = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
-    started = Daemon(runtime_dir, place)
-    started.start()
-    yield started
-    started.stop()
-    shutil.rmtree(runtime_dir, ignore_errors=True)
+    with Daemon.running(place) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

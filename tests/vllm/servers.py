@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import pytest
 import torch
@@ -59,6 +61,17 @@ class Daemon:
         for name, value in settings.items():
             self._command += ["--set", f"{name}={value}"]
         self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, state_dir: Path) -> Iterator[Self]:
+        """One that is started, with sockets of its own, and that ends well."""
+        runtime_dir = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
+        started = cls(runtime_dir, state_dir)
+        started.start()
+        yield started
+        started.stop()
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
     def start(self) -> None:
         """Start it."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +32,8 @@ class Held(NamedTuple):
 @pytest.fixture
 def roomy(tmp_path: Path) -> Iterator[Daemon]:
     """Each test's own: it keeps what is live of each model."""
-    runtime_dir = Path(tempfile.mkdtemp(prefix="cpe-", dir="/tmp"))
-    started = RoomyDaemon(runtime_dir, tmp_path)
-    started.start()
-    yield started
-    started.stop()
-    shutil.rmtree(runtime_dir, ignore_errors=True)
+    with RoomyDaemon.running(tmp_path) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
