@@ -9,6 +9,10 @@ from typing import Final, NamedTuple
 _FILLED_MEANWHILE: Final = 2.0
 """Slots that fill while an engine stops, where nobody knows better."""
 
+_MARGIN: Final = 1.0
+"""Slots that may fill while an engine stops more slowly than the last time: links that wait for it cost as much of the
+push as an engine that waits for a slot costs of the pause, and stops are not all alike."""
+
 
 class Prefill(NamedTuple):
     """When engines are asked to pause: so many seconds after so many slots were full."""
@@ -43,12 +47,13 @@ class Pace:
 
         All that shorten the pause: it is shorter only for engines that load faster than slots fill. But while an engine
         stops the links have to have something to do, so what fills meanwhile is not waited for, unless all the version
-        is in slots before: the last slot is to be full when the first one is free again.
+        is in slots before: the last slot is to be full when the first one is free again, and not earlier. Since an
+        engine may take longer this time, it is asked `_MARGIN` slots before that would do.
         """
         if self.starved and slots >= buckets:
             return Prefill(buckets)
         wanted = slots if self.starved else 1
-        more, full = math.modf(max(0.0, wanted - self.filled_meanwhile))
+        more, full = math.modf(max(0.0, wanted - self.filled_meanwhile - _MARGIN))
         return Prefill(int(full), more * self.fill_seconds)
 
 

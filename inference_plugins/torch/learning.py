@@ -42,6 +42,7 @@ class LearningTarget(CallbackTarget):
 
     def begin(self) -> None:
         """Look the parameters up."""
+        super().begin()
         self.learned.begin()
 
     def cut(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -55,6 +56,7 @@ class LearningTarget(CallbackTarget):
 
     def write(self, name: str, part: torch.Tensor) -> None:
         """Call the function, and look on."""
+        self._called = True
         self.learned.observe([(name, self._whole[name])], partial(self._callback, name, part))
 
     def missing(self) -> list[str]:

@@ -124,7 +124,7 @@ class TorchLoader:
             if missing:
                 more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
                 raise EngineError(f"{version} brought nothing for {', '.join(missing[:_NAMED])}{more}")
-            come_to_rest(self._target.gpus(), _REST_SECONDS)
+            come_to_rest(self._target.unsettled(), _REST_SECONDS)
             self._target.prove()
         self.content = version
         self.touched = False

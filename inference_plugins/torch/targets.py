@@ -61,6 +61,10 @@ class Target(Protocol):
         """The GPUs whose memory is written to."""
         ...
 
+    def unsettled(self) -> set[torch.device]:
+        """Those on which something of this update may be under way still, although its slots have been let go."""
+        ...
+
 
 class Slicer:
     """Cuts a rank's part out of a full tensor.
@@ -116,6 +120,8 @@ class TensorTarget:
         self._known: dict[str, tuple[TensorSpec, Placement | None]] = {}
         """What was looked up for tensors of a version; good as long as the memory here is the same."""
         self._written: set[Hashable] = set()
+        self._wrote = False
+        """Whether anything of this update came by `write`."""
 
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
         """Refuse what `cut` would refuse, and a version that brings nothing for a tensor here.
@@ -137,6 +143,7 @@ class TensorTarget:
         """Look the tensors up anew."""
         self._look_up()
         self._written.clear()
+        self._wrote = False
         increment_version(self._places.values())  # for who watches them, as autograd does: copies by address go unseen
 
     def _look_up(self) -> None:
@@ -183,6 +190,7 @@ class TensorTarget:
         place = self._places.get(name)
         if place is not None:
             place.detach().copy_(part)
+            self._wrote = True
             self._written.add(self._memory[name])
 
     def missing(self) -> list[str]:
@@ -197,6 +205,10 @@ class TensorTarget:
         if not self._places:
             self._look_up()
         return {tensor.device for tensor in self._places.values() if tensor.is_cuda}
+
+    def unsettled(self) -> set[torch.device]:
+        """None, if all was copied by address, on the slots' own stream; torch may have copied between GPUs."""
+        return self.gpus() if self._wrote else set()
 
     def _learn(self, tensors: Sequence[TensorSpec]) -> None:
         """Look up what is not known yet of a version's tensors."""
@@ -271,13 +283,16 @@ class CallbackTarget:
     def __init__(self, callback: Callback, slicer: Slicer) -> None:
         self._callback = callback
         self._slicer = slicer
+        self._called = False
+        """Whether the function was given anything in this update."""
 
     def expect(self, tensors: Sequence[TensorSpec]) -> None:
         """Refuse what cannot be sliced; the function alone knows more."""
         self.cut([(spec.name, meta_of(spec)) for spec in tensors])
 
     def begin(self) -> None:
-        """Nothing to prepare."""
+        """Nothing was given to the function."""
+        self._called = False
 
     def cut(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Cut this rank's parts; refuse what cannot be sliced."""
@@ -292,6 +307,7 @@ class CallbackTarget:
 
     def write(self, name: str, part: torch.Tensor) -> None:
         """Call the function."""
+        self._called = True
         self._callback(name, part)
 
     def missing(self) -> list[str]:
@@ -301,3 +317,7 @@ class CallbackTarget:
     def gpus(self) -> set[torch.device]:
         """The thread's current one, if this process uses any: the function alone knows better."""
         return {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_initialized() else set()
+
+    def unsettled(self) -> set[torch.device]:
+        """All, once the function was called: it may have streams of its own."""
+        return self.gpus() if self._called else set()

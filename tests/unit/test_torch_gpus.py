@@ -152,6 +152,8 @@ class FakeTarget:
     def gpus(self) -> set[torch.device]:
         return {GPU0}
 
+    unsettled = gpus
+
 
 @pytest.fixture
 def lock() -> ServingLock:
