@@ -93,7 +93,7 @@ class Churn:
         self._compare(whole, self._node.number if live else None)
 
     def finish(self) -> None:
-        """Have everybody back, and push once more, undisturbed, into all."""
+        """Have everybody back, push once, undisturbed, into all, and compare what they hold."""
         self._welcome(wait=True)
         self._node.publish()
         self._compare(set(self._node.setting.engines), self._node.number)
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(setting: Setting, directory: Path, pushes: int, seed: int) -> int:
     with Node(setting, directory) as node:
         churn, counter = Churn(node, seed), Counter(node.daemon.pid, setting.gpus)
-        node.publish()
+        churn.finish()
         before = counter.count()
         with progress(f"churn of {setting.model}", pushes) as tell:
             for _ in range(pushes):

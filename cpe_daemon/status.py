@@ -34,9 +34,14 @@ def arena_status(arena: Arena) -> dict[str, Any]:
 
 
 def device_status(device: Device) -> dict[str, Any]:
-    """The GPUs and their slots."""
+    """The GPUs and their slots; ``error``: why one gets no versions any more."""
     gpus = [
-        {"uuid": gpu.uuid, "slots": device.slots(index), "slot_bytes": device.slot_bytes}
+        {
+            "uuid": gpu.uuid,
+            "slots": device.slots(index),
+            "slot_bytes": device.slot_bytes,
+            "error": _text(device.failures.get(index)),
+        }
         for index, gpu in enumerate(device.topology.gpus)
     ]
     return {"kind": device.kind, "gpus": gpus}

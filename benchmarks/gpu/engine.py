@@ -58,6 +58,11 @@ class Rank:
             torch.cuda.reset_peak_memory_stats()
             self._own_bytes = torch.cuda.memory_allocated()
 
+    def tidy(self) -> None:
+        """Give back what comparing took: others may count the GPU's memory."""
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
     def wrong(self, version: int) -> list[str]:
         """Names of the tensors that are not what a version must be here."""
         return [
@@ -75,6 +80,7 @@ def answer(question: Mapping[str, Any], rank: Rank, attachment: Attachment) -> d
             return {}
         extra_bytes, held = rank.extra_bytes, attachment.version
         wrong = rank.wrong(held.number) if held is not None else []
+        rank.tidy()
         return {
             "version": held.number if held is not None else None,
             "wrong": len(wrong),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from pathlib import Path
+from typing import Final, NoReturn
 
 import click
 
 from cpe_daemon.cli.failures import debug_option, debugging, exit_status
 from cpe_daemon.cli.settings import load, settings_options
 from cpe_daemon.errors import CpeError
+
+_STDERR: Final = 2
 
 
 @click.command("serve", short_help="Run the daemon of this node.")
@@ -37,7 +43,6 @@ def serve_command(
 
     import asyncio
     import faulthandler
-    import sys
 
     import structlog
     import uvloop
@@ -51,10 +56,21 @@ def serve_command(
     faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
         with recording(trace) as recorder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config, recorder))
+            begins_anew = runner.run(serve(config, recorder))
     except CpeError as error:
         ctx = click.get_current_context()
         if not as_json or debugging(ctx):
             raise
         structlog.get_logger(__name__).critical("daemon.failed", error=error.message, code=error.code)
         ctx.exit(exit_status(error))  # said as all else is: whoever reads the log finds an object a line
+    if begins_anew:
+        _begin_anew()
+
+
+def _begin_anew() -> NoReturn:
+    """Replace this process's program by itself: the same process, for whoever watches it, without anything it had."""
+    for entry in os.listdir("/proc/self/fd"):
+        if int(entry) > _STDERR:
+            with contextlib.suppress(OSError):  # the listing's own, which is closed by now
+                os.set_inheritable(int(entry), False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - what is run already

@@ -44,7 +44,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
       readiness  ready, reasons: [code, engine, message], warnings: [code, message]
       arena      size_bytes, free_bytes, largest_free_bytes, prefaulted,
                  numa: node_bytes by NUMA node, or the reason why nobody placed it
-      device     kind, gpus: [uuid, slots, slot_bytes]
+      device     kind, gpus: [uuid, slots, slot_bytes, error]
       models     [model, used_bytes, quota_bytes (0: none), versions (kept for rollback)]
       versions   [model, run, number, state, nbytes, tensors, ranks_sealed, world_size,
                  age_seconds, stage_seconds (from its opening; 0 until it is staged), error]

@@ -29,6 +29,7 @@ from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.daemon.recovery import Recovery
 from cpe_daemon.daemon.striping import place, settle
+from cpe_daemon.daemon.threads import start_all
 from cpe_daemon.daemon.waiting import Waiting
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.cuda.device import CudaDevice
@@ -84,7 +85,9 @@ class Daemon:
             models=keeping(config.models, config.retention.versions),
         )
         self.handoff = HandoffServer(runtime / HANDOFF_SOCKET, tasks, on_protocol_error=count_error)
-        self.device = _device(config.device, self.arena, self.handoff)
+        self.lost = asyncio.Event()
+        """Set when no GPU takes calls of this process any more: only another process can go on."""
+        self.device = _device(config.device, self.arena, self.handoff, self.lost.set)
         self._pool = CopyPool(config.ingest.copy_thread_count, "cpe-copy")
         self.health = Health(
             {
@@ -208,6 +211,7 @@ class Daemon:
         await self.arena.prefault(settings.prefault_thread_count, partial(progress, "prefaulting the arena"))
         await asyncio.to_thread(settle, self.arena, self.device)
         await self.device.open(partial(progress, "pinning the arena"))
+        await asyncio.to_thread(start_all, self._pool, self._config.ingest.copy_thread_count)
         self.trainers.connect(self._front)
         self.operations.connect(self._front)
         self.waiting.connect(self._front)
@@ -315,7 +319,7 @@ class Daemon:
             self.ingest.fail_stalled()
 
 
-def _device(config: DeviceConfig, arena: Arena, handoff: HandoffServer) -> Device:
+def _device(config: DeviceConfig, arena: Arena, handoff: HandoffServer, on_lost: Callable[[], None]) -> Device:
     """The device that the settings name.
 
     Raises:
@@ -324,7 +328,13 @@ def _device(config: DeviceConfig, arena: Arena, handoff: HandoffServer) -> Devic
     """
     if config.kind == "shm":
         return ShmDevice(gpus=config.gpus, slot_bytes=config.slot_bytes, source=arena.address, handoff=handoff)
-    return CudaDevice(uuids=config.uuids, slot_bytes=config.slot_bytes, source=arena.address, source_bytes=arena.nbytes)
+    return CudaDevice(
+        uuids=config.uuids,
+        slot_bytes=config.slot_bytes,
+        source=arena.address,
+        source_bytes=arena.nbytes,
+        on_lost=on_lost,
+    )
 
 
 def _boot_id() -> str:

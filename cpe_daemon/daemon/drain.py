@@ -58,7 +58,7 @@ def longest_stop_seconds(deadlines: DeadlinesConfig, arena_bytes: int, *, pinned
     return drained + longest_close_seconds(arena_bytes, pinned=pinned)
 
 
-async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
     """Do ``work``, or give it up when ``stopped`` is set; return whether it was done.
 
     What the work raises is raised. Given up, it is over when this returns.

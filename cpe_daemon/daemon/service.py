@@ -28,12 +28,15 @@ _SWITCH_SECONDS: Final = 0.0005
 Python has by default."""
 
 
-async def serve(config: Config, trace: Trace | None = None) -> None:
+async def serve(config: Config, trace: Trace | None = None) -> bool:
     """Run a daemon until SIGTERM or SIGINT; the second one has a push in flight undone rather than awaited.
 
     Args:
         config: its settings.
         trace: records what its pushes do.
+
+    Returns:
+        Whether the program is to be begun anew: nobody asked for this end, but CUDA takes no more calls of the process.
 
     Raises:
         ConfigError: it cannot start with these settings; says why. Nothing is left behind.
@@ -52,6 +55,7 @@ async def serve(config: Config, trace: Trace | None = None) -> None:
                     await life.run(tasks)
                 finally:
                     await life.end()
+                return life.begins_anew
     except* (ConfigError, ResourceError) as group:
         raise group.exceptions[0] from None
     finally:
@@ -69,6 +73,8 @@ class _Life:
         self._supervision = Supervision(notifier)
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
+        self.begins_anew = False
+        """Whether another life is to follow."""
         self._last_resort = LastResort(self._say_that_it_is_stuck)
         self._supervising: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -83,7 +89,8 @@ class _Life:
             return
         serving = self._supervision.serving(daemon.health, daemon.catalogue, daemon.registry)
         self._supervising = tasks.create_task(serving)
-        await self._stopping.wait()
+        if await unless(self._stopping, daemon.lost.wait()) and not self._stopping.is_set():
+            self._begin_anew()
         await daemon.drain(self._hurried, self._supervision.tell)
 
     async def end(self) -> None:
@@ -98,14 +105,28 @@ class _Life:
             self._loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() and not self.begins_anew:
             self._hurried.set()
             return
-        seconds = longest_stop_seconds(self._config.deadlines, self._config.arena.size_bytes, pinned=self._pinned)
+        self.begins_anew = False
+        seconds = self._arm()
         log.info("daemon.stopping", at_most_seconds=round(seconds, 3))
-        self._last_resort.arm(seconds)
         self._supervision.stopping(seconds)
         self._stopping.set()
+
+    def _begin_anew(self) -> None:
+        """No GPU can be used by this process any more: end it in order, with another one in its place."""
+        self.begins_anew = True
+        seconds = self._arm()
+        log.error("daemon.begins_anew", why="no GPU takes calls of this process any more", at_most_seconds=seconds)
+        self._supervision.beginning_anew(seconds)
+        self._stopping.set()
+
+    def _arm(self) -> float:
+        """Have the process end whatever happens; return the seconds after which it does."""
+        seconds = longest_stop_seconds(self._config.deadlines, self._config.arena.size_bytes, pinned=self._pinned)
+        self._last_resort.arm(seconds)
+        return seconds
 
     def _say_that_it_is_stuck(self, seconds: float) -> None:
         """Called by the thread that is about to end the process."""

@@ -48,6 +48,7 @@ class Supervision:
         if now - self._told_at >= _PROGRESS_SECONDS or done == total:
             self._told_at = now
             self._notifier.extend_timeout(_EXTEND_SECONDS)
+            self._notifier.feed_watchdog()  # which watches already, if the process has only begun anew
             self._notifier.status(f"starting: {what}, {percent}%")
 
     async def serving(self, health: Health, catalogue: Catalogue, registry: Registry) -> None:
@@ -70,6 +71,12 @@ class Supervision:
         """The daemon begins to stop, and takes ``seconds`` at most."""
         self._stopping = True
         self._notifier.stopping("stopping")
+        self._notifier.extend_timeout(seconds)
+
+    def beginning_anew(self, seconds: float) -> None:
+        """The daemon begins to stop, which takes ``seconds`` at most, and starts again."""
+        self._stopping = True
+        self._notifier.beginning_anew("beginning anew")
         self._notifier.extend_timeout(seconds)
 
     def tell(self, text: str) -> None:

@@ -19,8 +19,13 @@ _START_SECONDS: Final = 10.0
 def start_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Have `asyncio.to_thread` use threads that run already. Blocks until they do, some milliseconds."""
     executor = ThreadPoolExecutor(_THREADS, "cpe-blocking")
-    together = threading.Barrier(_THREADS)  # each takes one thread, and keeps it until all have one
-    started = [executor.submit(together.wait, _START_SECONDS) for _ in range(_THREADS)]
+    start_all(executor, _THREADS)
+    loop.set_default_executor(executor)
+
+
+def start_all(executor: ThreadPoolExecutor, count: int) -> None:
+    """Start the ``count`` threads of a pool that does nothing yet, which would start them one by one. Blocking."""
+    together = threading.Barrier(count)  # each takes one thread, and keeps it until all have one
+    started = [executor.submit(together.wait, _START_SECONDS) for _ in range(count)]
     for thread in started:
         thread.result(_START_SECONDS)
-    loop.set_default_executor(executor)

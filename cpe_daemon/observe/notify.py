@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -65,6 +66,11 @@ class Notifier:
     def extend_timeout(self, seconds: float) -> None:
         """Starting, or stopping, goes on: whatever its time limit, it has ``seconds`` from now."""
         self._send(EXTEND_TIMEOUT_USEC=str(int(seconds * 1_000_000)))
+
+    def beginning_anew(self, status: str) -> None:
+        """The service is about to start again in the same process; `ready` says when it has."""
+        self._status = status
+        self._send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000), STATUS=status)
 
     def stopping(self, status: str) -> None:
         """The service begins to stop."""

@@ -130,7 +130,7 @@ def test_tensors_may_change_when_publish_has_returned(make_daemon: MakeDaemon, l
         handle = pub.publish(tensors, 1)
         for tensor in tensors.values():
             if tensor.is_cuda:
-                tensor.untyped_storage().fill_(0)  # whatever its dtype
+                tensor.untyped_storage().fill_(0)  # type: ignore[attr-defined]
         handle.staged(WAIT_SECONDS)
     assert daemon.last.tensors() == wanted
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
+import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +28,7 @@ from cpe_daemon.core.plan import PeerCopy
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.ingest.digesting import Digesting
+from tests.integration.gpus import break_context
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -38,9 +41,9 @@ def play(
     copies_wait_for: str = "",
     close_seconds: float = 0.0,
     thread_hangs: bool = False,
-    fails_on_signal: bool = False,
     spoils_bucket: int = 0,
     never_quiet: bool = False,
+    on_signal: str = "",
 ) -> None:
     """Have something be wrong with this daemon, or different.
 
@@ -48,9 +51,10 @@ def play(
         copies_wait_for: a FIFO; a thread that copies into the arena is stuck until somebody opens it to write.
         close_seconds: how long a daemon that stops waits for its threads.
         thread_hangs: a thread of the loop's own pool never ends, as one that looks at a dead network file system.
-        fails_on_signal: a part of the daemon has a bug, which SIGUSR1 brings out.
         spoils_bucket: which bucket, of all that reach the second GPU, has one bit flipped there when it is whole.
         never_quiet: what need not be digested at once is not digested before somebody waits for it.
+        on_signal: what SIGUSR1 does: "fail": brings a bug out, in a part of the daemon; "lose": has it find that no GPU
+            takes its calls any more; "break": has a GPU fail it.
     """
     if copies_wait_for:
 
@@ -70,15 +74,15 @@ def play(
         vars(cpe_daemon.ingest.digesting)["_PATIENCE_SECONDS"] = 3600.0
     if spoils_bucket:
         spoil(spoils_bucket)
-    if thread_hangs or fails_on_signal:
+    if thread_hangs or on_signal:
 
         class FaultyDaemon(cpe_daemon.daemon.daemon.Daemon):
             async def start(self, *args: Any) -> None:
                 await super().start(*args)
                 if thread_hangs:
                     self.hanging = asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
-                if fails_on_signal:
-                    self._spawn(fail_on_signal())
+                if on_signal:
+                    self._spawn(stumble(self, on_signal))
 
         vars(cpe_daemon.daemon.service)["Daemon"] = FaultyDaemon
 
@@ -103,8 +107,18 @@ def spoil(bucket: int) -> None:
     vars(cpe_daemon.daemon.daemon)["ShmDevice"] = SpoilingDevice
 
 
-async def fail_on_signal() -> None:
+async def stumble(daemon: cpe_daemon.daemon.daemon.Daemon, how: str) -> None:
     signalled = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, signalled.set)
     await signalled.wait()
-    raise ZeroDivisionError
+    if how == "fail":
+        raise ZeroDivisionError
+    if how == "lose":
+        daemon.lost.set()
+    else:
+        await asyncio.to_thread(break_context, 0)
+        print("context broken", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpe_daemon.devices.cuda.slots import gpu_uuid
 from inference_plugins.torch import Attachment, attach
 from tests.integration import weights
 from tests.integration.collective import Collective
 from tests.integration.console import Console
+from tests.integration.gpus import break_context
 
 
 class TiedModule(torch.nn.Module):
@@ -69,6 +71,8 @@ def make_engine(kind: str, console: Console, arguments: dict[str, Any]) -> Engin
         return Engine(module, module.state_dict)
     slices = (arguments["rank"], arguments["world_size"]) if "slicing" in arguments else (0, 1)
     places = weights.blank(weights.specs(arguments["recipe"]), *slices)
+    if "device" in arguments:
+        places = {name: tensor.to(arguments["device"]) for name, tensor in places.items()}
     return Engine(GatedStore(console, places) if kind in {"callback", "learned"} else places, lambda: places)
 
 
@@ -172,6 +176,11 @@ class Worker:
     def wake_up(self, kept: bool = False) -> None:
         self.attachment.wake_up(kept=kept)
 
+    def break_context(self) -> None:
+        """Have the GPU fail this process."""
+        tensor, *_ = self._engine.held().values()
+        break_context(tensor.device.index)
+
     def close(self) -> None:
         self.attachment.close()
 
@@ -183,6 +192,8 @@ def main(arguments: dict[str, Any]) -> None:
     if target == "learned":
         arguments["writes_to"] = engine.target.places
     arguments.pop("recipe", None)
+    if device := arguments.pop("device", None):
+        arguments["gpu"] = gpu_uuid(torch.device(device).index)
     if arguments.pop("on_wake", None):
         arguments["on_wake"] = lambda: console.tell("woken")
     if arguments.pop("slicing", None):
@@ -207,6 +218,7 @@ def main(arguments: dict[str, Any]) -> None:
         worker.sleep,
         worker.lose_weights,
         worker.wake_up,
+        worker.break_context,
         worker.close,
     ]
     console.serve({verb.__name__: verb for verb in verbs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -205,7 +206,7 @@ class Node:
             runtime_dir: the node's if None.
             fresh: start an interpreter of its own, as an init system does, rather than fork one.
             environment: variables that it has beside this process's.
-            tricks: what is wrong with it; see `tests.integration.daemon_process`. Not for a fresh one.
+            tricks: what is wrong with it; see `tests.integration.daemon_process`.
             changes: settings: ``deadlines__bucket_seconds=1``.
         """
         daemon = self.launch_daemon(runtime_dir, fresh=fresh, environment=environment, tricks=tricks, **changes)
@@ -230,11 +231,13 @@ class Node:
         config.write_text(
             yaml.safe_dump({"runtime_dir": str(directory), "state_dir": str(directory / "state"), **made})
         )
+        arguments = {"config": str(config), "environment": environment or {}, "tricks": tricks or {}}
         if not fresh:
-            arguments = {"config": str(config), "environment": environment or {}, "tricks": tricks or {}}
             return self._keep(Daemon(name, self._zygote.fork("daemon_process", arguments, log), directory, log))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CPE_")}
         command = [sys.executable, "-m", "cpe_daemon", "serve", "--config", str(config)]
+        if tricks:
+            command = [sys.executable, "-m", "tests.integration.daemon_process", json.dumps(arguments)]
         with log.open("wb") as err:
             process = subprocess.Popen(
                 command,
@@ -287,6 +290,10 @@ class Node:
         for number, worker in [(worker.begin("attach"), worker) for worker in workers]:
             worker.result(number)
         return workers
+
+    def hog(self, device: str) -> Child:
+        """Start a process that takes a GPU's memory; see `tests.integration.gpus`."""
+        return self._fork(Child, "hog", "gpus", {"device": device})
 
     def preload(self, module: str) -> None:
         """Import a module that is slow to import before the processes that need it start."""

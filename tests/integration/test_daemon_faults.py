@@ -231,6 +231,35 @@ def test_daemon_that_stood_still_for_a_while_goes_on(node: Node, trainer: Traine
     until(lambda: not node.daemon.engine("late")["workers"][0]["present"], "its death is noticed", 4)
 
 
+def test_daemon_that_no_gpu_listens_to_begins_anew_in_the_same_process(node: Node) -> None:
+    """Between two versions its engines serve on, and the next version reaches them."""
+    daemon = node.start_daemon(fresh=True, tricks={"on_signal": "lose"})
+    trainer, worker = node.trainer(), node.engine(recipe=RECIPE)[0]
+    held = publish(trainer, 1)
+    before = daemon.status()["daemon"]
+    daemon.signal(signal.SIGUSR1)
+    until(lambda: daemon.said.count("daemon.ready") == 2, "it has begun anew")
+    after = daemon.status()["daemon"]
+    assert (before["pid"], after["pid"]) == (daemon.pid, daemon.pid)
+    assert before["generation"] != after["generation"]
+    assert "daemon.begins_anew" in daemon.said
+    assert worker.ask("forward") == held
+    expected = publish(trainer, 2)
+    assert worker.ask("forward") == expected
+
+
+def test_daemon_that_is_told_to_stop_does_not_begin_anew(node: Node) -> None:
+    daemon = node.start_daemon(fresh=True, tricks={"on_signal": "lose"})
+    node.engine(recipe=RECIPE)
+    daemon.signal(signal.SIGSTOP)
+    daemon.signal(signal.SIGTERM)
+    daemon.signal(signal.SIGUSR1)
+    daemon.signal(signal.SIGCONT)
+    daemon.wait()
+    assert daemon.exit_status == 0
+    assert daemon.said.count("daemon.ready") == 1
+
+
 def test_daemon_needs_no_torch(node: Node) -> None:
     """Half a second of start and little memory, where torch takes seconds and hundreds of megabytes."""
     daemon = node.start_daemon(fresh=True)

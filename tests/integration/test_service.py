@@ -266,7 +266,7 @@ def test_daemon_with_a_stuck_copy_ends_all_the_same(node: Node, tmp_path: Path) 
 def test_daemon_ends_though_a_thread_of_the_loop_s_own_pool_does_not(node: Node, number: signal.Signals) -> None:
     """Python waits for that pool after the loop is over, and nobody is left who could look at a clock."""
     daemon = node.start_daemon(
-        tricks={"thread_hangs": True, "fails_on_signal": True, "close_seconds": 0.5},
+        tricks={"thread_hangs": True, "on_signal": "fail", "close_seconds": 0.5},
         deadlines__drain_seconds=0.1,
         deadlines__undo_seconds=0.1,
     )

@@ -87,7 +87,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    bits = tensor.detach().view(_bits(tensor)).contiguous().reshape(-1)
+    bits = tensor.detach().cpu().view(_bits(tensor)).contiguous().reshape(-1)
     data = bits.view(torch.uint8).numpy().tobytes() if bits.numel() else b""
     return xxh3_128_hexdigest(f"{tensor.dtype}{list(tensor.shape)}".encode() + data)
 

@@ -122,17 +122,23 @@ class FakeDriver(real.Driver):
     def free(self, address: int) -> None:
         del self.allocated[address]
         del self._memory[address]
+        self._check("cuMemFree_v2")
 
     def free_bytes(self) -> int:
-        if self.device in self.lost:
-            raise CudaError("cuMemGetInfo_v2", LOST, "unspecified launch failure (719)")
+        self._check("cuMemGetInfo_v2")
         return self.total
+
+    def _check(self, call: str) -> None:
+        """Raise if the thread's GPU has failed, which any call may be the one to say."""
+        if self.device in self.lost:
+            raise CudaError(call, LOST, "unspecified launch failure (719)")
 
     def register(self, address: int, nbytes: int) -> None:
         self.pins[address] = nbytes
 
     def unregister(self, address: int) -> None:
         del self.pins[address]
+        self._check("cuMemHostUnregister")
 
     def export(self, address: int) -> bytes:
         handle = os.urandom(HANDLE_BYTES)
@@ -157,6 +163,7 @@ class FakeDriver(real.Driver):
 
     def destroy_stream(self, stream: int) -> None:
         self._streams.pop(stream).close()
+        self._check("cuStreamDestroy_v2")
 
     def create_event(self) -> int:
         event = next(self._numbers)
@@ -187,6 +194,7 @@ class FakeDriver(real.Driver):
 
     def destroy_event(self, event: int) -> None:
         self.events.remove(event)
+        self._check("cuEventDestroy_v2")
 
     def copy_to_device(self, destination: int, source: int, nbytes: int, stream: int) -> None:
         if not any(at <= source and source + nbytes <= at + size for at, size in self.pins.items()):

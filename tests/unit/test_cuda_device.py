@@ -40,13 +40,20 @@ def made(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> Made:
         slots: int = 2,
         uuids: tuple[str, ...] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> AsyncIterator[CudaDevice]:
         monkeypatch.setattr(module, "driver", lambda: driver)
         arena = SharedMemory.create("cpe-test-arena", ARENA_BYTES)
         arena.view[:] = bytes(at // 16 % 251 for at in range(ARENA_BYTES))
         device = None
         try:
-            device = CudaDevice(uuids=uuids, slot_bytes=SLOT_BYTES, source=arena.address, source_bytes=ARENA_BYTES)
+            device = CudaDevice(
+                uuids=uuids,
+                slot_bytes=SLOT_BYTES,
+                source=arena.address,
+                source_bytes=ARENA_BYTES,
+                on_lost=on_lost,
+            )
             await device.open(progress)
             for gpu in range(len(device.topology.gpus)):
                 await device.take(gpu, slots)
@@ -205,6 +212,20 @@ async def test_gpu_whose_context_is_dead_is_given_up_and_one_with_a_bad_call_is_
         assert list(device.failures) == [0]
         assert "restarted" in device.failures[0].message
         await device.fetch(1, 0, [Copy(HERE, 0, 0, 64)])
+
+
+async def test_daemon_hears_once_that_no_gpu_takes_its_calls_any_more(made: Made) -> None:
+    """One context may take all others of the process with it."""
+    driver, heard = FakeDriver(2), list[str]()
+    async with made(driver, on_lost=lambda: heard.append("lost")) as device:
+        driver.lost.add(0)
+        with pytest.raises(ResourceError, match="GPU-00000000"):
+            await device.fetch(0, 0, [Copy(HERE, 0, 0, 64)])
+        assert (list(device.failures), heard) == ([0], [])
+        driver.lost.add(1)
+        failing = [device.fetch(gpu, 0, [Copy(HERE, 0, 0, 64)]) for gpu in (0, 1)]
+        assert all(isinstance(error, ResourceError) for error in await asyncio.gather(*failing, return_exceptions=True))
+        assert (sorted(device.failures), heard) == ([0, 1], ["lost"])
 
 
 async def test_copy_that_cannot_be_issued_ends_with_what_was_issued_before_it(made: Made) -> None:

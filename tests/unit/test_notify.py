@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,8 +66,11 @@ def test_life_of_a_service(system: InitSystem, notifier: Notifier) -> None:
     notifier.status("starting: 43%")
     notifier.ready("serving 2 engines")
     notifier.feed_watchdog()
+    notifier.beginning_anew("beginning anew")
     notifier.stopping("draining")
-    assert system.hear() == [
+    *said, last_but_one, last = system.hear()
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+\nSTATUS=beginning anew", last_but_one)
+    assert [*said, last] == [
         "EXTEND_TIMEOUT_USEC=60000000",
         "STATUS=starting: 43%",
         "READY=1\nSTATUS=serving 2 engines",

@@ -19,9 +19,17 @@ def test_three_slots_are_left_to_be_filled_where_nobody_knows_better(
 
 @pytest.mark.parametrize(
     ("stop", "fill", "full", "more"),
-    [(0.5, 0.25, 5, 0.0), (0.625, 0.25, 4, 0.125), (128.0, 0.25, 0, 0.0), (0.0625, 0.25, 6, 0.1875), (1.75, 0.25, 0, 0)],
+    [
+        (0.5, 0.25, 5, 0.0),
+        (0.625, 0.25, 4, 0.125),
+        (128.0, 0.25, 0, 0.0),
+        (0.0625, 0.25, 6, 0.1875),
+        (1.75, 0.25, 0, 0),
+    ],
 )
-def test_what_fills_while_an_engine_stops_is_not_waited_for_nor_one_slot_more(stop: float, fill: float, full: int, more: float) -> None:
+def test_what_fills_while_an_engine_stops_is_not_waited_for_nor_one_slot_more(
+    stop: float, fill: float, full: int, more: float
+) -> None:
     assert Pace(True, stop, fill).prefill(8, 100) == Prefill(full, more)
     assert Pace(True, stop, fill).prefill(8, 8) == Prefill(8)
 

@@ -35,6 +35,7 @@ class CudaDevice:
         slot_bytes: size of a slot.
         source: address of the arena's first byte.
         source_bytes: size of the arena.
+        on_lost: called on the loop when CUDA takes no calls of this process any more, for no GPU.
 
     Raises:
         ConfigError: no GPU could ever have a name that was given.
@@ -43,7 +44,15 @@ class CudaDevice:
 
     kind = KIND
 
-    def __init__(self, *, uuids: Sequence[str], slot_bytes: int, source: int, source_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        uuids: Sequence[str],
+        slot_bytes: int,
+        source: int,
+        source_bytes: int,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._driver = driver()
         self._found = find(self._driver, uuids)
         self.topology = Topology(
@@ -53,6 +62,7 @@ class CudaDevice:
         )
         self.slot_bytes = slot_bytes
         self.failures: dict[int, CpeError] = {}
+        self._on_lost = on_lost
         self._source = source
         self._source_bytes = source_bytes
         self._pinned: list[int] = []
@@ -106,7 +116,7 @@ class CudaDevice:
             await asyncio.to_thread(taken.take, count, self.slot_bytes)
         except CudaError as error:
             if not error.out_of_memory:
-                await self._judge(gpu, error)
+                await self._judge(error)
                 raise
             raise ResourceError(
                 f"{taken.uuid} has no room for a slot of {self.slot_bytes} bytes ({error}); lower device.slot_bytes, or"
@@ -182,18 +192,24 @@ class CudaDevice:
         try:
             await copying.arrive()
         except CudaError as error:
-            await self._judge(gpu, error)
+            await self._judge(error)
             raise ResourceError(f"copies to {self._gpus[gpu].uuid} failed: {error}") from None
 
-    async def _judge(self, gpu: int, error: CudaError) -> None:
-        """After a failure: a GPU whose context takes no calls any more is given up, for this process has no other."""
-        failed = self._gpus[gpu]
-        if gpu not in self.failures and not await asyncio.to_thread(failed.works):
-            self.failures[gpu] = ResourceError(
-                f"{failed.uuid} has failed ({error}); its engines get no versions until the GPU is well and this"
-                " daemon was restarted"
+    async def _judge(self, error: CudaError) -> None:
+        """After a failure: GPUs whose contexts take no calls any more are given up, for this process has no others.
+
+        With one context the driver may give up all of a process, where nothing but another process mends that.
+        """
+        well = await asyncio.to_thread(lambda: [gpu.works() for gpu in self._gpus])
+        lost = [index for index, works in enumerate(well) if not works and index not in self.failures]
+        for index in lost:
+            uuid = self._gpus[index].uuid
+            self.failures[index] = ResourceError(
+                f"{uuid} has failed this process ({error}); its engines get no versions until this daemon was restarted"
             )
-            log.error("gpu.failed", gpu=failed.uuid, error=error.message)
+            log.error("gpu.failed", gpu=uuid, error=error.message)
+        if lost and len(self.failures) == len(self._gpus):
+            self._on_lost()
 
     def _slot(self, gpu: int, slot: int) -> int:
         return self._gpus[gpu].address + slot * self.slot_bytes
@@ -217,10 +233,9 @@ class CudaDevice:
         self._pinned.append(address)
 
     def _unpin(self) -> None:
-        if self._gpus:
-            self._driver.use(self._gpus[0].context)
         while self._pinned:
             with contextlib.suppress(CudaError):  # of a GPU that has failed: its context took the pins with it
+                self._driver.use(self._gpus[0].context)
                 self._driver.unregister(self._pinned.pop())
 
 

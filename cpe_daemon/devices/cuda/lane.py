@@ -115,6 +115,7 @@ class Lane:
         self._issuing.shutdown()
 
     def _destroy(self) -> None:
-        for event in self._events:
-            self._driver.destroy_event(event)
-        self._driver.destroy_stream(self._stream)
+        with contextlib.suppress(CudaError):  # of a GPU that has failed: its context took them with it
+            self._driver.destroy_stream(self._stream)
+            for event in self._events:
+                self._driver.destroy_event(event)
