@@ -63,6 +63,7 @@ def judge(
     draining: bool = False,
     engines: Iterable[Engine] = (),
     absent: Iterable[str] = (),
+    failed_gpus: Iterable[str] = (),
     insecure: Iterable[str] = (),
     reasons: Iterable[Reason] = (),
     warnings: Iterable[Reason] = (),
@@ -77,6 +78,7 @@ def judge(
         draining: whether the daemon stops.
         engines: those that are known.
         absent: names of those that are expected and not known.
+        failed_gpus: what became of GPUs that are of no use any more, each in a line.
         insecure: listeners that strangers could reach, each in a line for a person.
         reasons: what else keeps the node from being ready: what it waits for after its start.
         warnings: what else an operator should know.
@@ -87,6 +89,7 @@ def judge(
     if draining:
         against.append(Reason("draining", "the daemon stops"))
     against += reasons
+    against += [Reason("gpu_failed", line) for line in failed_gpus]
     against += [reason for engine in engines if (reason := _against(engine)) is not None]
     against += [Reason("engine_absent", f"engine {name!r} is expected and has not attached", name) for name in absent]
     notes = [Reason("insecure", line) for line in insecure]

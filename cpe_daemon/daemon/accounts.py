@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -172,13 +172,11 @@ class Accounts:
             draining=self.draining,
             engines=self._registry,
             absent=[spec.name for spec in self._registry.absent if spec.name not in self._recovery.returning.missing],
-            reasons=(*self._recovery.reasons, *self._lost_gpus()),
+            failed_gpus=[error.message for error in self._device.failures.values()],
+            reasons=self._recovery.reasons,
             warnings=(*self._recovery.warnings, *self._shortages()),
             insecure=[*_insecure(self._config), *self.warnings()],
         )
-
-    def _lost_gpus(self) -> Iterator[Reason]:
-        return (Reason("gpu_failed", error.message) for error in self._device.failures.values())
 
     def _shortages(self) -> list[Reason]:
         """The models of which the arena cannot keep the version before."""

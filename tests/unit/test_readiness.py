@@ -12,13 +12,13 @@ import pytest
 from cpe_daemon.core.lifecycle import EngineEvent
 from cpe_daemon.daemon.supervision import state_line
 from cpe_daemon.engines.engine import Engine
-from cpe_daemon.errors import EngineError, PeerLostError
+from cpe_daemon.errors import EngineError, PeerLostError, ResourceError
 from cpe_daemon.observe.metrics import MAX_MODELS, Readings
 from cpe_daemon.observe.pages import OPENMETRICS, make_pages
 from cpe_daemon.readiness import Readiness, Reason, judge
 from cpe_daemon.readings import read_arena, read_engines, read_push, read_versions
-from cpe_daemon.status import engines_status, states
-from tests.unit.fake_node import TENSOR_BYTES, TENSORS, FakeNode, FakeWorker, number
+from cpe_daemon.status import device_status, engines_status, states
+from tests.unit.fake_node import TENSOR_BYTES, TENSORS, FakeNode, FakeWorker, StillDevice, number
 
 
 def codes(verdict: Readiness) -> list[tuple[str, str]]:
@@ -50,6 +50,14 @@ def test_listener_that_strangers_reach_is_a_warning_and_no_reason() -> None:
 
 def test_expected_engine_that_is_absent_is_a_reason() -> None:
     assert codes(judge(absent=["e0"])) == [("engine_absent", "e0")]
+
+
+def test_gpu_that_has_failed_is_a_reason() -> None:
+    """For its engines get no versions any more."""
+    assert judge(failed_gpus=["GPU-1 has failed"]).reasons == (Reason("gpu_failed", "GPU-1 has failed"),)
+    device = StillDevice(2)
+    device.failures[1] = ResourceError("GPU-1 has failed")
+    assert [gpu["error"] for gpu in device_status(device)["gpus"]] == [None, "GPU-1 has failed"]
 
 
 async def test_engines_by_what_is_known_of_them() -> None:

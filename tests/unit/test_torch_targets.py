@@ -488,3 +488,33 @@ def test_callback_that_raises_is_heard() -> None:
 
 def test_module_is_no_callback_although_it_can_be_called() -> None:
     assert isinstance(target_of(nn.Linear(1, 1)), TensorTarget)
+
+
+# --- what may be under way when the slots have been let go -------------------------------------------------------------
+
+
+def on_a_gpu(target: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """As if it wrote to one."""
+    monkeypatch.setattr(target, "gpus", lambda: {torch.device("cuda", 0)})
+    return target
+
+
+def test_gpus_are_waited_for_only_if_torch_has_copied(by_address: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = on_a_gpu(target_of({"w": torch.zeros(4)}), monkeypatch)
+    assert update(target, {"w": torch.ones(4)}) == []
+    assert target.unsettled() == (set() if by_address else {torch.device("cuda", 0)})
+    target.begin()
+    assert target.unsettled() == set()
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_gpus_are_waited_for_once_a_function_was_called(learning: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"w": torch.zeros(4)}
+    writes_to = held if learning else None
+    made = make_target(lambda name, part: held[name].copy_(part), Slicer(None, 0, 1), (), writes_to)
+    target = on_a_gpu(made, monkeypatch)
+    target.expect([TensorSpec("w", "float32", (4,))])
+    assert update(target, {"w": torch.ones(4)}) == []
+    assert target.unsettled() == {torch.device("cuda", 0)}
+    target.begin()
+    assert target.unsettled() == set()
