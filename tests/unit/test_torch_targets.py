@@ -490,7 +490,7 @@ def test_module_is_no_callback_although_it_can_be_called() -> None:
     assert isinstance(target_of(nn.Linear(1, 1)), TensorTarget)
 
 
-# --- what may be under way when the slots have been let go -------------------------------------------------------------
+# --- what may be under way when the slots have been let go ----------------------------------------------------------
 
 
 def on_a_gpu(target: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
