@@ -52,8 +52,9 @@ class Pace:
         """
         if self.starved and slots >= buckets:
             return Prefill(buckets)
-        wanted = slots if self.starved else 1
-        more, full = math.modf(max(0.0, wanted - self.filled_meanwhile - _MARGIN))
+        if not self.starved:
+            return Prefill(0)
+        more, full = math.modf(max(0.0, slots - self.filled_meanwhile - _MARGIN))
         return Prefill(int(full), more * self.fill_seconds)
 
 

@@ -29,7 +29,6 @@ from cpe_daemon.daemon.health import Health
 from cpe_daemon.daemon.operations import Operations
 from cpe_daemon.daemon.recovery import Recovery
 from cpe_daemon.daemon.striping import place, settle
-from cpe_daemon.daemon.threads import start_all
 from cpe_daemon.daemon.waiting import Waiting
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.cuda.device import CudaDevice
@@ -211,7 +210,6 @@ class Daemon:
         await self.arena.prefault(settings.prefault_thread_count, partial(progress, "prefaulting the arena"))
         await asyncio.to_thread(settle, self.arena, self.device)
         await self.device.open(partial(progress, "pinning the arena"))
-        await asyncio.to_thread(start_all, self._pool, self._config.ingest.copy_thread_count)
         self.trainers.connect(self._front)
         self.operations.connect(self._front)
         self.waiting.connect(self._front)

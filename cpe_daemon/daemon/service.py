@@ -80,18 +80,30 @@ class _Life:
         self._loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             self._loop.add_signal_handler(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # what has come since the life before this one
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
-        """Start, serve and drain; a daemon that is told to stop while it starts is not started."""
+        """Start, serve and drain; a daemon that is told to stop while it starts is not started.
+
+        Raises:
+            ResourceError: no GPU takes calls of this process any more, and beginning anew is no use.
+        """
         daemon = self._daemon
         if not await unless(self._stopping, daemon.start(self._supervision.starting)):
             log.info("daemon.not_started")
             return
         serving = self._supervision.serving(daemon.health, daemon.catalogue, daemon.registry)
         self._supervising = tasks.create_task(serving)
-        if await unless(self._stopping, daemon.lost.wait()) and not self._stopping.is_set():
-            self._begin_anew()
+        lost = await unless(self._stopping, daemon.lost.wait()) and not self._stopping.is_set()
+        useful = daemon.pusher.traffic.load.nbytes > 0  # or it might begin anew for ever, which nobody would notice
+        if lost:
+            self._part(begins_anew=useful)
         await daemon.drain(self._hurried, self._supervision.tell)
+        if lost and not useful:
+            raise ResourceError(
+                "no GPU takes calls of this process any more, and none has served an engine since it began; see"
+                " nvidia-smi, and the kernel's log for Xid"
+            )
 
     async def end(self) -> None:
         """Close everything, also where nobody asked for it, but some part of the daemon has failed."""
@@ -101,6 +113,9 @@ class _Life:
         await self._daemon.close()
         if self._supervising is not None:
             self._supervising.cancel()
+        if self.begins_anew:
+            self._supervision.ending(seconds)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they wait for whoever handles them next
         for number in _SIGNALS:
             self._loop.remove_signal_handler(number)
 
@@ -114,12 +129,12 @@ class _Life:
         self._supervision.stopping(seconds)
         self._stopping.set()
 
-    def _begin_anew(self) -> None:
-        """No GPU can be used by this process any more: end it in order, with another one in its place."""
-        self.begins_anew = True
+    def _part(self, *, begins_anew: bool) -> None:
+        """No GPU can be used by this process any more: end it in order."""
+        self.begins_anew = begins_anew
         seconds = self._arm()
-        log.error("daemon.begins_anew", why="no GPU takes calls of this process any more", at_most_seconds=seconds)
-        self._supervision.beginning_anew(seconds)
+        log.error("daemon.lost_all_gpus", begins_anew=begins_anew, at_most_seconds=round(seconds, 3))
+        (self._supervision.beginning_anew if begins_anew else self._supervision.stopping)(seconds)
         self._stopping.set()
 
     def _arm(self) -> float:

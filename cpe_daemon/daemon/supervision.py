@@ -48,7 +48,6 @@ class Supervision:
         if now - self._told_at >= _PROGRESS_SECONDS or done == total:
             self._told_at = now
             self._notifier.extend_timeout(_EXTEND_SECONDS)
-            self._notifier.feed_watchdog()  # which watches already, if the process has only begun anew
             self._notifier.status(f"starting: {what}, {percent}%")
 
     async def serving(self, health: Health, catalogue: Catalogue, registry: Registry) -> None:
@@ -78,6 +77,10 @@ class Supervision:
         self._stopping = True
         self._notifier.beginning_anew("beginning anew")
         self._notifier.extend_timeout(seconds)
+
+    def ending(self, seconds: float) -> None:
+        """Nothing more is said until the program has begun anew: what is left to the kernel takes so long at most."""
+        self._notifier.extend_timeout(seconds + _EXTEND_SECONDS)
 
     def tell(self, text: str) -> None:
         """Say in a line how the daemon is."""

@@ -6,8 +6,10 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final, ParamSpec, TypeVar
+
+_START_SECONDS: Final = 10.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -15,6 +17,8 @@ T = TypeVar("T")
 
 class CopyPool(ThreadPoolExecutor):
     """A pool whose work is copies: each of them is over within moments, or something is wrong.
+
+    Its threads start at once.
 
     Args:
         threads: how many.
@@ -27,6 +31,7 @@ class CopyPool(ThreadPoolExecutor):
         """Since when each thread that copies now does; a thread writes its own entry only."""
         self._waiting = 0
         self._count_lock = threading.Lock()
+        start_all(self, threads)
 
     @property
     def stuck_seconds(self) -> float:
@@ -65,6 +70,16 @@ class CopyPool(ThreadPoolExecutor):
             return copy()
         finally:
             del self._began[me]
+
+
+def start_all(executor: ThreadPoolExecutor, count: int) -> None:
+    """Start the ``count`` threads of a pool that has done nothing yet. Blocks until they run, some milliseconds.
+
+    A thread that is started when it is needed costs milliseconds in the midst of a push, and one that nobody needed
+    before looks like a leak. On a host that is too busy for it some are left to be started when they are needed.
+    """
+    together = threading.Barrier(count)  # each takes one thread, and keeps it until all have one
+    wait([ThreadPoolExecutor.submit(executor, together.wait, _START_SECONDS) for _ in range(count)], _START_SECONDS)
 
 
 def longest(pools: Iterable[CopyPool]) -> float:

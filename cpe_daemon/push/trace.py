@@ -100,7 +100,7 @@ def recording(path: Path | None) -> Iterator[Trace | None]:
         yield None
         return
     try:
-        file = path.open("w")  # now, for a daemon that cannot write it at its end has recorded for nothing
+        file = path.open("a")  # now, for a daemon that cannot write it at its end has recorded for nothing
     except OSError as error:
         raise ConfigError(f"cannot write the trace to {path}: {error.strerror or error}") from None
     with file:
@@ -108,6 +108,7 @@ def recording(path: Path | None) -> Iterator[Trace | None]:
         try:
             yield trace
         finally:
+            file.truncate(0)  # what was there stays until there is something in its place
             json.dump(trace.events(), file)
 
 

@@ -28,7 +28,6 @@ from cpe_daemon.core.plan import PeerCopy
 from cpe_daemon.devices.copypool import CopyPool
 from cpe_daemon.devices.shm import ShmDevice
 from cpe_daemon.ingest.digesting import Digesting
-from tests.integration.gpus import break_context
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -116,6 +115,8 @@ async def stumble(daemon: cpe_daemon.daemon.daemon.Daemon, how: str) -> None:
     if how == "lose":
         daemon.lost.set()
     else:
+        from tests.integration.gpus import break_context  # with torch, which no other daemon needs
+
         await asyncio.to_thread(break_context, 0)
         print("context broken", file=sys.stderr, flush=True)
 

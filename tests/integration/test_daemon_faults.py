@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cpe_daemon.errors import CpeError, EngineError, PeerLostError
 from tests.integration.harness import Node, Trainer, Worker
+from tests.integration.init_system import InitSystem
 from tests.integration.processes import until
 
 RECIPE = {"plain": 12, "nbytes": 512 << 10}
@@ -23,6 +25,16 @@ def trainer(node: Node) -> Trainer:
     """A trainer, and a daemon."""
     node.start_daemon()
     return node.trainer()
+
+
+@pytest.fixture
+def system(no_leaks: None, runtime_dir: Path) -> Iterator[InitSystem]:
+    """A manager with a watchdog."""
+    path = runtime_dir.with_suffix(".notify")
+    started = InitSystem(path, watchdog_seconds=60.0)
+    yield started
+    started.close()
+    path.unlink()
 
 
 def publish(trainer: Trainer, version: int) -> dict[str, str]:
@@ -231,33 +243,48 @@ def test_daemon_that_stood_still_for_a_while_goes_on(node: Node, trainer: Traine
     until(lambda: not node.daemon.engine("late")["workers"][0]["present"], "its death is noticed", 4)
 
 
-def test_daemon_that_no_gpu_listens_to_begins_anew_in_the_same_process(node: Node) -> None:
+def test_daemon_that_no_gpu_listens_to_begins_anew_in_the_same_process(system: InitSystem, node: Node) -> None:
     """Between two versions its engines serve on, and the next version reaches them."""
-    daemon = node.start_daemon(fresh=True, tricks={"on_signal": "lose"})
+    daemon = node.start_daemon(fresh=True, environment=system.environment, tricks={"on_signal": "lose"})
     trainer, worker = node.trainer(), node.engine(recipe=RECIPE)[0]
     held = publish(trainer, 1)
     before = daemon.status()["daemon"]
     daemon.signal(signal.SIGUSR1)
-    until(lambda: daemon.said.count("daemon.ready") == 2, "it has begun anew")
+    system.hear("RELOADING", "1")
+    system.hear("READY")
     after = daemon.status()["daemon"]
     assert (before["pid"], after["pid"]) == (daemon.pid, daemon.pid)
     assert before["generation"] != after["generation"]
-    assert "daemon.begins_anew" in daemon.said
     assert worker.ask("forward") == held
     expected = publish(trainer, 2)
     assert worker.ask("forward") == expected
+    system.hear_out()
+    assert system.said("STOPPING") == []
 
 
-def test_daemon_that_is_told_to_stop_does_not_begin_anew(node: Node) -> None:
+def test_daemon_that_is_told_to_stop_while_it_drains_does_not_begin_anew(node: Node) -> None:
     daemon = node.start_daemon(fresh=True, tricks={"on_signal": "lose"})
-    node.engine(recipe=RECIPE)
-    daemon.signal(signal.SIGSTOP)
-    daemon.signal(signal.SIGTERM)
+    trainer, gated = node.trainer(), node.engine("gated", target="callback", recipe=RECIPE)[0]
+    publish(trainer, 1)
+    live = stop_midway(trainer, gated, 2)
     daemon.signal(signal.SIGUSR1)
-    daemon.signal(signal.SIGCONT)
+    until(lambda: "daemon.lost_all_gpus" in daemon.said, "it is about to begin anew")
+    daemon.signal(signal.SIGTERM)
+    until(lambda: "daemon.stopping" in daemon.said, "it has heard that it is to stop")
+    gated.ask("go")
+    trainer.result(live)
     daemon.wait()
     assert daemon.exit_status == 0
     assert daemon.said.count("daemon.ready") == 1
+
+
+def test_daemon_that_no_gpu_has_listened_to_ends_for_others_to_see(node: Node) -> None:
+    """Who starts it counts how often, and waits longer and longer."""
+    daemon = node.start_daemon(fresh=True, tricks={"on_signal": "lose"})
+    daemon.signal(signal.SIGUSR1)
+    daemon.wait()
+    assert daemon.exit_status == 6
+    assert "no GPU takes calls of this process any more" in daemon.said
 
 
 def test_daemon_needs_no_torch(node: Node) -> None:

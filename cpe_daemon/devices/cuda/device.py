@@ -133,7 +133,11 @@ class CudaDevice:
 
     async def release(self, gpu: int) -> None:
         """Free a GPU's slots."""
-        await asyncio.to_thread(self._gpus[gpu].give_back)
+        try:
+            await asyncio.to_thread(self._gpus[gpu].give_back)
+        except CudaError as error:
+            await self._judge(error)
+            raise
 
     async def fetch(self, gpu: int, slot: int, copies: Sequence[Copy]) -> None:
         """Copy from the arena into a slot, over the GPU's own PCIe link."""
@@ -234,9 +238,10 @@ class CudaDevice:
 
     def _unpin(self) -> None:
         while self._pinned:
+            address = self._pinned.pop()
             with contextlib.suppress(CudaError):  # of a GPU that has failed: its context took the pins with it
                 self._driver.use(self._gpus[0].context)
-                self._driver.unregister(self._pinned.pop())
+                self._driver.unregister(address)
 
 
 class _Gpu:
