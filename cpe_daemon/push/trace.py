@@ -108,7 +108,8 @@ def recording(path: Path | None) -> Iterator[Trace | None]:
         try:
             yield trace
         finally:
-            file.truncate(0)  # what was there stays until there is something in its place
+            with contextlib.suppress(OSError):  # a pipe holds nothing
+                file.truncate(0)  # what was there stays until there is something in its place
             json.dump(trace.events(), file)
 
 
