@@ -19,7 +19,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 batch = torch.ones(1, 4)
 
 # Numbers grow within a run, so each start of this script is a run of its own.
-with Publisher(f"ipc://{sys.argv[1]}/front.sock", model="policy", run=f"run-{time.time():.0f}") as publisher:
+with Publisher(sys.argv[1], model="policy", run=f"run-{time.time():.0f}") as publisher:
     for version in range(1, 4):
         for _ in range(300):
             optimizer.zero_grad()

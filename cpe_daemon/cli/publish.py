@@ -163,7 +163,11 @@ def _show(report: PublishReport | None, handle: Handle, wait: str, *, as_json: b
         where = ", ".join(handle.held)
         click.echo(f"note: {where} held {version} already, with the same bytes: nothing was sent", err=True)
     if report is not None and not report.engines:
-        click.echo(f"note: no engine of {version.model} is attached; the first that attaches gets it", err=True)
+        click.echo(
+            f"note: no engine of {version.model} is attached; the first that attaches gets it. If that is not the name"
+            f" that you meant (`cpe status`), `cpe evict {version.model}` forgets it",
+            err=True,
+        )
     if report is not None and report.behind:
         why = "; ".join(
             f"{name} ({one.outcome}): {one.error.message if one.error else ''}" for name, one in report.behind.items()

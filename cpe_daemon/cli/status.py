@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="How often to look, with --watch.",
 )
+@click.option("--counters", is_flag=True, help="Show what it has counted as well, by the names of its metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as described above; with --watch one object a line.")
 @debug_option
-def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval: float, as_json: bool) -> None:
+def status_command(
+    daemon: DaemonAddress, timeout: float, watch: bool, interval: float, counters: bool, as_json: bool
+) -> None:
     """Show what a daemon holds and whom it serves. Without options, the daemon of this node.
 
     \b
@@ -74,7 +77,7 @@ def status_command(daemon: DaemonAddress, timeout: float, watch: bool, interval:
         return
     from cpe_daemon.cli.tables import show_status
 
-    show_status(status)
+    show_status(status, counters=counters)
 
 
 def ask(endpoint: str, timeout: float, credentials: Credentials | None = None) -> dict[str, Any]:

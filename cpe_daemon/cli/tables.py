@@ -38,9 +38,9 @@ Columns = Mapping[str, str | Callable[[Mapping[str, Any]], object]]
 """By heading: the key of an entry, or what is made of the entry."""
 
 
-def show_status(status: Mapping[str, Any]) -> None:
-    """Print a daemon's state on standard output."""
-    console(sys.stdout).print(Group(*_parts(status)))
+def show_status(status: Mapping[str, Any], *, counters: bool = False) -> None:
+    """Print a daemon's state on standard output; ``counters``: and what it has counted."""
+    console(sys.stdout).print(Group(*_parts(status), *(_counters(status) if counters else ())))
 
 
 def console(file: TextIO) -> Console:
@@ -68,6 +68,9 @@ def _parts(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table("Versions", entries(status, "versions"), VERSION_COLUMNS)
     yield table("Engines", entries(status, "engines"), engine_columns(status))
     yield table("Trainers", entries(status, "trainers"), TRAINER_COLUMNS)
+
+
+def _counters(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     counters = status.get("counters")
     moved = [
         {"name": name, "value": value}

@@ -16,7 +16,15 @@ import structlog
 from cpe_daemon.core.lifecycle import VersionState
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon.operations import Sender
-from cpe_daemon.errors import BusyError, CpeError, DeadlineError, MisuseError, VersionRefusedError, from_code
+from cpe_daemon.errors import (
+    BusyError,
+    CpeError,
+    DeadlineError,
+    ManifestError,
+    MisuseError,
+    VersionRefusedError,
+    from_code,
+)
 from cpe_daemon.ingest.news import missing
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.links.router import Handler
@@ -76,21 +84,28 @@ def reached(versions: Iterable[Version], wanted: Wanted, before: Iterable[Versio
     models = {version.id.model for version in known if version.contributions} | {version.model for version in before}
     if not wanted.model and len(models) > 1:
         raise MisuseError(f"this node holds versions of {', '.join(sorted(models))}: say which model is meant")
-    fitting = [version for version in known if wanted.model in ("", version.id.model)]
+    fitting = sorted(
+        (version for version in known if wanted.model in ("", version.id.model)), key=lambda version: version.opened_at
+    )
     before = [version for version in before if wanted.model in ("", version.model)]
-    newest = [*before, *(version.id for version in sorted(fitting, key=lambda version: version.opened_at))][-1:]
+    newest = [*before, *(version.id for version in fitting if not _was_refused(version))][-1:]
     run = wanted.run or (newest[0].run if newest else "")
-    fitting = [version for version in fitting if version.id.run == run]
     live = [*before, *(version.id for version in fitting if version.state is VersionState.LIVE)]
     enough = [version for version in live if version.run == run and version.number >= wanted.number]
     if enough:
         return enough[-1]
-    same = [version for version in fitting if version.id.number == wanted.number]
+    meant = [version for version in fitting if version.id.run == run or (not wanted.run and _was_refused(version))]
+    same = [version for version in meant if version.id.number == wanted.number]
     if same and same[-1].state is VersionState.FAILED:
         failed = same[-1]
         code, why = (failed.error.code, failed.error.message) if failed.error else (CpeError.code, "nobody said why")
         raise from_code(code, f"{failed.id} has failed: {why}")
     return None
+
+
+def _was_refused(version: Version) -> bool:
+    """Whether a version fits no engine: none of it was taken, and its run has not begun by it."""
+    return version.state is VersionState.FAILED and isinstance(version.error, ManifestError)
 
 
 def where(versions: Iterable[Version], wanted: Wanted, *, automatic: bool) -> str:

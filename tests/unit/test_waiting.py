@@ -13,7 +13,15 @@ import structlog
 from cpe_daemon.core.types import VersionId
 from cpe_daemon.daemon import waiting as module
 from cpe_daemon.daemon.waiting import MAX_OF_ONE, MAX_WAITERS, Waiting
-from cpe_daemon.errors import BusyError, CpeError, MisuseError, PeerLostError, ProtocolError, VersionRefusedError
+from cpe_daemon.errors import (
+    BusyError,
+    CpeError,
+    ManifestError,
+    MisuseError,
+    PeerLostError,
+    ProtocolError,
+    VersionRefusedError,
+)
 from cpe_daemon.ingest.session import Session
 from cpe_daemon.push.rollback import Rollback
 from cpe_daemon.wire.messages import ErrorReply, Message, TrainerWait, WaitReply, WaitRequest
@@ -131,6 +139,20 @@ async def test_version_of_another_run_or_model_will_not_do(desk: Desk) -> None:
     live = VersionId("m", "new", 1)
     await desk.node.publish(live)
     assert desk.told(b"newest") == desk.told(b"named") == [WaitReply(live)]
+    assert desk.told(b"other") == []
+
+
+async def test_version_that_was_refused_begins_no_run(desk: Desk) -> None:
+    """A checkpoint of another model, say, that somebody published by mistake: what is served is what it was."""
+    await desk.node.publish(THREE)
+    desk.node.clock.now += 1.0
+    refused = desk.node.catalogue.open(VersionId("m", "manual", 7), 1)
+    desk.node.catalogue.fail(refused, ManifestError("no tensor here is called w"))
+    desk.say(WaitRequest(3, 60.0, "m"))
+    assert desk.told() == [WaitReply(THREE)]
+    with pytest.raises(ManifestError, match="m@manual#7 has failed: no tensor here is called w"):
+        desk.say(WaitRequest(7, 60.0, "m"), b"mistaken")
+    desk.say(WaitRequest(7, 60.0, "m", "r"), b"other")
     assert desk.told(b"other") == []
 
 
