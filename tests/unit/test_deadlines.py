@@ -50,7 +50,7 @@ NO_WAITS = {
     "cpe_daemon.push.arrival._LOOK_AGAIN_SECONDS",
     "inference_plugins.server_api._IDLE_SECONDS",
     "cpe_daemon.publisher.handle._LONGEST_WAIT_SECONDS",
-    "cpe_daemon.daemon.threads._START_SECONDS",
+    "cpe_daemon.devices.copypool._START_SECONDS",
     "cpe_daemon.publisher.link._FENCE_SECONDS",
     "cpe_daemon.publisher.link._FIRST_PAUSE_SECONDS",
     "cpe_daemon.publisher.link._GOODBYE_SECONDS",
