@@ -167,8 +167,9 @@ class Fetcher:
         for way in self._ways.values():
             with contextlib.suppress(CudaError):  # the GPU has failed, and that was said
                 self._driver.use(way.context)
-                self._driver.destroy_event(way.event)
                 self._driver.destroy_stream(way.stream)
+            with contextlib.suppress(CudaError):
+                self._driver.destroy_event(way.event)
         if self._bounce is not None:
             self._bounce.close()
         for way in self._ways.values():
